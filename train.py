@@ -1,0 +1,539 @@
+"""Trains any model of this suite on any objective: one loop.
+
+    python train.py                                   a hybrid Mamba-2 language model on Python's own source code
+    python train.py --data='books/*.txt' --steps=5000
+    python train.py --resume                          goes on with the newest run
+    torchrun --standalone --nproc_per_node=8 train.py
+
+What is learnt is an objective, a small class in its paper's file:
+
+    class Objective:
+        def batch(self, model, step) -> dict              # data, or fresh rollouts of the model
+        def loss(self, model, batch) -> (loss, metrics)   # differentiable
+        def evaluate(self, model) -> dict                 # numbers to log; 'val_loss' or 'reward' is plotted
+
+Everything else is here: optimiser, schedule, precision, clipping, logging, checkpoints, resuming, many GPUs.
+Randomness is a function of (seed, step, rank), data included, so a run that is stopped and resumed is the run.
+
+A run lives in out/<run>/: config.json and model.safetensors (what sample.py and `transformers` open), trainer.pt
+(weights, optimiser and step in one file, so that they always belong together), log.jsonl, loss.png.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from tqdm import tqdm
+
+from data import load_corpus
+from kernels import pick_backend
+from nano_hybrid import PRESETS, Hybrid, HybridConfig, NextToken, replacing
+
+OUT = Path("out")
+MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # dense bf16
+
+# ---- 1. configuration ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainConfig:
+    """The settings of a run. None means: what the recipe says. The comment is the --help text."""
+
+    recipe: str = "hybrid"  # what to train: a row of RECIPES
+    preset: str | None = None  # shape of the model: a name in nano_hybrid.PRESETS
+    data: str = "python"  # "python" (the standard library's source), a file, folder or glob, or token shards *.bin
+    tokenizer: str = "python4k"  # python4k, bytes, or one of tiktoken's: gpt2, cl100k_base, ...
+    context: int | None = None  # T, tokens per row
+    batch_size: int | None = None  # rows per process and micro-step
+    grad_accum: int = 1  # micro-steps per optimiser step
+    steps: int | None = None  # optimiser steps in all
+    lr: float | None = None  # peak learning rate
+    weight_decay: float = 0.1  # on matrices only
+    warmup: int | None = None  # steps of linear warm-up
+    decay: float = 0.5  # last part of the steps, in which the learning rate falls to 0
+    grad_clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0  # of weights, data order and dropout
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: str = "auto"  # float32, bfloat16 or float16 (autocast; weights stay float32)
+    compile: bool | None = None  # torch.compile the layers; default: where it pays
+    eval_every: int | None = None  # steps between evaluations
+    save_every: int | None = None  # steps between checkpoints; default: at each evaluation
+    run: str | None = None  # name of the run's folder in out/; default: the recipe, numbered
+    resume: bool = False  # go on with --run, or with the newest run
+    log: str = ""  # also log to wandb or tensorboard
+
+
+@dataclass
+class Recipe:
+    """A row of the table: an objective and what it needs by default, on a CPU and on a GPU."""
+
+    objective: type
+    cpu: dict
+    gpu: dict
+
+
+RECIPES = {
+    "hybrid": Recipe(
+        NextToken,
+        cpu=dict(preset="tiny", context=256, batch_size=8, steps=1000, warmup=50, lr=4e-3, eval_every=500),
+        gpu=dict(preset="small", context=1024, batch_size=64, steps=1000, warmup=100, lr=1e-3, eval_every=100),
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake answered in one line."""
+
+    def error(self, message):
+        """Prints what is wrong and where the flags are explained; exits with status 2."""
+        sys.exit(fail(f"{message} (see python {self.prog} --help)"))
+
+
+def fail(message):
+    """Prints one line about a user's mistake. Returns the exit status for it, 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def add_fields(group, config_class):
+    """Adds --name=value for every field of a dataclass: its type comes from the field, its help from the comment."""
+    lines = [line.split("  # ") for line in inspect.getsource(config_class).splitlines() if "  # " in line]
+    comments = {code.split(":")[0].strip(): comment for code, comment in lines}
+    for f in fields(config_class):
+        kind = next(t for t in get_args(f.type) or [f.type] if t is not type(None))
+        shown = "" if f.default in (None, "") else f" (default: {f.default})"
+        options = dict(type=kind, metavar=kind.__name__)
+        if kind is bool:
+            options = dict(type=parse_bool, nargs="?", const=True, metavar="true|false")
+        help = (comments[f.name] + shown).replace("%", "%%")
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
+
+
+def parse_bool(text):
+    """Returns the bool that `text` spells. Raises argparse's error otherwise."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def parse(argv):
+    """Returns (settings, model fields) given on the command line, as dicts."""
+    parser = Parser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_fields(parser.add_argument_group("training"), TrainConfig)
+    add_fields(parser.add_argument_group("model (changes the preset)"), HybridConfig)
+    given = vars(parser.parse_args(argv))
+    settings = {f.name for f in fields(TrainConfig)}
+    return {k: v for k, v in given.items() if k in settings}, {k: v for k, v in given.items() if k not in settings}
+
+
+# ---- 2. set-up: everything a user's mistake can break ---------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    config: TrainConfig
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: object
+    directory: Path
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world_size: int
+    step: int = 0  # optimiser steps done
+    skipped: int = 0  # steps left out because something was not finite
+
+
+def set_up(argv):
+    """Returns the Run that the command line asks for. Raises ValueError or OSError with what is wrong in one line."""
+    given, shape = parse(argv)
+    resume = given.get("resume", False)
+    directory = find_run(given.get("run"), resume, given.get("recipe", TrainConfig.recipe))
+    saved = load_checkpoint(directory) if resume else None
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    config, preset = resolve(given, saved)
+    device, dtype = pick_device(config.device), None
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+    say = print if rank == 0 else lambda *_: None
+    dtype, reason = pick_dtype(config.dtype, device)
+
+    corpus = load_corpus(config.data, config.tokenizer, config.context)
+    model_config = saved["model_config"] if saved else {"vocab_size": -(-corpus.tokenizer.n_vocab // 64) * 64}
+    try:
+        model_config = replace(preset, **(model_config | shape))
+    except TypeError as error:  # a checkpoint with fields that this version does not know
+        raise ValueError(f"{directory / 'trainer.pt'}: {error}") from None
+    if model_config.vocab_size < corpus.tokenizer.n_vocab:
+        raise ValueError(
+            f"vocab_size={model_config.vocab_size} is less than the {corpus.tokenizer.n_vocab} tokens of "
+            f"--tokenizer={config.tokenizer}; leave --vocab_size out, or name the tokenizer that the run began with"
+        )
+    torch.manual_seed(config.seed)
+    model = Hybrid(model_config).to(device)
+    objective = RECIPES[config.recipe].objective(
+        corpus, config.context, config.batch_size, seed=config.seed, rank=rank, world_size=world_size
+    )
+    if config.compile:
+        model.compile()
+    if world_size > 1:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        register_fsdp_forward_method(model, "loss")
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # norms, biases, A_log, D, dt_bias: never decayed
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+
+    run = Run(config, model, optimizer, objective, directory, device, dtype, rank, world_size)
+    if saved:
+        restore(run, saved)
+    say(f"run: {directory}, {'resumed at' if saved else 'from'} step {run.step} of {config.steps}")
+    say(f"model: {model_config.hybrid_override_pattern}, {model.num_parameters() / 1e6:.2f}M parameters on {world_size} "
+        f"x {device.type}, {str(dtype)[6:]} ({reason}), backend {pick_backend()}, compile={config.compile}")  # fmt: skip
+    tokens = config.batch_size * config.context * config.grad_accum * world_size
+    sizes = " + ".join(f"{sum(map(len, part)):,}" for part in (corpus.train, [corpus.val]))
+    say(f"data: {config.data}, {sizes} tokens of {config.tokenizer}; {tokens:,} tokens a step")
+    return run
+
+
+def find_run(name, resume, recipe):
+    """Returns the folder of the run to begin or to resume. A run that is there is never written over."""
+    if not resume:
+        if name is None:
+            names = [recipe] + [f"{recipe}-{i}" for i in range(2, 1000)]
+            name = next(n for n in names if not (OUT / n).exists())
+        if (OUT / name / "trainer.pt").exists():
+            raise ValueError(f"{OUT / name} has a run already; add --resume to go on with it, or choose another --run")
+        return OUT / name
+    if name is None:
+        runs = sorted(OUT.glob("*/trainer.pt"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise FileNotFoundError(f"--resume: there is no run with a trainer.pt in {OUT}/; start one without --resume")
+        return runs[-1].parent
+    if not (OUT / name / "trainer.pt").exists():
+        raise FileNotFoundError(f"--resume: {OUT / name} has no trainer.pt; leave --resume out to start it")
+    return OUT / name
+
+
+def resolve(given, saved):
+    """Returns (TrainConfig without a None that matters, HybridConfig of the preset).
+
+    In order of weight: the command line, the run that is resumed, the recipe's row for the device, the defaults.
+    """
+    config = TrainConfig(**((saved["config"] if saved else {}) | given))
+    if config.recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {config.recipe!r}; known: {', '.join(RECIPES)}")
+    device = pick_device(config.device)
+    row = getattr(RECIPES[config.recipe], "gpu" if device.type == "cuda" else "cpu")
+    compiles = device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, ("g++", "clang++"))))
+    row = dict(compile=compiles, save_every=config.eval_every or row["eval_every"]) | row
+    config = replace(config, **{k: v for k, v in row.items() if getattr(config, k) is None})
+    if config.preset not in PRESETS:
+        raise ValueError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
+    for name in ("context", "batch_size", "grad_accum", "steps", "eval_every", "save_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name}={getattr(config, name)} must be at least 1")
+    if not (config.lr > 0 and 0 <= config.decay <= 1 and config.warmup >= 0 and config.grad_clip > 0):
+        raise ValueError("need lr > 0, 0 <= decay <= 1, warmup >= 0 and grad_clip > 0")
+    if config.log not in ("", "wandb", "tensorboard"):
+        raise ValueError(f"--log={config.log} is unknown; use wandb or tensorboard")
+    return config, PRESETS[config.preset]
+
+
+def pick_device(name):
+    """Returns the torch.device asked for; "auto" takes cuda, then mps, then cpu. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n, available in there.items() if available)
+    if name not in there:
+        raise ValueError(f"unknown --device={name}; use cuda, mps or cpu")
+    if not there[name]:
+        raise ValueError(f"--device={name} was asked for, but torch finds none; use --device=cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """Returns (dtype to compute in, why)."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in known:
+        if name == "float16" and device.type != "cuda":
+            raise ValueError("--dtype=float16 needs a CUDA device; use float32 or bfloat16")
+        return known[name], "asked for"
+    if name != "auto":
+        raise ValueError(f"unknown --dtype={name}; use auto, {', '.join(known)}")
+    if device.type != "cuda":
+        return torch.float32, f"the accurate choice on {device.type}"
+    major, minor = torch.cuda.get_device_capability()
+    if major >= 8:  # not is_bf16_supported(): that is true for emulation, too
+        return torch.bfloat16, f"compute capability {major}.{minor}"
+    return torch.float16, f"compute capability {major}.{minor} has no bfloat16; gradients are scaled"
+
+
+# ---- 3. checkpoints -------------------------------------------------------------------------------------------------
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # sharded or not, a checkpoint is whole, on the CPU
+
+
+def save_checkpoint(run):
+    """Writes trainer.pt, from which a run resumes, then config.json and model.safetensors, which others read.
+
+    trainer.pt replaces the old one in a single move, so a run killed at any moment has one whole checkpoint.
+    """
+    weights = get_model_state_dict(run.model, options=WHOLE)  # all processes take part
+    optimizer = get_optimizer_state_dict(run.model, run.optimizer, options=WHOLE)
+    if run.rank == 0:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        config = asdict(run.config)
+        state = dict(step=run.step, skipped=run.skipped, config=config, model_config=asdict(run.model.config))
+        with replacing(run.directory / "trainer.pt") as path:
+            torch.save(state | dict(model=weights, optimizer=optimizer), path)
+        run.model.save_pretrained(run.directory, state_dict=weights, nanopapers=config)
+
+
+def load_checkpoint(directory):
+    """Returns the dict that `save_checkpoint` wrote. Raises ValueError for a damaged file, or one that is not ours.
+
+    weights_only: nothing in a checkpoint is ever executed.
+    """
+    path = directory / "trainer.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
+        reason = str(error).split("\n")[0][:80]
+        raise ValueError(f"{path} is damaged or not a checkpoint of train.py ({reason}); choose another --run") from None
+    missing = {"step", "skipped", "config", "model_config", "model", "optimizer"} - set(saved)
+    if missing or not set(saved["config"]) <= {f.name for f in fields(TrainConfig)}:
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py; choose another --run")
+    return saved
+
+
+def restore(run, saved):
+    """Puts a loaded checkpoint into the run. Raises ValueError if the command line asked for another shape."""
+    asked, was = asdict(run.model.config), saved["model_config"]
+    changed = [k for k in asked if asked[k] != was[k] and k not in ("hidden_dropout", "chunk_size")]
+    if changed:
+        raise ValueError(f"--{changed[0]}={asked[changed[0]]}: the run was begun with {was[changed[0]]}; start a new run")
+    set_model_state_dict(run.model, saved["model"], options=WHOLE)
+    set_optimizer_state_dict(run.model, run.optimizer, saved["optimizer"], options=WHOLE)
+    run.step, run.skipped = saved["step"], saved["skipped"]
+
+
+# ---- 4. logs --------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """Rows of numbers, to log.jsonl and to the service asked for."""
+
+    def __init__(self, run):
+        self.path = run.directory / "log.jsonl"
+        run.directory.mkdir(parents=True, exist_ok=True)
+        self.rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.rows = [row for row in self.rows if row["step"] <= run.step]  # those after the checkpoint come again
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.write = lambda step, row: None
+        if run.config.log == "wandb":
+            import wandb
+
+            wandb.init(project="nanopapers", name=run.directory.name, config=asdict(run.config))
+            self.write = lambda step, row: wandb.log(row, step=step)
+        elif run.config.log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(run.directory)
+            self.write = lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()]
+
+    def add(self, step, **row):
+        """Adds numbers of one step."""
+        self.rows.append({"step": step, **row})
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        self.write(step, row)
+
+
+def plot(log, path, baselines):
+    """Draws the run: the validation score (or the reward) over the steps, baselines as dashed lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    score = next(k for k in ("val_bpb", "val_loss", "reward") if any(k in row for row in log.rows))
+    points = [(row["step"], row[score]) for row in log.rows if score in row]
+    label = {"val_bpb": "validation, bits per byte", "val_loss": "validation loss, nats", "reward": "reward"}[score]
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    axes.plot(*zip(*points), marker="o", color="#0072B2")
+    for name, value in baselines.items():
+        axes.axhline(value, linestyle="--", linewidth=1, color="#D55E00")
+        axes.annotate(f"{name}: {value:.2f}", (points[-1][0], value), ha="right", va="bottom", color="#D55E00")
+    axes.set(xlabel="step", ylabel=label, title=f"{path.parent.name}: {label} {points[-1][1]:.3f} after {points[-1][0]} steps")
+    axes.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
+
+
+# ---- 5. the loop ----------------------------------------------------------------------------------------------------
+
+
+def schedule(step, config):
+    """Returns the learning rate's share of its peak: linear warm-up, constant, then 1 - sqrt of the way through the decay.
+
+    Warmup-stable-decay with the minus-sqrt decay of Nemotron 3 Super.
+    """
+    begin = config.steps * (1 - config.decay)
+    progress = (step - begin) / max(1, config.steps - begin)
+    return min(1, (step + 1) / max(1, config.warmup)) * (1 - math.sqrt(max(0, progress)))
+
+
+def evaluate(run):
+    """Returns the objective's numbers, without dropout and without compilation: shapes differ here."""
+    run.model.eval()
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32), torch.no_grad():
+        numbers = run.objective.evaluate(run.model)
+    run.model.train()
+    return numbers
+
+
+def train(run):
+    """Runs the loop to its end. Returns the exit status: 0, 1 if it gave up, 130 after Ctrl-C."""
+    config, model, device = run.config, run.model, run.device
+    say = tqdm.write if run.rank == 0 else lambda *_: None
+    log = Log(run) if run.rank == 0 else None
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    tokens_per_step = config.batch_size * config.context * config.grad_accum * run.world_size
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name(device)), None)
+
+    interrupted = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupted.append(1))
+    bad, began, bar = 0, time.time(), None
+    bar = tqdm(initial=run.step, total=config.steps, disable=run.rank != 0, dynamic_ncols=True, unit="step")
+    model.train()
+    while run.step < config.steps:
+        torch.manual_seed((config.seed << 40) + (run.step << 12) + run.rank)  # dropout, and whatever a rollout samples
+        share = schedule(run.step, config)
+        for group in run.optimizer.param_groups:
+            group["lr"] = config.lr * share
+        started = time.perf_counter()
+        total = torch.zeros((), device=device)
+        for micro in range(config.grad_accum):
+            if run.world_size > 1:
+                model.set_requires_gradient_sync(micro == config.grad_accum - 1)
+            batch = run.objective.batch(model, run.step * config.grad_accum + micro)
+            with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
+                loss, metrics = run.objective.loss(model, batch)
+            scaler.scale(loss / config.grad_accum).backward()
+            total += loss.detach() / config.grad_accum
+        scaler.unscale_(run.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        state = torch.stack([total, norm, torch.tensor(float(len(interrupted)), device=device)])
+        if run.world_size > 1:  # all processes must decide alike
+            dist.all_reduce(state, op=dist.ReduceOp.SUM)
+            state /= run.world_size
+        loss, norm, stop = state.tolist()  # waits for the device
+
+        if math.isfinite(loss) and math.isfinite(norm):
+            scaler.step(run.optimizer)
+            bad = 0
+        else:
+            bad += 1
+            run.skipped += 1
+            if bad == MAX_BAD_STEPS:
+                say(f"stopped: loss or gradient was not finite {bad} steps in a row; {run.directory} keeps its last "
+                    f"checkpoint. Try a smaller --lr or --dtype=float32.")  # fmt: skip
+                return 1
+        scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+
+        speed = tokens_per_step / (time.perf_counter() - started)
+        row = dict(loss=loss, grad_norm=norm, lr=config.lr * share, tokens_per_s=speed)
+        row |= {k: float(v) for k, v in metrics.items() if k != "loss"}
+        if peak:
+            row["mfu"] = speed * model.flops_per_token(config.context) / peak / run.world_size
+        if run.skipped:
+            row["skipped"] = run.skipped
+        last = run.step == config.steps
+        if run.step % config.eval_every == 0 or last:
+            row |= evaluate(run)
+            say(f"step {run.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith("val") or k == "reward"))
+        if log:
+            log.add(run.step, **row)
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s" + (f", MFU {row['mfu']:.1%}" if peak else ""))
+            bar.update()
+        if run.step % config.save_every == 0 or last or stop:
+            save_checkpoint(run)
+        if stop and not last:
+            bar.close()
+            say(f"interrupted at step {run.step}, saved. Go on with: python train.py --resume --run={run.directory.name}")
+            return 130
+    bar.close()
+    if log:
+        finish(run, log, time.time() - began)
+    return 0
+
+
+def device_name(device):
+    """Returns the name of the GPU, "" where there is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def finish(run, log, seconds):
+    """Prints what was reached, beside what it is measured against, and draws the plot."""
+    baselines = run.objective.baselines() if hasattr(run.objective, "baselines") else {}
+    plot(log, run.directory / "loss.png", baselines)
+    if "val_bpb" in log.rows[-1]:
+        others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
+        print(f"validation: {log.rows[-1]['val_bpb']:.3f} bits per byte (on the same text: {others})")
+    print(f"{seconds:.0f} s of training. Saved in {run.directory}: talk with it by\n  python sample.py --run={run.directory.name}")
+
+
+def main(argv=None):
+    """Returns the exit status: 0 done, 1 gave up, 2 a mistake on the command line, 130 interrupted."""
+    torch.set_float32_matmul_precision("high")  # TF32 where a float32 product is left on a GPU
+    try:
+        run = set_up(argv)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+    try:
+        return train(run)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
