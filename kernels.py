@@ -259,7 +259,7 @@ def ssd(
 # A vocabulary is so large that the logits [S, V] outweigh every other activation of a small model. None of the
 # quantities below needs them at once: they are made for a few rows, used and dropped, and made again in the backward.
 
-MAX_LOGITS = 1 << 26  # logits alive at a time: 256 MB in float32
+MAX_LOGITS = 1 << 28  # logits alive at a time: 1 GB in float32
 
 
 def _by_rows(of_logits, hidden, weight, targets, outputs=1):

@@ -70,22 +70,22 @@ class HybridConfig:
     """
 
     vocab_size: int = 4096  # V, tokens
-    hidden_size: int = 256  # C, width of the residual stream
+    hidden_size: int = 128  # C, width of the residual stream
     hybrid_override_pattern: str = "M-M*-M-"  # layers: M Mamba-2, * attention, - MLP
     tie_word_embeddings: bool = False  # one matrix for embeddings and lm_head
-    num_attention_heads: int = 4  # query heads of an attention layer
-    num_key_value_heads: int = 2  # key/value heads, each shared by a group of query heads
+    num_attention_heads: int = 2  # query heads of an attention layer
+    num_key_value_heads: int = 1  # key/value heads, each shared by a group of query heads
     head_dim: int = 64  # D, channels of an attention head; heads * head_dim need not be hidden_size
-    intermediate_size: int = 1024  # width of the MLP
-    mamba_num_heads: int = 8  # H, heads of a Mamba-2 layer
+    intermediate_size: int = 512  # width of the MLP
+    mamba_num_heads: int = 4  # H, heads of a Mamba-2 layer
     mamba_head_dim: int = 64  # P, channels of a Mamba head; the mixer is H * P wide
     ssm_state_size: int = 64  # N, state per Mamba channel
     n_groups: int = 1  # G, groups of Mamba heads that share B and C, and groups of the gated norm
     conv_kernel: int = 4  # W, width of the causal convolution
-    chunk_size: int = 128  # Q, tokens per chunk of the SSD scan (speed only)
+    chunk_size: int = 64  # Q, tokens per chunk of the SSD scan (speed only)
     layer_norm_epsilon: float = 1e-5  # eps of every RMSNorm
-    initializer_range: float = 0.02  # std of the initial weights; the released models use sqrt(0.8 / hidden_size)
-    hidden_dropout: float = 0.0  # dropout on what each layer adds to the residual stream
+    initializer_range: float = 0.04  # std of the initial weights; the released models use sqrt(0.8 / hidden_size)
+    hidden_dropout: float = 0.0  # dropout on the embeddings and on what each layer adds to them
 
     def __post_init__(self):
         unknown = sorted(set(self.hybrid_override_pattern) - set(LETTERS))
@@ -131,7 +131,7 @@ PRESETS = {
     "small": HybridConfig(
         vocab_size=50304, hidden_size=768, hybrid_override_pattern="M-M-M*-M-M-M*-M-M-", tie_word_embeddings=True,
         num_attention_heads=12, num_key_value_heads=12, head_dim=64, intermediate_size=3072, mamba_num_heads=24,
-        mamba_head_dim=64, ssm_state_size=128, n_groups=8,
+        mamba_head_dim=64, ssm_state_size=128, n_groups=8, chunk_size=128, initializer_range=0.02,
     ),  # fmt: skip
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
     "nano-12b-v2": _released(
@@ -321,10 +321,11 @@ class Backbone(nn.Module):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.hybrid_override_pattern)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.dropout = config.hidden_dropout
 
     def forward(self, ids, cache=None):
         """Returns hidden states [B, T, C] after the final norm, and brings `cache` up to date if there is one."""
-        x = self.embeddings(ids)  # [B, T, C]
+        x = F.dropout(self.embeddings(ids), self.dropout, self.training)  # [B, T, C]
         real, pad = (cache.real(ids.shape[1]), cache.pad) if cache else (None, None)
         for i, layer in enumerate(self.layers):
             x, state = layer(x, cache.layers[i] if cache else None, real, pad)
@@ -402,7 +403,7 @@ class Hybrid(nn.Module):
         targets = ids[:, 1:]
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
         found = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
-        return tuple(torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, f) for f in found)
+        return tuple(f.new_zeros(mask.shape).masked_scatter(mask, f) for f in found)
 
     def num_parameters(self):
         """Returns how many numbers are trained; a tied matrix counts once."""
@@ -560,8 +561,23 @@ def read_config(directory):
     return config
 
 
+LETTER_OF = {  # transformers 5 writes the layers as a list of these words
+    "linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E",
+}  # fmt: skip
+
+
 def config_fields(config):
-    """Returns the part of a config.json dict that HybridConfig has fields for."""
+    """Returns the part of a config.json dict that HybridConfig has fields for.
+
+    Raises ValueError for a model with biases that this file does not build.
+    """
+    expected = dict.fromkeys(("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias"), False) | {"use_conv_bias": True}
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"config.json sets {name}={config[name]}; this model is built with {value}, as released")
+    if "hybrid_override_pattern" not in config and "layers_block_type" in config:
+        pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["layers_block_type"])
+        config = config | {"hybrid_override_pattern": pattern}
     return {f.name: config[f.name] for f in fields(HybridConfig) if f.name in config}
 
 

@@ -19,19 +19,15 @@ A run lives in out/<run>/: config.json and model.safetensors (what sample.py and
 (weights, optimiser and step in one file, so that they always belong together), log.jsonl, loss.png.
 """
 
-import argparse
-import inspect
 import json
 import math
 import os
 import pickle
-import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -45,6 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
+from cli import fail, parse, pick_device, pick_dtype
 from data import load_corpus
 from kernels import pick_backend
 from nano_hybrid import PRESETS, Hybrid, HybridConfig, NextToken, replacing
@@ -69,7 +66,7 @@ class TrainConfig:
     grad_accum: int = 1  # micro-steps per optimiser step
     steps: int | None = None  # optimiser steps in all
     lr: float | None = None  # peak learning rate
-    weight_decay: float = 0.1  # on matrices only
+    weight_decay: float | None = None  # on matrices only; default 0.1, or REPEATED's
     warmup: int | None = None  # steps of linear warm-up
     decay: float = 0.5  # last part of the steps, in which the learning rate falls to 0
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -96,57 +93,15 @@ class Recipe:
 RECIPES = {
     "hybrid": Recipe(
         NextToken,
-        cpu=dict(preset="tiny", context=256, batch_size=8, steps=1000, warmup=50, lr=4e-3, eval_every=500),
-        gpu=dict(preset="small", context=1024, batch_size=64, steps=1000, warmup=100, lr=1e-3, eval_every=100),
+        cpu=dict(preset="tiny", context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250),
+        gpu=dict(preset="small", context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250),
     ),
 }
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake answered in one line."""
-
-    def error(self, message):
-        """Prints what is wrong and where the flags are explained; exits with status 2."""
-        sys.exit(fail(f"{message} (see python {self.prog} --help)"))
-
-
-def fail(message):
-    """Prints one line about a user's mistake. Returns the exit status for it, 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2
-
-
-def add_fields(group, config_class):
-    """Adds --name=value for every field of a dataclass: its type comes from the field, its help from the comment."""
-    lines = [line.split("  # ") for line in inspect.getsource(config_class).splitlines() if "  # " in line]
-    comments = {code.split(":")[0].strip(): comment for code, comment in lines}
-    for f in fields(config_class):
-        kind = next(t for t in get_args(f.type) or [f.type] if t is not type(None))
-        shown = "" if f.default in (None, "") else f" (default: {f.default})"
-        options = dict(type=kind, metavar=kind.__name__)
-        if kind is bool:
-            options = dict(type=parse_bool, nargs="?", const=True, metavar="true|false")
-        help = (comments[f.name] + shown).replace("%", "%%")
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
-
-
-def parse_bool(text):
-    """Returns the bool that `text` spells. Raises argparse's error otherwise."""
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-def parse(argv):
-    """Returns (settings, model fields) given on the command line, as dicts."""
-    parser = Parser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_fields(parser.add_argument_group("training"), TrainConfig)
-    add_fields(parser.add_argument_group("model (changes the preset)"), HybridConfig)
-    given = vars(parser.parse_args(argv))
-    settings = {f.name for f in fields(TrainConfig)}
-    return {k: v for k, v in given.items() if k in settings}, {k: v for k, v in given.items() if k not in settings}
+# A model that reads the same text more than MAX_FRESH_EPOCHS times learns it by heart unless it is held back (Muennighoff
+# et al., arXiv:2305.16264: up to four passes are nearly as good as new text). Then these are the defaults.
+MAX_FRESH_EPOCHS = 4
+REPEATED = dict(weight_decay=1.0, hidden_dropout=0.5)
 
 
 # ---- 2. set-up: everything a user's mistake can break ---------------------------------------------------------------
@@ -171,7 +126,8 @@ class Run:
 
 def set_up(argv):
     """Returns the Run that the command line asks for. Raises ValueError or OSError with what is wrong in one line."""
-    given, shape = parse(argv)
+    about = "Trains any model of this suite on any objective. With no flags: a hybrid language model on Python source."
+    given, shape = parse(TrainConfig, HybridConfig, prog="train.py", about=about, argv=argv)
     resume = given.get("resume", False)
     directory = find_run(given.get("run"), resume, given.get("recipe", TrainConfig.recipe))
     saved = load_checkpoint(directory) if resume else None
@@ -187,7 +143,13 @@ def set_up(argv):
     dtype, reason = pick_dtype(config.dtype, device)
 
     corpus = load_corpus(config.data, config.tokenizer, config.context)
-    model_config = saved["model_config"] if saved else {"vocab_size": -(-corpus.tokenizer.n_vocab // 64) * 64}
+    tokens = config.batch_size * config.context * config.grad_accum * world_size
+    epochs = config.steps * tokens / sum(map(len, corpus.train))
+    held_back = REPEATED if epochs > MAX_FRESH_EPOCHS else dict(weight_decay=0.1, hidden_dropout=0.0)
+    if config.weight_decay is None:
+        config.weight_decay = held_back["weight_decay"]
+    vocab_size = -(-corpus.tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
+    model_config = saved["model_config"] if saved else dict(vocab_size=vocab_size, hidden_dropout=held_back["hidden_dropout"])
     try:
         model_config = replace(preset, **(model_config | shape))
     except TypeError as error:  # a checkpoint with fields that this version does not know
@@ -220,9 +182,9 @@ def set_up(argv):
     say(f"run: {directory}, {'resumed at' if saved else 'from'} step {run.step} of {config.steps}")
     say(f"model: {model_config.hybrid_override_pattern}, {model.num_parameters() / 1e6:.2f}M parameters on {world_size} "
         f"x {device.type}, {str(dtype)[6:]} ({reason}), backend {pick_backend()}, compile={config.compile}")  # fmt: skip
-    tokens = config.batch_size * config.context * config.grad_accum * world_size
     sizes = " + ".join(f"{sum(map(len, part)):,}" for part in (corpus.train, [corpus.val]))
-    say(f"data: {config.data}, {sizes} tokens of {config.tokenizer}; {tokens:,} tokens a step")
+    say(f"data: {config.data}, {sizes} tokens of {config.tokenizer}; {tokens:,} tokens a step, {epochs:.1f} epochs: "
+        f"dropout {model_config.hidden_dropout}, weight decay {config.weight_decay}")  # fmt: skip
     return run
 
 
@@ -255,8 +217,8 @@ def resolve(given, saved):
         raise ValueError(f"unknown recipe {config.recipe!r}; known: {', '.join(RECIPES)}")
     device = pick_device(config.device)
     row = getattr(RECIPES[config.recipe], "gpu" if device.type == "cuda" else "cpu")
-    compiles = device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, ("g++", "clang++"))))
-    row = dict(compile=compiles, save_every=config.eval_every or row["eval_every"]) | row
+    # On a CPU, compiling takes a minute and a compiler, and then gains a quarter (README): for long runs only.
+    row = dict(compile=device.type == "cuda", save_every=config.eval_every or row["eval_every"]) | row
     config = replace(config, **{k: v for k, v in row.items() if getattr(config, k) is None})
     if config.preset not in PRESETS:
         raise ValueError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
@@ -268,35 +230,6 @@ def resolve(given, saved):
     if config.log not in ("", "wandb", "tensorboard"):
         raise ValueError(f"--log={config.log} is unknown; use wandb or tensorboard")
     return config, PRESETS[config.preset]
-
-
-def pick_device(name):
-    """Returns the torch.device asked for; "auto" takes cuda, then mps, then cpu. Raises ValueError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(n for n, available in there.items() if available)
-    if name not in there:
-        raise ValueError(f"unknown --device={name}; use cuda, mps or cpu")
-    if not there[name]:
-        raise ValueError(f"--device={name} was asked for, but torch finds none; use --device=cpu")
-    return torch.device(name)
-
-
-def pick_dtype(name, device):
-    """Returns (dtype to compute in, why)."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name in known:
-        if name == "float16" and device.type != "cuda":
-            raise ValueError("--dtype=float16 needs a CUDA device; use float32 or bfloat16")
-        return known[name], "asked for"
-    if name != "auto":
-        raise ValueError(f"unknown --dtype={name}; use auto, {', '.join(known)}")
-    if device.type != "cuda":
-        return torch.float32, f"the accurate choice on {device.type}"
-    major, minor = torch.cuda.get_device_capability()
-    if major >= 8:  # not is_bf16_supported(): that is true for emulation, too
-        return torch.bfloat16, f"compute capability {major}.{minor}"
-    return torch.float16, f"compute capability {major}.{minor} has no bfloat16; gradients are scaled"
 
 
 # ---- 3. checkpoints -------------------------------------------------------------------------------------------------
@@ -416,9 +349,10 @@ def schedule(step, config):
 
 
 def evaluate(run):
-    """Returns the objective's numbers, without dropout and without compilation: shapes differ here."""
+    """Returns the objective's numbers, without dropout. Not compiled: odd shapes and a second mode would take minutes."""
     run.model.eval()
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32), torch.no_grad():
+    autocast = torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)
+    with autocast, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         numbers = run.objective.evaluate(run.model)
     run.model.train()
     return numbers
@@ -436,8 +370,9 @@ def train(run):
     interrupted = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.append(1))
-    bad, began, bar = 0, time.time(), None
-    bar = tqdm(initial=run.step, total=config.steps, disable=run.rank != 0, dynamic_ncols=True, unit="step")
+    bad, began = 0, time.time()
+    often = 0.1 if sys.stderr.isatty() else 30  # seconds between updates: a log file wants few
+    bar = tqdm(initial=run.step, total=config.steps, disable=run.rank != 0, mininterval=often, maxinterval=often)
     model.train()
     while run.step < config.steps:
         torch.manual_seed((config.seed << 40) + (run.step << 12) + run.rank)  # dropout, and whatever a rollout samples
@@ -490,7 +425,7 @@ def train(run):
             say(f"step {run.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith("val") or k == "reward"))
         if log:
             log.add(run.step, **row)
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s" + (f", MFU {row['mfu']:.1%}" if peak else ""))
+            bar.set_postfix_str(refresh=False, s=f"loss {loss:.3f}, {speed:,.0f} tok/s" + (f", MFU {row['mfu']:.1%}" if peak else ""))
             bar.update()
         if run.step % config.save_every == 0 or last or stop:
             save_checkpoint(run)

@@ -1,0 +1,91 @@
+"""The command line, the same for every script: flags from a dataclass, mistakes in one line, a device and a dtype.
+
+    @dataclass
+    class Config:
+        steps: int = 100  # optimiser steps          <- becomes --steps=100, with this help text
+
+    config = Config(**parse(Config, prog="train.py", about="Trains a model."))
+"""
+
+import argparse
+import inspect
+import sys
+from dataclasses import fields
+from typing import get_args
+
+import torch
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake answered in one line."""
+
+    def error(self, message):
+        """Prints what is wrong and where the flags are explained; exits with status 2."""
+        sys.exit(fail(f"{message} (see python {self.prog} --help)"))
+
+
+def fail(message):
+    """Prints one line about a user's mistake. Returns the exit status for it, 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def add_fields(group, config_class):
+    """Adds --name=value for every field of a dataclass: its type comes from the field, its help from the comment."""
+    lines = [line.split("  # ") for line in inspect.getsource(config_class).splitlines() if "  # " in line]
+    comments = {code.split(":")[0].strip(): comment for code, comment in lines}
+    for f in fields(config_class):
+        kind = next(t for t in get_args(f.type) or [f.type] if t is not type(None))
+        shown = "" if f.default in (None, "") else f" (default: {f.default})"
+        options = dict(type=kind, metavar=kind.__name__)
+        if kind is bool:
+            options = dict(type=parse_bool, nargs="?", const=True, metavar="true|false")
+        help = (comments[f.name] + shown).replace("%", "%%")
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
+
+
+def parse_bool(text):
+    """Returns the bool that `text` spells. Raises argparse's error otherwise."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def parse(*config_classes, prog, about, argv=None):
+    """Returns one dict of the flags given for each dataclass: only those given, so that defaults can come from elsewhere."""
+    parser = Parser(prog=prog, description=about, allow_abbrev=False)
+    for config_class in config_classes:
+        add_fields(parser.add_argument_group(inspect.getdoc(config_class).split("\n")[0]), config_class)
+    given = vars(parser.parse_args(argv))
+    parts = [{f.name: given[f.name] for f in fields(c) if f.name in given} for c in config_classes]
+    return parts if len(parts) > 1 else parts[0]
+
+
+def pick_device(name):
+    """Returns the torch.device asked for; "auto" takes cuda, then mps, then cpu. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n, available in there.items() if available)
+    if name not in there:
+        raise ValueError(f"unknown --device={name}; use cuda, mps or cpu")
+    if not there[name]:
+        raise ValueError(f"--device={name} was asked for, but torch finds none; use --device=cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """Returns (dtype to compute in, why)."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in known:
+        if name == "float16" and device.type != "cuda":
+            raise ValueError("--dtype=float16 needs a CUDA device; use float32 or bfloat16")
+        return known[name], "asked for"
+    if name != "auto":
+        raise ValueError(f"unknown --dtype={name}; use auto, {', '.join(known)}")
+    if device.type != "cuda":
+        return torch.float32, f"the accurate choice on {device.type}"
+    major, minor = torch.cuda.get_device_capability()
+    if major >= 8:  # not is_bf16_supported(): that is true for emulation, too
+        return torch.bfloat16, f"compute capability {major}.{minor}"
+    return torch.float16, f"compute capability {major}.{minor} has no bfloat16; gradients are scaled"

@@ -1,0 +1,125 @@
+"""Continues text with a trained model.
+
+    python sample.py --prompt='def '                  the newest run in out/
+    python sample.py --run=hybrid-2 --num_samples=3 --temperature=0.8 --top_p=0.95
+
+Text appears as it is made when there is one sample and a terminal (or --stream).
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cli import fail, parse, pick_device, pick_dtype
+from data import Tokenizer
+from nano_hybrid import Hybrid, read_config
+
+OUT = Path("out")
+
+
+@dataclass
+class SampleConfig:
+    """The settings; the comment is the --help text."""
+
+    run: str | None = None  # a run's name in out/, or the path of a checkpoint folder; default: the newest run
+    prompt: str | None = None  # text to go on from; default: the start of a document
+    prompt_file: str | None = None  # read the prompt from this file
+    max_new_tokens: int = 200  # tokens to add
+    temperature: float = 0.8  # 0 always takes the likeliest token; 1 samples from the model as it is
+    top_k: int | None = None  # only ever choose among this many tokens
+    top_p: float | None = None  # only ever choose among the fewest tokens with this much probability in all
+    num_samples: int = 1  # texts to make from the prompt
+    stream: bool | None = None  # print tokens as they come; default: for one sample on a terminal
+    seed: int = 0  # the same seed gives the same text
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: str = "auto"  # float32, bfloat16 or float16
+
+
+def find_checkpoint(run):
+    """Returns the folder of the checkpoint asked for. Raises FileNotFoundError if there is none."""
+    if run is None:
+        newest = max(OUT.glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime, default=None)
+        if newest is None:
+            raise FileNotFoundError(f"there is no trained model in {OUT}/; run python train.py first, or give --run")
+        return newest.parent
+    folder = next((f for f in (OUT / run, Path(run)) if f.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"--run={run}: neither {OUT / run} nor {run} is a folder")
+    return folder
+
+
+def load(config):
+    """Returns (model, tokenizer, prompt ids). Raises ValueError or OSError with what is wrong in one line."""
+    if config.prompt is not None and config.prompt_file is not None:
+        raise ValueError("--prompt and --prompt_file were both given; choose one")
+    if config.max_new_tokens < 1 or config.num_samples < 1:
+        raise ValueError("--max_new_tokens and --num_samples must be at least 1")
+    folder = find_checkpoint(config.run)
+    trained = read_config(folder).get("nanopapers", {})
+    if "tokenizer" not in trained:
+        raise ValueError(f"{folder / 'config.json'} does not name the tokenizer: it was not written by train.py")
+    tokenizer = Tokenizer(trained["tokenizer"])
+    device = pick_device(config.device)
+    dtype, _ = pick_dtype(config.dtype, device)
+    model = Hybrid.from_pretrained(folder).to(device, dtype).eval()
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(f"{folder}: {model.config.vocab_size} tokens in the model, {tokenizer.n_vocab} in {tokenizer.name}")
+    prompt = Path(config.prompt_file).read_text() if config.prompt_file is not None else config.prompt or ""
+    print(f"{folder}: {model.num_parameters() / 1e6:.2f}M parameters, {device}, {str(dtype)[6:]}", file=sys.stderr)
+    return model, tokenizer, [tokenizer.end_of_text] + tokenizer.encode(prompt)
+
+
+def main(argv=None):
+    """Prints the samples; speed goes to stderr. Returns the exit status: 0 done, 2 a mistake, 130 interrupted."""
+    config = SampleConfig(**parse(SampleConfig, prog="sample.py", about="Continues text with a trained model.", argv=argv))
+    try:
+        model, tokenizer, prompt = load(config)
+        generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
+        steps = model.generate(
+            [prompt] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
+            stop=[tokenizer.end_of_text], generator=generator,
+        )  # fmt: skip
+        return write(config, tokenizer, prompt, steps)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print()
+        return 130
+
+
+def write(config, tokenizer, prompt, steps):
+    """Prints prompt and continuation of each row, as they come if asked to. Returns 0."""
+    rows, began = [[] for _ in range(config.num_samples)], time.perf_counter()
+
+    def first_row():
+        yield from prompt[1:]
+        for step in steps:
+            yield from record(step)[:1]
+
+    def record(step):
+        tokens = step.tolist()
+        for row, token in zip(rows, tokens):
+            if token not in (-1, tokenizer.end_of_text):
+                row.append(token)
+        return [token for token in tokens if token not in (-1, tokenizer.end_of_text)]
+
+    stream = config.stream if config.stream is not None else config.num_samples == 1 and sys.stdout.isatty()
+    if stream and config.num_samples == 1:
+        for text in tokenizer.stream(first_row()):
+            print(text, end="", flush=True)
+        print()
+    else:
+        for step in steps:
+            record(step)
+        print("\n---\n".join(tokenizer.decode(prompt[1:] + row) for row in rows))
+    seconds = time.perf_counter() - began
+    made = sum(map(len, rows))
+    print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.0f} tokens/s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""kernels.py against definitions, limit cases and PyTorch's own functions, in float64 unless said."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+
+
+def draw(*shape, seed=0, dtype=torch.float64, grad=False):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return x.requires_grad_() if grad else x
+
+
+def ssd_inputs(B=2, T=10, H=4, P=3, G=2, N=5, dtype=torch.float64):
+    """x, dt, A, Bmat, Cmat, D, initial state, each a leaf that wants its gradient."""
+    dt = F.softplus(draw(B, T, H, seed=1) - 1)
+    A = -torch.exp(draw(H, seed=2))
+    tensors = draw(B, T, H, P), dt, A, draw(B, T, G, N, seed=3), draw(B, T, G, N, seed=4), draw(H, seed=5)
+    return [t.detach().to(dtype).requires_grad_() for t in (*tensors, draw(B, H, P, N, seed=6))]
+
+
+def assert_same(a, b, tolerance=1e-10):
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance * max(1, b.abs().max())
+
+
+# ---- SSD ----
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
+def test_ssd_is_the_recurrence_with_every_gradient(T):
+    inputs = ssd_inputs(T=T)
+    x, dt, A, Bm, Cm, D, h0 = inputs
+    y_weight, state_weight = draw(*x.shape, seed=7), draw(*h0.shape, seed=8)
+    grads, outs = [], []
+    for fn, kwargs in ((kernels.ssd, dict(chunk_size=64)), (kernels.ssd_recurrent_ref, {})):
+        y, state = fn(x, dt, A, Bm, Cm, D, initial_state=h0, return_final_state=True, **kwargs)
+        outs.append((y, state))
+        grads.append(torch.autograd.grad((y * y_weight).sum() + (state * state_weight).sum(), inputs))
+    for a, b in zip(outs[0] + grads[0], outs[1] + grads[1]):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 100])
+def test_chunk_size_does_not_change_the_result(chunk_size):
+    x, dt, A, Bm, Cm, D, _ = ssd_inputs(T=33)
+    expected, state = kernels.ssd_recurrent_ref(x, dt, A, Bm, Cm, D, return_final_state=True)
+    y, final = kernels.ssd(x, dt, A, Bm, Cm, D, chunk_size=chunk_size, return_final_state=True)
+    assert_same(y, expected)
+    assert_same(final, state)
+
+
+def test_one_chunk_is_masked_attention():
+    """Without decay (A = 0) and with dt = 1, SSD is causal linear attention: y = tril(C B^T) x."""
+    x, _, _, Bm, Cm, _, _ = ssd_inputs(B=1, T=9, H=1, G=1)
+    y = kernels.ssd(x, torch.ones(1, 9, 1, dtype=x.dtype), torch.zeros(1, dtype=x.dtype), Bm, Cm)
+    expected = (Cm[0, :, 0] @ Bm[0, :, 0].T).tril() @ x[0, :, 0]
+    assert_same(y[0, :, 0], expected)
+
+
+def test_dt_zero_leaves_the_state_alone():
+    x, dt, A, Bm, Cm, D, h0 = ssd_inputs()
+    _, state = kernels.ssd(x, torch.zeros_like(dt), A, Bm, Cm, D, initial_state=h0, return_final_state=True)
+    assert_same(state, h0)
+
+
+def test_ssd_in_two_pieces_is_ssd_in_one():
+    x, dt, A, Bm, Cm, D, h0 = ssd_inputs(T=21)
+    y, state = kernels.ssd(x, dt, A, Bm, Cm, D, 8, h0, return_final_state=True)
+    y1, middle = kernels.ssd(x[:, :5], dt[:, :5], A, Bm[:, :5], Cm[:, :5], D, 8, h0, return_final_state=True)
+    y2, end = kernels.ssd(x[:, 5:], dt[:, 5:], A, Bm[:, 5:], Cm[:, 5:], D, 8, middle, return_final_state=True)
+    assert_same(torch.cat([y1, y2], 1), y)
+    assert_same(end, state)
+
+
+def test_ssd_gradcheck():
+    inputs = ssd_inputs(B=1, T=5, H=2, P=2, G=1, N=2)
+
+    def run(x, dt, A, Bm, Cm, D, h0):
+        return kernels.ssd(x, dt, A, Bm, Cm, D, chunk_size=2, initial_state=h0, return_final_state=True)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_ssd_survives_decays_that_underflow():
+    """exp of a chunk's whole decay is 0 in float32 here; quotients of exponentials would give nan."""
+    inputs = [t.detach().float().requires_grad_() for t in ssd_inputs(T=130)]
+    x, _, A, Bm, Cm, D, h0 = inputs
+    y, state = kernels.ssd(x, torch.full((2, 130, 4), 10.0), A - 16, Bm, Cm, D, 64, h0, return_final_state=True)
+    (y.sum() + state.sum()).backward()
+    assert all(t.isfinite().all() for t in (y, state, x.grad, A.grad, Bm.grad, Cm.grad, h0.grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_ssd_in_low_precision_is_as_good_as_its_inputs(dtype, device):
+    exact = [t.detach().to(dtype).double() for t in ssd_inputs(T=100)]
+    expected, state = kernels.ssd_recurrent_ref(*exact[:6], exact[6], return_final_state=True)
+    x, dt, A, Bm, Cm, D, h0 = (t.to(device, dtype) for t in exact)
+    y, final = kernels.ssd(x, dt.float(), A.float(), Bm, Cm, D.float(), 32, h0.float(), return_final_state=True)
+    assert y.dtype == dtype and final.dtype == torch.float32
+    unit = 2 * torch.finfo(dtype).eps
+    assert (y.cpu().double() - expected).norm() < unit * expected.norm()
+    assert (final.cpu().double() - state).norm() < unit * state.norm()
+
+
+def test_ssd_says_what_does_not_fit():
+    x, dt, A, Bm, Cm, D, _ = ssd_inputs()
+    with pytest.raises(ValueError, match="4 heads do not divide into 3 groups"):
+        kernels.ssd(x, dt, A, Bm[:, :, :1].expand(-1, -1, 3, -1), Cm, D)
+    with pytest.raises(ValueError, match="at least one token"):
+        kernels.ssd(x[:, :0], dt[:, :0], A, Bm[:, :0], Cm[:, :0], D)
+
+
+# ---- norms ----
+
+
+def test_rms_norm_is_torch_s():
+    x, w = draw(3, 5, 16), draw(16, seed=1)
+    assert_same(kernels.rms_norm(x, w, 1e-3), F.rms_norm(x, (16,), w, 1e-3))
+
+
+def test_rms_norm_multiplies_before_it_rounds():
+    x, w = draw(64, 32, dtype=torch.bfloat16), draw(32, seed=1, dtype=torch.bfloat16)
+    exact = F.rms_norm(x.double(), (32,), w.double(), 1e-5)
+    assert torch.equal(kernels.rms_norm(x, w), exact.to(torch.bfloat16))
+
+
+def test_gated_rms_norm_gates_first_and_norms_each_group():
+    x, gate, w = draw(2, 3, 12), draw(2, 3, 12, seed=1), draw(12, seed=2)
+    gated = x * gate * torch.sigmoid(gate)
+    expected = torch.cat([F.rms_norm(g, (4,), eps=1e-5) for g in gated.split(4, -1)], -1) * w
+    assert_same(kernels.gated_rms_norm(x, gate, w, 4), expected)
+    with pytest.raises(ValueError, match="12 channels do not divide into groups of group_size=5"):
+        kernels.gated_rms_norm(x, gate, w, 5)
+
+
+# ---- convolution ----
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 17])
+@pytest.mark.parametrize("W", [1, 4])
+def test_causal_conv1d_is_a_left_padded_depthwise_convolution(T, W):
+    x, w, b = draw(2, T, 6), draw(6, W, seed=1), draw(6, seed=2)
+    expected = F.silu(F.conv1d(F.pad(x.transpose(1, 2), (W - 1, 0)), w[:, None], b, groups=6)).transpose(1, 2)
+    assert_same(kernels.causal_conv1d(x, w, b), expected)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 9])
+def test_causal_conv1d_goes_on_from_its_state(cut):
+    x, w = draw(2, 10, 6), draw(6, 4, seed=1)
+    whole, state = kernels.causal_conv1d(x, w, activation=None, return_final_state=True)
+    first, middle = kernels.causal_conv1d(x[:, :cut], w, activation=None, return_final_state=True)
+    second, end = kernels.causal_conv1d(x[:, cut:], w, None, middle, None, return_final_state=True)
+    assert_same(torch.cat([first, second], 1), whole)
+    assert torch.equal(end, state) and torch.equal(state, x[:, -3:].transpose(1, 2))
+
+
+def test_causal_conv1d_gradients():
+    args = draw(1, 4, 2, grad=True), draw(2, 3, seed=1, grad=True), draw(2, seed=2, grad=True)
+    state = draw(1, 2, 2, seed=3, grad=True)
+    assert torch.autograd.gradcheck(lambda *a: kernels.causal_conv1d(*a, return_final_state=True), (*args, state))
+    with pytest.raises(ValueError, match="unknown activation 'gelu'"):
+        kernels.causal_conv1d(*args, activation="gelu")
+
+
+# ---- output projection ----
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest tensor made under it has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("limit", [1 << 26, 40 * 7, 1])  # in one block, in blocks of seven rows, row by row
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_is_cross_entropy_of_the_logits(limit, reduction, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_LOGITS", limit)
+    h, w = draw(23, 8, grad=True), draw(40, 8, seed=1, grad=True)
+    targets = torch.arange(23) % 40
+    targets[::5] = -100
+    expected = F.cross_entropy(h @ w.T, targets, reduction=reduction)
+    loss = kernels.linear_cross_entropy(h, w, targets, reduction=reduction)
+    assert_same(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss.sum(), (h, w)), torch.autograd.grad(expected.sum(), (h, w))):
+        assert_same(a, b)
+
+
+def test_the_logits_never_stand_whole_in_memory(monkeypatch):
+    S, V, C = 256, 512, 4
+    monkeypatch.setattr(kernels, "MAX_LOGITS", 16 * V)
+    h, w = draw(S, C, grad=True), draw(V, C, seed=1, grad=True)
+    targets = torch.arange(S)
+    with LargestTensor() as seen:
+        kernels.linear_cross_entropy(h, w, targets).backward()
+        logprob, entropy = kernels.linear_logprob(h, w, targets)
+        (logprob + entropy).sum().backward()
+    assert seen.numel == 16 * V
+
+
+@pytest.mark.parametrize("limit", [1 << 26, 40 * 7])
+def test_linear_logprob_is_log_softmax_and_its_entropy(limit, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_LOGITS", limit)
+    h, w, targets = draw(23, 8, grad=True), draw(40, 8, seed=1, grad=True), torch.arange(23)
+    logprob, entropy = kernels.linear_logprob(h, w, targets, temperature=0.7)
+    expected = torch.distributions.Categorical(logits=h @ w.T / 0.7)
+    assert_same(logprob, expected.log_prob(targets))
+    assert_same(entropy, expected.entropy())
+    got = torch.autograd.grad((logprob + 2 * entropy).sum(), (h, w))
+    want = torch.autograd.grad((expected.log_prob(targets) + 2 * expected.entropy()).sum(), (h, w))
+    for a, b in zip(got, want):
+        assert_same(a, b)
+
+
+def test_a_zero_matrix_predicts_uniformly():
+    zero = torch.zeros(50, 8)
+    targets = torch.arange(4)
+    assert kernels.linear_cross_entropy(draw(4, 8).float(), zero, targets).item() == pytest.approx(math.log(50))
+    _, entropy = kernels.linear_logprob(draw(4, 8).float(), zero, targets)
+    assert entropy.tolist() == pytest.approx([math.log(50)] * 4)
+
+
+def test_no_targets_at_all_is_nan_as_in_torch():
+    assert kernels.linear_cross_entropy(draw(3, 4), draw(5, 4), torch.full((3,), -100)).isnan()
+    with pytest.raises(ValueError, match="unknown reduction 'max'"):
+        kernels.linear_cross_entropy(draw(3, 4), draw(5, 4), torch.arange(3), reduction="max")
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        kernels.linear_logprob(draw(3, 4), draw(5, 4), torch.arange(3), temperature=0)
+
+
+# ---- the switch ----
+
+
+def test_backend_switch_is_loud(monkeypatch):
+    assert kernels.pick_backend() == kernels.pick_backend("torch") == "torch"
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        kernels.rms_norm(draw(2, 4), draw(4), backend="cuda")
+    with pytest.raises(ValueError, match="no Triton kernels"):
+        kernels.ssd(*ssd_inputs()[:6], backend="triton")
+    monkeypatch.setattr(kernels, "BACKEND", "triton")  # what NANO_BACKEND=triton sets
+    with pytest.raises(ValueError, match="no Triton kernels"):
+        kernels.rms_norm(draw(2, 4), draw(4))

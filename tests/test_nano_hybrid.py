@@ -1,0 +1,358 @@
+"""nano_hybrid.py: parity with transformers' NemotronH, the cache, generation, checkpoints, published sizes."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, scramble
+from nano_hybrid import PRESETS, Hybrid, HybridConfig, sample
+
+
+def build(dtype=torch.float32, seed=0, **changes):
+    torch.manual_seed(seed)
+    return scramble(Hybrid(HybridConfig(**(TINY | changes))), seed).to(dtype).eval()
+
+
+def draw_ids(B, T, seed=0):
+    return torch.randint(TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the world's implementation ----
+
+
+def oracle(model, tmp_path):
+    """transformers' NemotronH with our checkpoint, and its clamp of dt (not in the published model) out of the way."""
+    transformers = pytest.importorskip("transformers")
+    model.save_pretrained(tmp_path)
+    theirs = transformers.NemotronHForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    for layer in theirs.model.layers:
+        if hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (0.0, math.inf)
+    return theirs
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("T", [1, 3, 8, 9, 29])
+def test_logits_and_gradients_are_those_of_transformers(T, tied, tmp_path):
+    model = build(tie_word_embeddings=tied)
+    theirs = oracle(model, tmp_path)
+    ids = draw_ids(2, T)
+    ours, expected = model(ids), theirs(ids, use_cache=False).logits
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    (ours * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, p in theirs.named_parameters():
+        if tied and name in ("lm_head.weight", "model.embeddings.weight"):
+            continue  # transformers does not tie this model: its two gradients add up to our one
+        grad = dict(model.named_parameters())[name].grad
+        assert (grad - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6 * weight.norm(), name
+
+
+def test_a_checkpoint_of_transformers_opens_here(tmp_path):
+    model = build()
+    theirs = oracle(model, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert "hybrid_override_pattern" not in config  # transformers 5 spells the layers out
+    again = Hybrid.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(again(draw_ids(1, 9)), model(draw_ids(1, 9)))
+
+
+def test_parameter_names_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    shape = {k: v for k, v in TINY.items()}
+    with torch.device("meta"):
+        theirs = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**shape)).state_dict()
+        ours = Hybrid(HybridConfig(**TINY)).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("nano-12b-v2", 12310), ("nano-9b-v2", 8890), ("small", 122.3), ("tiny", 1.844)]
+)
+def test_presets_have_the_published_sizes(preset, millions):
+    with torch.device("meta"):
+        model = Hybrid(PRESETS[preset])
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+@pytest.mark.parametrize(("preset", "counts"), [("nano-12b-v2", (28, 6, 28)), ("nano-9b-v2", (27, 4, 25))])
+def test_presets_have_the_published_layers(preset, counts):
+    assert tuple(map(PRESETS[preset].hybrid_override_pattern.count, "M*-")) == counts
+
+
+# ---- initialisation, loss ----
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_loss_at_step_0_is_ln_V(preset):
+    torch.manual_seed(0)
+    model = Hybrid(replace(PRESETS[preset], vocab_size=4096))
+    ids = torch.randint(4096, (2, 129))
+    loss, metrics = model.loss(ids[:, :-1], ids[:, 1:])
+    assert loss.item() == pytest.approx(math.log(4096), rel=0.02)
+    assert metrics["loss"] == loss
+
+
+def test_initial_values_are_the_published_ones():
+    torch.manual_seed(0)
+    config = replace(PRESETS["tiny"], mamba_num_heads=64, hidden_size=256, initializer_range=0.02)
+    model = Hybrid(config).requires_grad_(False)
+    mixer, mlp = model.model.layers[0].mixer, model.model.layers[1].mixer
+    assert mixer.in_proj.weight.std() == pytest.approx(0.02, rel=0.02)
+    for output in (mixer.out_proj, mlp.down_proj):
+        assert output.weight.std() == pytest.approx(0.02 / math.sqrt(7), rel=0.02)
+    A, dt = mixer.A_log.exp(), F.softplus(mixer.dt_bias)
+    assert A.min() >= 1 and A.max() <= 16 and A.std() > 3
+    assert dt.min() >= 1e-3 * 0.999 and dt.max() <= 0.1 * 1.001
+    assert mixer.D.unique().tolist() == [1.0] and mixer.norm.weight.unique().tolist() == [1.0]
+
+
+def test_loss_is_the_cross_entropy_of_forward_and_ignores_minus_100():
+    model, ids = build(), draw_ids(2, 20)
+    targets = ids[:, 1:].clone()
+    targets[0, :7] = -100
+    loss, _ = model.loss(ids[:, :-1], targets)
+    expected = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), targets.flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_logprobs_are_log_softmax_of_forward():
+    model, ids = build(torch.float64), draw_ids(2, 12)
+    logprob, entropy = model.logprobs(ids, temperature=1.5)
+    expected = torch.distributions.Categorical(logits=model(ids[:, :-1]) / 1.5)
+    assert torch.allclose(logprob, expected.log_prob(ids[:, 1:]))
+    assert torch.allclose(entropy, expected.entropy())
+    mask = torch.arange(11).expand(2, 11) > 6
+    masked, _ = model.logprobs(ids, mask, temperature=1.5)
+    assert torch.allclose(masked, logprob * mask)
+
+
+def test_a_small_model_learns_a_sequence_by_heart():
+    torch.manual_seed(0)
+    model = Hybrid(HybridConfig(**TINY))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = draw_ids(2, 33)
+    for _ in range(120):
+        loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_dropout_is_for_training_only():
+    model = build(hidden_dropout=0.5)
+    ids = draw_ids(1, 9)
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_flops_are_those_that_pytorch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Hybrid(HybridConfig(**(TINY | dict(hybrid_override_pattern="--")))).train()
+    ids = draw_ids(1, 11)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+    assert counter.get_total_flops() == model.flops_per_token(10) * 10
+
+
+# ---- the cache ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pieces", [[30], [1] * 30, [12, 18], [2, 9, 1, 1, 17], [29, 1]])
+def test_cached_equals_uncached(pieces, dtype):
+    model, ids = build(dtype), draw_ids(2, 30)
+    with torch.no_grad():
+        expected = model(ids)
+        cache = model.new_cache()
+        got = torch.cat([model(part, cache) for part in ids.split(pieces, dim=1)], dim=1)
+    assert cache.length == 30
+    assert (got - expected).abs().max() < (1e-4 if dtype == torch.float32 else 1e-10) * expected.abs().max()
+
+
+def test_the_mamba_state_does_not_grow():
+    model, cache = build(), None
+    sizes = []
+    for T in (3, 40):
+        cache = model.new_cache()
+        model(draw_ids(1, T), cache)
+        sizes.append([(s.conv.shape, s.ssm.shape) for s in cache.layers if hasattr(s, "ssm")])
+        assert all(s.ssm.dtype == torch.float32 for s in cache.layers if hasattr(s, "ssm"))
+    assert sizes[0] == sizes[1]
+
+
+def test_the_future_does_not_matter():
+    model, ids = build(torch.float64), draw_ids(1, 20)
+    changed = ids.clone()
+    changed[:, 11:] = (changed[:, 11:] + 1) % TINY["vocab_size"]
+    assert torch.equal(model(ids)[:, :11], model(changed)[:, :11])
+
+
+def test_left_padding_is_exact():
+    model, ids = build(torch.float64), draw_ids(1, 20)
+    pad = 7
+    padded = torch.cat([ids[:, :3].new_full((1, pad), 5), ids], 1)
+    both = torch.cat([padded, draw_ids(1, 27, seed=3)])
+    with torch.no_grad():
+        for pieces in ([27], [4, 4, 18, 1]):
+            cache = model.new_cache(pad=torch.tensor([pad, 0]))
+            got = torch.cat([model(part, cache) for part in both.split(pieces, dim=1)], dim=1)
+            assert (got[0, pad:] - model(ids)[0]).abs().max() < 1e-10
+            assert (got[1] - model(both[1:])[0]).abs().max() < 1e-10
+
+
+# ---- generation ----
+
+
+def run(model, prompts, n, **kwargs):
+    return torch.stack(list(model.generate(prompts, n, **kwargs)), dim=1).tolist()
+
+
+def test_greedy_generation_is_argmax_of_forward():
+    model, ids = build(torch.float64), draw_ids(1, 5)
+    made = run(model, ids, 12, temperature=0)[0]
+    for i in range(12):
+        assert made[i] == model(torch.cat([ids, torch.tensor([made[:i]], dtype=torch.int64)], 1))[0, -1].argmax()
+
+
+def test_prompts_of_different_length_do_not_disturb_each_other():
+    model = build(torch.float64)
+    prompts = [draw_ids(1, n, seed=n)[0].tolist() for n in (1, 4, 13)]
+    together = run(model, prompts, 10, temperature=0)
+    assert together == [run(model, [p], 10, temperature=0)[0] for p in prompts]
+
+
+def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
+    model = build(torch.float64)
+    prompts = [draw_ids(1, n, seed=n)[0].tolist() for n in (3, 6)]
+    free = run(model, prompts, 12, temperature=0)
+    stop = free[0][2]
+    rows = run(model, prompts, 12, temperature=0, stop=[stop])
+    end = free[0].index(stop)
+    assert rows[0][: end + 1] == free[0][: end + 1]
+    assert set(rows[0][end + 1 :]) <= {-1}
+    other = free[1].index(stop) + 1 if stop in free[1] else len(rows[1])
+    assert rows[1][:other] == free[1][:other]
+    assert len(rows[0]) == max(end + 1, other)
+
+
+def test_generation_repeats_with_its_seed():
+    model, ids = build(), draw_ids(2, 4)
+    first, second, third = (
+        run(model, ids, 20, temperature=2.0, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    )
+    assert first == second != third
+
+
+def test_sampling_follows_the_distribution_that_was_asked_for():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probs.log().expand(20_000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**kwargs):
+        return torch.bincount(sample(logits, generator=generator, **kwargs), minlength=4) / 20_000
+
+    for kwargs, expected in [
+        (dict(), probs),
+        (dict(top_k=2), torch.tensor([5, 3, 0, 0]) / 8),
+        (dict(top_p=0.6), torch.tensor([5, 3, 0, 0]) / 8),  # 0.5 is not enough, 0.5 + 0.3 is
+        (dict(top_p=0.5), torch.tensor([1.0, 0, 0, 0])),
+        (dict(top_p=1e-9), torch.tensor([1.0, 0, 0, 0])),
+        (dict(temperature=0.5), probs**2 / (probs**2).sum()),
+        (dict(temperature=0), torch.tensor([1.0, 0, 0, 0])),
+        (dict(top_k=100, top_p=1.0), probs),
+    ]:
+        assert (frequencies(**kwargs) - expected).abs().max() < 0.015, kwargs
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kwargs", "message"),
+    [
+        ([[]], {}, "empty prompt"),
+        ([], {}, "empty prompt"),
+        ([[1]], dict(temperature=-1), "temperature >= 0"),
+        ([[1]], dict(top_k=0), "top_k >= 1"),
+        ([[1]], dict(top_p=0.0), "0 < top_p"),
+    ],
+)
+def test_generate_refuses_what_cannot_be(prompt, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        next(build().generate(prompt, 3, **kwargs))
+
+
+# ---- checkpoints and configurations ----
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load_give_the_same_logits(tied, tmp_path):
+    model = build(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "a", note="kept")
+    again = Hybrid.from_pretrained(tmp_path / "a")
+    assert again.config == model.config
+    assert (again.lm_head.weight is again.model.embeddings.weight) == tied
+    assert torch.equal(again(draw_ids(1, 9)), model(draw_ids(1, 9)))
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["note"] == "kept"
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def damage(path, how):
+    if how == "gone":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif how == "nonsense":
+        path.write_bytes(b"not this")
+    elif how == "foreign":
+        path.write_text('{"model_type": "llama"}')
+    elif how == "other shape":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 48}))
+    elif how == "other pattern":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"hybrid_override_pattern": "M-X"}))
+    elif how == "biases":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_bias": True}))
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "error", "message"),
+    [
+        ("config.json", "gone", FileNotFoundError, "config.json is missing"),
+        ("config.json", "nonsense", ValueError, "config.json is not valid JSON"),
+        ("config.json", "foreign", ValueError, "model_type='llama'"),
+        ("config.json", "other pattern", ValueError, "'X'"),
+        ("config.json", "other shape", ValueError, "does not fit its config"),
+        ("config.json", "biases", ValueError, "mlp_bias"),
+        ("model.safetensors", "gone", FileNotFoundError, "model.safetensors is missing"),
+        ("model.safetensors", "truncated", ValueError, "damaged or not a safetensors file"),
+        ("model.safetensors", "nonsense", ValueError, "damaged or not a safetensors file"),
+    ],
+)
+def test_a_bad_checkpoint_is_named(file, how, error, message, tmp_path):
+    build().save_pretrained(tmp_path)
+    damage(tmp_path / file, how)
+    with pytest.raises(error, match=message):
+        Hybrid.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(hybrid_override_pattern="M-Q"), r"has \['Q'\].*one letter per layer"),
+        (dict(hybrid_override_pattern=""), "no layers"),
+        (dict(num_attention_heads=6, num_key_value_heads=4), "num_attention_heads=6 is not a multiple of"),
+        (dict(mamba_num_heads=4, n_groups=3), "mamba_num_heads=4 is not a multiple of n_groups=3"),
+        (dict(hidden_size=0), "hidden_size=0 must be at least 1"),
+        (dict(hidden_dropout=1.0), "hidden_dropout=1.0"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        HybridConfig(**(TINY | changes))
