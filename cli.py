@@ -1,10 +1,10 @@
 """The command line, the same for every script: flags from a dataclass, mistakes in one line, a device and a dtype.
 
-    @dataclass
-    class Config:
-        steps: int = 100  # optimiser steps          <- becomes --steps=100, with this help text
+@dataclass
+class Config:
+    steps: int = 100  # optimiser steps          <- becomes --steps=100, with this help text
 
-    config = Config(**parse(Config, prog="train.py", about="Trains a model."))
+config = Config(**parse(Config, prog="train.py", about="Trains a model."))
 """
 
 import argparse
@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import get_args
 
 import torch
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with a mistake answered in one line."""
@@ -53,7 +54,7 @@ def parse_bool(text):
 
 
 def parse(*config_classes, prog, about, argv=None):
-    """Returns one dict of the flags given for each dataclass: only those given, so that defaults can come from elsewhere."""
+    """Returns a dict per dataclass of the flags given, without defaults: those can come from elsewhere."""
     parser = Parser(prog=prog, description=about, allow_abbrev=False)
     for config_class in config_classes:
         add_fields(parser.add_argument_group(inspect.getdoc(config_class).split("\n")[0]), config_class)
@@ -63,7 +64,7 @@ def parse(*config_classes, prog, about, argv=None):
 
 
 def pick_device(name):
-    """Returns the torch.device asked for; "auto" takes cuda, then mps, then cpu. Raises ValueError if it is not there."""
+    """Returns the torch.device `name`; "auto" takes cuda, then mps, then cpu. Raises ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(n for n, available in there.items() if available)

@@ -1,6 +1,6 @@
 """What the models learn from: tokenizers, corpora and batches.
 
-Corpora     "python"    the source of the running Python's own standard library, tests left out: on every machine already
+Corpora     "python"    the source of the running Python's standard library, tests left out: on every machine already
             a path      a text file, a folder (read recursively) or a glob such as 'books/*.txt'
             *.bin       token ids, uint16, as nanoGPT and llm.c write them; memory-mapped
 Tokenizers  "python4k"  byte-level BPE of 4,096 tokens, shipped in assets/ (`python data.py` made it)
@@ -217,7 +217,7 @@ def encode_corpus(data, tokenizer, cache):
         Path(cache).mkdir(parents=True, exist_ok=True)
         for texts, file in zip(readers, files):
             partial = file.with_suffix(f".{os.getpid()}")
-            with open(partial, "wb") as out, tqdm(desc=f"encoding {file.stem[17:]}", unit=" documents") as bar:
+            with open(partial, "wb") as out, tqdm(desc="encoding", unit=" documents", delay=1, leave=False) as bar:
                 while batch := [text for _, text in zip(range(BATCH_OF_DOCUMENTS), texts)]:
                     for ids in tokenizer.encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
                         if ids:
@@ -244,12 +244,17 @@ def map_tokens(path, dtype=np.uint16):
 
 @dataclass
 class Corpus:
-    """Token ids to train on and to validate with. Each of `train` is one array, [END_OF_TEXT, document, ...] in a row."""
+    """Token ids to train on and to validate with: [end of text, document, end of text, document, ...]."""
 
     name: str
     tokenizer: Tokenizer
     train: list  # of arrays of token ids
     val: np.ndarray
+
+    @property
+    def n_train(self):
+        """Tokens to train on."""
+        return sum(map(len, self.train))
 
     def batch(self, rows, context, seed=0):
         """Returns (ids, targets), int64 [len(rows), context]: the rows' windows, targets one token ahead.

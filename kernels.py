@@ -184,9 +184,7 @@ def _decay_between(a):
     return torch.exp(difference.masked_fill(future, -torch.inf))
 
 
-def ssd_ref(
-    x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False
-):
+def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False):
     """Returns y [B, T, H, P] (and the last state [B, H, P, N]), chunk by chunk: SSD, arXiv:2405.21060 section 6.
 
     x [B, T, H, P]; dt [B, T, H] > 0, already softplus-ed; A [H] < 0; Bmat, Cmat [B, T, G, N]; D [H] or None.
@@ -239,9 +237,7 @@ def ssd_ref(
     return (y, states[:, -1].reshape(B, H, P, N)) if return_final_state else y
 
 
-def ssd(
-    x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, backend="auto"
-):
+def ssd(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, backend="auto"):
     """Returns `ssd_ref(...)` on the backend asked for. Any T >= 1; the chunk size never has to divide it.
 
     Raises ValueError if the heads do not divide into groups, or for T = 0.

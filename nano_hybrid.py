@@ -28,8 +28,8 @@ Symbols  code               paper  meaning
          dt_bias            delta  dt = softplus(dt + dt_bias), how strongly a token writes
 Limits   One chunk is the recurrence; a prompt in pieces is the prompt at once; half a run plus a resume is the run:
          see tests/test_kernels.py, tests/test_nano_hybrid.py and tests/test_train.py.
-Differs  From `transformers` 5: dt is not clamped below at time_step_min (neither NVIDIA's training code nor the published
-         time_step_limit of [0, inf) does that), and A starts uniform in [1, 16] as in Megatron-LM, not as 1..H.
+Differs  From `transformers` 5: dt is not clamped below at time_step_min (neither NVIDIA's training code nor the
+         published time_step_limit of [0, inf) does that), and A starts uniform in [1, 16] as in Megatron-LM, not 1..H.
 """
 
 import json
@@ -114,35 +114,31 @@ class HybridConfig:
         return self.mamba_size + 2 * self.n_groups * self.ssm_state_size
 
 
-def _released(**overrides):
-    """Returns the shape of NVIDIA's released models, which differ in depth and widths only."""
-    shape = dict(
-        vocab_size=131072, num_attention_heads=40, num_key_value_heads=8, head_dim=128, mamba_num_heads=128,
-        mamba_head_dim=80, ssm_state_size=128, n_groups=8, chunk_size=128,
-    )  # fmt: skip
-    return HybridConfig(**(shape | overrides))
-
-
-# The shapes we train (tiny, small) and those of the papers' models, by name.
-PRESETS = {
+# fmt: off
+_RELEASED = dict(  # what NVIDIA's released Nano 2 models have in common
+    vocab_size=131072, num_attention_heads=40, num_key_value_heads=8, head_dim=128, mamba_num_heads=128,
+    mamba_head_dim=80, ssm_state_size=128, n_groups=8, chunk_size=128,
+)
+PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     # 1.8M parameters with the shipped vocabulary: minutes on a laptop's CPU.
     "tiny": HybridConfig(),
-    # 122M with GPT-2's vocabulary, to stand beside GPT-2's 124M.
+    # 122M with GPT-2's vocabulary, to stand beside GPT-2's 124M; 87M with the shipped one.
     "small": HybridConfig(
         vocab_size=50304, hidden_size=768, hybrid_override_pattern="M-M-M*-M-M-M*-M-M-", tie_word_embeddings=True,
         num_attention_heads=12, num_key_value_heads=12, head_dim=64, intermediate_size=3072, mamba_num_heads=24,
         mamba_head_dim=64, ssm_state_size=128, n_groups=8, chunk_size=128, initializer_range=0.02,
-    ),  # fmt: skip
+    ),
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
-    "nano-12b-v2": _released(
-        hidden_size=5120, intermediate_size=20480, initializer_range=0.0125,
+    "nano-12b-v2": HybridConfig(
+        **_RELEASED, hidden_size=5120, intermediate_size=20480, initializer_range=0.0125,
         hybrid_override_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-    ),  # fmt: skip
-    "nano-9b-v2": _released(
-        hidden_size=4480, intermediate_size=15680, initializer_range=0.0134,
+    ),
+    "nano-9b-v2": HybridConfig(
+        **_RELEASED, hidden_size=4480, intermediate_size=15680, initializer_range=0.0134,
         hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-    ),  # fmt: skip
+    ),
 }
+# fmt: on
 
 # ---- 2. what the model remembers ----------------------------------------------------------------------------
 
@@ -171,27 +167,31 @@ class Cache:
     a padded position writes nothing to any state and is never looked at.
     """
 
-    layers: list  # one MambaState, KVState or None (MLP) per layer; None before the first token
+    layers: list  # one MambaState, KVState or None per layer; None before the first token, and always for an MLP
     length: int = 0  # T, positions read so far, padding included
     pad: torch.Tensor | None = None  # [B] int64, padded positions at the start of each row; None: no padding
+    longest_pad: int = 0  # the largest of them
 
     def real(self, T):
         """Returns a bool [B, T]: which of the next T positions are tokens, not padding; None if all are."""
-        if self.pad is None or self.length >= int(self.pad.max()):
+        if self.length >= self.longest_pad:
             return None
         positions = torch.arange(self.length, self.length + T, device=self.pad.device)
         return positions[None, :] >= self.pad[:, None]
 
 
 # ---- 3. the three mixers --------------------------------------------------------------------------------------
+#
+# Each maps x [B, T, C] to what its layer adds to the residual stream, [B, T, C]. With a cache it goes on from
+# cache.layers[index] and leaves there what the next call will need.
 
 
 class Mamba2(nn.Module):
-    """The Mamba-2 mixer: a gated, selective state space layer. [B, T, C] -> [B, T, C]"""
+    """A gated, selective state space layer."""
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
-        self.config = config
+        self.config, self.index = config, index
         H, di = config.mamba_num_heads, config.mamba_size
         self.in_proj = nn.Linear(config.hidden_size, di + config.conv_size + H, bias=False)  # z | x B C | dt
         self.conv1d = nn.Conv1d(config.conv_size, config.conv_size, config.conv_kernel, groups=config.conv_size)
@@ -201,10 +201,12 @@ class Mamba2(nn.Module):
         self.norm = RMSNorm(di, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(di, config.hidden_size, bias=False)
 
-    def forward(self, u, state=None, real=None, **_):
-        """Returns (out [B, T, C], MambaState). u [B, T, C]; state: where to go on from; real: bool [B, T] or None."""
+    def forward(self, u, cache=None):
+        """Returns [B, T, C]. One token on a filled cache takes one step of the recurrence, anything else the scan."""
         c = self.config
         B, T, _ = u.shape
+        state = cache.layers[self.index] if cache else None
+        real = cache.real(T) if cache else None  # bool [B, T] or None
         z, xBC, dt = self.in_proj(u).split([c.mamba_size, c.conv_size, c.mamba_num_heads], dim=-1)
         dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [B, T, H]
         if real is not None:  # padding: nothing enters the convolution, and dt = 0 leaves the state as it is
@@ -220,39 +222,41 @@ class Mamba2(nn.Module):
         Cmat = Cmat.unflatten(-1, (c.n_groups, c.ssm_state_size))  # [B, T, G, N]
 
         A = -torch.exp(at_least_float32(self.A_log))  # [H]
-        if T == 1 and state:  # one token on a filled cache; more than one goes through the scan, cache or not
+        if T == 1 and state:
             y, ssm_state = ssd_step(ssm_state, x[:, 0], dt[:, 0], A, Bmat[:, 0], Cmat[:, 0], self.D)
             y = y[:, None]  # [B, 1, H, P]
         else:
-            y, ssm_state = ssd(
-                x, dt, A, Bmat, Cmat, self.D, c.chunk_size, initial_state=ssm_state, return_final_state=True
-            )
-        y = gated_rms_norm(
-            y.flatten(2), z, self.norm.weight, c.mamba_size // c.n_groups, c.layer_norm_epsilon
-        )  # [B, T, di]
-        return self.out_proj(y), MambaState(conv_state, ssm_state)
+            y, ssm_state = ssd(x, dt, A, Bmat, Cmat, self.D, c.chunk_size, ssm_state, return_final_state=True)
+        if cache:
+            cache.layers[self.index] = MambaState(conv_state, ssm_state)
+        y = y.flatten(2)  # [B, T, di]
+        y = gated_rms_norm(y, z, self.norm.weight, c.mamba_size // c.n_groups, c.layer_norm_epsilon)
+        return self.out_proj(y)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention without position embedding. [B, T, C] -> [B, T, C]"""
+    """Causal grouped-query attention without position embedding."""
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.index = config.head_dim, index
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x, state=None, pad=None, **_):
-        """Returns (out [B, T, C], KVState). x [B, T, C]; state: the keys and values before x; pad [B] or None."""
+    def forward(self, x, cache=None):
+        """Returns [B, T, C]. A query sees the cache, and of the T new positions its own and those before it."""
+        state, pad = (cache.layers[self.index], cache.pad) if cache else (None, None)
         q, k, v = (
             p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         if state:
             k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)  # [B, Hkv, past + T, D]
+        if cache:
+            cache.layers[self.index] = KVState(k, v)
         T, past = q.shape[2], k.shape[2] - q.shape[2]
         mask = None
         if (past and T > 1) or pad is not None:  # SDPA's own causal mask only knows the square case
@@ -263,20 +267,20 @@ class Attention(nn.Module):
                 mask = mask & ((columns >= pad[:, None, None, None]) | (columns == rows))  # [B, 1, T, past + T]
         is_causal = mask is None and T > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), KVState(k, v)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """down(relu(up x)^2), no gate and no bias. [B, T, C] -> [B, T, C]"""
+    """down(relu(up x)^2), no gate and no bias. It remembers nothing."""
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x, **_):
-        """Returns (out [B, T, C], None): an MLP remembers nothing."""
-        return self.down_proj(F.relu(self.up_proj(x)).square()), None
+    def forward(self, x, cache=None):
+        """Returns [B, T, C]."""
+        return self.down_proj(F.relu(self.up_proj(x)).square())
 
 
 MIXERS = dict(zip(LETTERS, (Mamba2, Attention, MLP)))
@@ -301,16 +305,15 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """One letter of the pattern: x + dropout(mixer(norm(x)))."""
 
-    def __init__(self, config, letter):
+    def __init__(self, config, index):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = MIXERS[letter](config)
+        self.mixer = MIXERS[config.hybrid_override_pattern[index]](config, index)
         self.dropout = config.hidden_dropout
 
-    def forward(self, x, state=None, real=None, pad=None):
-        """Returns (x [B, T, C], the mixer's new state)."""
-        out, state = self.mixer(self.norm(x), state=state, real=real, pad=pad)
-        return x + F.dropout(out, self.dropout, self.training), state
+    def forward(self, x, cache=None):
+        """Returns x [B, T, C] with the mixer's part added."""
+        return x + F.dropout(self.mixer(self.norm(x), cache), self.dropout, self.training)
 
 
 class Backbone(nn.Module):
@@ -319,18 +322,15 @@ class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, letter) for letter in config.hybrid_override_pattern)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(len(config.hybrid_override_pattern)))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.dropout = config.hidden_dropout
 
     def forward(self, ids, cache=None):
         """Returns hidden states [B, T, C] after the final norm, and brings `cache` up to date if there is one."""
         x = F.dropout(self.embeddings(ids), self.dropout, self.training)  # [B, T, C]
-        real, pad = (cache.real(ids.shape[1]), cache.pad) if cache else (None, None)
-        for i, layer in enumerate(self.layers):
-            x, state = layer(x, cache.layers[i] if cache else None, real, pad)
-            if cache:
-                cache.layers[i] = state
+        for layer in self.layers:
+            x = layer(x, cache)
         if cache:
             cache.length += ids.shape[1]
         return self.norm_f(x)
@@ -382,10 +382,11 @@ class Hybrid(nn.Module):
 
     def new_cache(self, pad=None):
         """Returns an empty Cache. pad [B] int64: how many positions at the start of each row are padding."""
-        return Cache([None] * len(self.model.layers), pad=pad)
+        longest_pad = 0 if pad is None else int(pad.max())
+        return Cache([None] * len(self.model.layers), pad=pad if longest_pad else None, longest_pad=longest_pad)
 
     def forward(self, ids, cache=None):
-        """Returns logits [B, T, V] in float32 for ids [B, T] int64; with a cache, for the tokens after what it holds."""
+        """Returns float32 logits [B, T, V] for ids [B, T] int64; with a cache, for the tokens after what it holds."""
         return at_least_float32(self.lm_head(self.model(ids, cache)))
 
     def loss(self, ids, targets):
@@ -445,7 +446,7 @@ class Hybrid(nn.Module):
         ids = torch.stack([F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in ids])  # [B, T]
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        cache = self.new_cache(pad if pad.any() else None)
+        cache = self.new_cache(pad)
         for _ in range(max_new_tokens):
             hidden = self.model(ids, cache)[:, -1]  # [B, C]; only the last position needs logits
             logits = at_least_float32(self.lm_head(hidden))  # [B, V]
@@ -561,9 +562,8 @@ def read_config(directory):
     return config
 
 
-LETTER_OF = {  # transformers 5 writes the layers as a list of these words
-    "linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E",
-}  # fmt: skip
+# transformers 5 writes the layers as a list of words: its own, or those of newer releases
+LETTER_OF = dict(linear_attention="M", mamba="M", full_attention="*", attention="*", mlp="-", moe="E")
 
 
 def config_fields(config):
@@ -571,7 +571,9 @@ def config_fields(config):
 
     Raises ValueError for a model with biases that this file does not build.
     """
-    expected = dict.fromkeys(("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias"), False) | {"use_conv_bias": True}
+    expected = dict.fromkeys(("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias"), False) | {
+        "use_conv_bias": True
+    }
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise ValueError(f"config.json sets {name}={config[name]}; this model is built with {value}, as released")

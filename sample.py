@@ -66,7 +66,9 @@ def load(config):
     dtype, _ = pick_dtype(config.dtype, device)
     model = Hybrid.from_pretrained(folder).to(device, dtype).eval()
     if model.config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(f"{folder}: {model.config.vocab_size} tokens in the model, {tokenizer.n_vocab} in {tokenizer.name}")
+        raise ValueError(
+            f"{folder}: {model.config.vocab_size} tokens in the model, {tokenizer.n_vocab} in {tokenizer.name}"
+        )
     prompt = Path(config.prompt_file).read_text() if config.prompt_file is not None else config.prompt or ""
     print(f"{folder}: {model.num_parameters() / 1e6:.2f}M parameters, {device}, {str(dtype)[6:]}", file=sys.stderr)
     return model, tokenizer, [tokenizer.end_of_text] + tokenizer.encode(prompt)
@@ -74,7 +76,9 @@ def load(config):
 
 def main(argv=None):
     """Prints the samples; speed goes to stderr. Returns the exit status: 0 done, 2 a mistake, 130 interrupted."""
-    config = SampleConfig(**parse(SampleConfig, prog="sample.py", about="Continues text with a trained model.", argv=argv))
+    config = SampleConfig(
+        **parse(SampleConfig, prog="sample.py", about="Continues text with a trained model.", argv=argv)
+    )
     try:
         model, tokenizer, prompt = load(config)
         generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)

@@ -19,6 +19,7 @@ A run lives in out/<run>/: config.json and model.safetensors (what sample.py and
 (weights, optimiser and step in one file, so that they always belong together), log.jsonl, loss.png.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -98,11 +99,11 @@ RECIPES = {
     ),
 }
 
-# A model that reads the same text more than MAX_FRESH_EPOCHS times learns it by heart unless it is held back (Muennighoff
-# et al., arXiv:2305.16264: up to four passes are nearly as good as new text). Then these are the defaults.
+# A model that reads a text more than MAX_FRESH_EPOCHS times learns it by heart unless it is held back (Muennighoff et
+# al., arXiv:2305.16264: up to four passes are nearly as good as new text). Then these are the defaults.
 MAX_FRESH_EPOCHS = 4
+FRESH = dict(weight_decay=0.1, hidden_dropout=0.0)
 REPEATED = dict(weight_decay=1.0, hidden_dropout=0.5)
-
 
 # ---- 2. set-up: everything a user's mistake can break ---------------------------------------------------------------
 
@@ -112,16 +113,31 @@ class Run:
     """What the loop works with."""
 
     config: TrainConfig
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: object
     directory: Path
     device: torch.device
     dtype: torch.dtype
     rank: int
     world_size: int
+    objective: object
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     step: int = 0  # optimiser steps done
     skipped: int = 0  # steps left out because something was not finite
+
+    @property
+    def tokens_per_step(self):
+        """Tokens of one optimiser step, over all processes."""
+        return self.config.batch_size * self.config.context * self.config.grad_accum * self.world_size
+
+    def autocast(self):
+        """Returns the context in which the model computes."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def say(self, *words):
+        """Prints, once however many processes there are, and without breaking the progress bar."""
+        if self.rank == 0:
+            tqdm.write(" ".join(map(str, words)))
 
 
 def set_up(argv):
@@ -131,34 +147,17 @@ def set_up(argv):
     resume = given.get("resume", False)
     directory = find_run(given.get("run"), resume, given.get("recipe", TrainConfig.recipe))
     saved = load_checkpoint(directory) if resume else None
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    config, preset = resolve(given, saved)
-    device, dtype = pick_device(config.device), None
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-    say = print if rank == 0 else lambda *_: None
+    config = resolve(given, saved)
+    device, rank, world_size = join_processes(config.device)
     dtype, reason = pick_dtype(config.dtype, device)
 
     corpus = load_corpus(config.data, config.tokenizer, config.context)
-    tokens = config.batch_size * config.context * config.grad_accum * world_size
-    epochs = config.steps * tokens / sum(map(len, corpus.train))
-    held_back = REPEATED if epochs > MAX_FRESH_EPOCHS else dict(weight_decay=0.1, hidden_dropout=0.0)
+    epochs = config.steps * config.batch_size * config.context * config.grad_accum * world_size / corpus.n_train
+    held_back = REPEATED if epochs > MAX_FRESH_EPOCHS else FRESH
     if config.weight_decay is None:
         config.weight_decay = held_back["weight_decay"]
-    vocab_size = -(-corpus.tokenizer.n_vocab // 64) * 64  # matrix units like round numbers
-    model_config = saved["model_config"] if saved else dict(vocab_size=vocab_size, hidden_dropout=held_back["hidden_dropout"])
-    try:
-        model_config = replace(preset, **(model_config | shape))
-    except TypeError as error:  # a checkpoint with fields that this version does not know
-        raise ValueError(f"{directory / 'trainer.pt'}: {error}") from None
-    if model_config.vocab_size < corpus.tokenizer.n_vocab:
-        raise ValueError(
-            f"vocab_size={model_config.vocab_size} is less than the {corpus.tokenizer.n_vocab} tokens of "
-            f"--tokenizer={config.tokenizer}; leave --vocab_size out, or name the tokenizer that the run began with"
-        )
+    model_config = shape_of(config, corpus, shape, held_back["hidden_dropout"], saved)
+
     torch.manual_seed(config.seed)
     model = Hybrid(model_config).to(device)
     objective = RECIPES[config.recipe].objective(
@@ -171,21 +170,53 @@ def set_up(argv):
             fully_shard(layer)
         fully_shard(model)
         register_fsdp_forward_method(model, "loss")
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]  # norms, biases, A_log, D, dt_bias: never decayed
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    # Norms, biases, A_log, D and dt_bias are vectors, and never decayed.
+    groups = [
+        dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=config.weight_decay),
+        dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0),
+    ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-
-    run = Run(config, model, optimizer, objective, directory, device, dtype, rank, world_size)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = Run(config, directory, device, dtype, rank, world_size, objective, model, optimizer, scaler)
     if saved:
         restore(run, saved)
-    say(f"run: {directory}, {'resumed at' if saved else 'from'} step {run.step} of {config.steps}")
-    say(f"model: {model_config.hybrid_override_pattern}, {model.num_parameters() / 1e6:.2f}M parameters on {world_size} "
-        f"x {device.type}, {str(dtype)[6:]} ({reason}), backend {pick_backend()}, compile={config.compile}")  # fmt: skip
-    sizes = " + ".join(f"{sum(map(len, part)):,}" for part in (corpus.train, [corpus.val]))
-    say(f"data: {config.data}, {sizes} tokens of {config.tokenizer}; {tokens:,} tokens a step, {epochs:.1f} epochs: "
-        f"dropout {model_config.hidden_dropout}, weight decay {config.weight_decay}")  # fmt: skip
+
+    run.say(f"run: {directory}, {'resumed at' if saved else 'from'} step {run.step} of {config.steps}")
+    run.say(
+        f"model: {model_config.hybrid_override_pattern}, {model.num_parameters() / 1e6:.2f}M parameters on "
+        f"{world_size} x {device.type}, {str(dtype)[6:]} ({reason}), backend {pick_backend()}, compile={config.compile}"
+    )
+    run.say(
+        f"data: {config.data}, {corpus.n_train:,} + {len(corpus.val):,} tokens of {config.tokenizer}; "
+        f"{run.tokens_per_step:,} tokens a step, {epochs:.1f} epochs: "
+        f"dropout {model_config.hidden_dropout}, weight decay {config.weight_decay}"
+    )
     return run
+
+
+def join_processes(name):
+    """Returns (device, rank, world size) of this process. Under torchrun, joins it with the others."""
+    device = pick_device(name)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world_size
+
+
+def shape_of(config, corpus, shape, dropout, saved):
+    """Returns the HybridConfig to build: the command line's fields over the resumed run's, or over the preset's."""
+    n_vocab = corpus.tokenizer.n_vocab
+    base = saved["model_config"] if saved else dict(vocab_size=-(-n_vocab // 64) * 64, hidden_dropout=dropout)
+    model_config = replace(PRESETS[config.preset], **(base | shape))  # a vocabulary of 64 n suits matrix units
+    if model_config.vocab_size < n_vocab:
+        raise ValueError(
+            f"vocab_size={model_config.vocab_size} is less than the {n_vocab} tokens of "
+            f"--tokenizer={config.tokenizer}; leave --vocab_size out, or name the tokenizer that the run began with"
+        )
+    return model_config
 
 
 def find_run(name, resume, recipe):
@@ -200,7 +231,9 @@ def find_run(name, resume, recipe):
     if name is None:
         runs = sorted(OUT.glob("*/trainer.pt"), key=lambda p: p.stat().st_mtime)
         if not runs:
-            raise FileNotFoundError(f"--resume: there is no run with a trainer.pt in {OUT}/; start one without --resume")
+            raise FileNotFoundError(
+                f"--resume: there is no run with a trainer.pt in {OUT}/; start one without --resume"
+            )
         return runs[-1].parent
     if not (OUT / name / "trainer.pt").exists():
         raise FileNotFoundError(f"--resume: {OUT / name} has no trainer.pt; leave --resume out to start it")
@@ -208,28 +241,32 @@ def find_run(name, resume, recipe):
 
 
 def resolve(given, saved):
-    """Returns (TrainConfig without a None that matters, HybridConfig of the preset).
+    """Returns the TrainConfig, with no None left but weight_decay. Raises ValueError for a setting that cannot be.
 
     In order of weight: the command line, the run that is resumed, the recipe's row for the device, the defaults.
     """
     config = TrainConfig(**((saved["config"] if saved else {}) | given))
     if config.recipe not in RECIPES:
         raise ValueError(f"unknown recipe {config.recipe!r}; known: {', '.join(RECIPES)}")
-    device = pick_device(config.device)
-    row = getattr(RECIPES[config.recipe], "gpu" if device.type == "cuda" else "cpu")
-    # On a CPU, compiling takes a minute and a compiler, and then gains a quarter (README): for long runs only.
-    row = dict(compile=device.type == "cuda", save_every=config.eval_every or row["eval_every"]) | row
+    on_gpu = pick_device(config.device).type == "cuda"
+    row = RECIPES[config.recipe].gpu if on_gpu else RECIPES[config.recipe].cpu
+    # On a CPU, compiling takes up to a minute and then saves a fifth to a third of each step: for long runs only.
+    row = dict(compile=on_gpu, save_every=config.eval_every or row["eval_every"]) | row
     config = replace(config, **{k: v for k, v in row.items() if getattr(config, k) is None})
     if config.preset not in PRESETS:
         raise ValueError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
     for name in ("context", "batch_size", "grad_accum", "steps", "eval_every", "save_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name}={getattr(config, name)} must be at least 1")
-    if not (config.lr > 0 and 0 <= config.decay <= 1 and config.warmup >= 0 and config.grad_clip > 0):
-        raise ValueError("need lr > 0, 0 <= decay <= 1, warmup >= 0 and grad_clip > 0")
+    if not (config.lr > 0 and 0 <= config.decay <= 1 and config.grad_clip > 0 and config.warmup >= 0 <= config.seed):
+        raise ValueError("need lr > 0, 0 <= decay <= 1, grad_clip > 0, warmup >= 0 and seed >= 0")
     if config.log not in ("", "wandb", "tensorboard"):
         raise ValueError(f"--log={config.log} is unknown; use wandb or tensorboard")
-    return config, PRESETS[config.preset]
+    if config.log and not importlib.util.find_spec(config.log):
+        raise ValueError(f"--log={config.log} needs a package that is not installed: pip install {config.log}")
+    if saved and saved["step"] >= config.steps:
+        raise ValueError(f"the run has done all its {saved['step']} steps; to go on, add --steps=N with a larger N")
+    return config
 
 
 # ---- 3. checkpoints -------------------------------------------------------------------------------------------------
@@ -247,9 +284,12 @@ def save_checkpoint(run):
     if run.rank == 0:
         run.directory.mkdir(parents=True, exist_ok=True)
         config = asdict(run.config)
-        state = dict(step=run.step, skipped=run.skipped, config=config, model_config=asdict(run.model.config))
+        state = dict(
+            step=run.step, skipped=run.skipped, config=config, model_config=asdict(run.model.config),
+            model=weights, optimizer=optimizer, scaler=run.scaler.state_dict(),
+        )  # fmt: skip
         with replacing(run.directory / "trainer.pt") as path:
-            torch.save(state | dict(model=weights, optimizer=optimizer), path)
+            torch.save(state, path)
         run.model.save_pretrained(run.directory, state_dict=weights, nanopapers=config)
 
 
@@ -263,9 +303,12 @@ def load_checkpoint(directory):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0][:80]
-        raise ValueError(f"{path} is damaged or not a checkpoint of train.py ({reason}); choose another --run") from None
-    missing = {"step", "skipped", "config", "model_config", "model", "optimizer"} - set(saved)
-    if missing or not set(saved["config"]) <= {f.name for f in fields(TrainConfig)}:
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint of train.py ({reason}); choose another --run"
+        ) from None
+    ours = isinstance(saved, dict) and {"step", "skipped", "config", "model_config", "model", "optimizer"} <= set(saved)
+    known = {f.name for c in (TrainConfig, HybridConfig) for f in fields(c)}
+    if not ours or not set(saved["config"]) | set(saved["model_config"]) <= known:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py; choose another --run")
     return saved
 
@@ -275,9 +318,13 @@ def restore(run, saved):
     asked, was = asdict(run.model.config), saved["model_config"]
     changed = [k for k in asked if asked[k] != was[k] and k not in ("hidden_dropout", "chunk_size")]
     if changed:
-        raise ValueError(f"--{changed[0]}={asked[changed[0]]}: the run was begun with {was[changed[0]]}; start a new run")
+        raise ValueError(
+            f"--{changed[0]}={asked[changed[0]]}: the run was begun with {was[changed[0]]}; start a new run"
+        )
     set_model_state_dict(run.model, saved["model"], options=WHOLE)
     set_optimizer_state_dict(run.model, run.optimizer, saved["optimizer"], options=WHOLE)
+    run.optimizer.param_groups[0]["weight_decay"] = run.config.weight_decay  # it may have been given anew
+    run.scaler.load_state_dict(saved["scaler"])
     run.step, run.skipped = saved["step"], saved["skipped"]
 
 
@@ -328,7 +375,11 @@ def plot(log, path, baselines):
     for name, value in baselines.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="#D55E00")
         axes.annotate(f"{name}: {value:.2f}", (points[-1][0], value), ha="right", va="bottom", color="#D55E00")
-    axes.set(xlabel="step", ylabel=label, title=f"{path.parent.name}: {label} {points[-1][1]:.3f} after {points[-1][0]} steps")
+    axes.set(
+        xlabel="step",
+        ylabel=label,
+        title=f"{path.parent.name}: {label} {points[-1][1]:.3f} after {points[-1][0]} steps",
+    )
     axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -339,109 +390,141 @@ def plot(log, path, baselines):
 
 
 def schedule(step, config):
-    """Returns the learning rate's share of its peak: linear warm-up, constant, then 1 - sqrt of the way through the decay.
+    """Returns the learning rate's share of its peak: linear warm-up, constant, 1 - sqrt(progress through the decay).
 
-    Warmup-stable-decay with the minus-sqrt decay of Nemotron 3 Super.
+    Warmup-stable-decay as in Nemotron 3 Super, arXiv:2604.12374.
     """
     begin = config.steps * (1 - config.decay)
     progress = (step - begin) / max(1, config.steps - begin)
     return min(1, (step + 1) / max(1, config.warmup)) * (1 - math.sqrt(max(0, progress)))
 
 
+def gradients(run):
+    """Returns (loss, gradient norm, metrics) over all processes, and leaves the clipped gradients in the model."""
+    config, total = run.config, torch.zeros((), device=run.device)
+    for micro in range(config.grad_accum):
+        if run.world_size > 1:
+            run.model.set_requires_gradient_sync(micro == config.grad_accum - 1)
+        batch = run.objective.batch(run.model, run.step * config.grad_accum + micro)
+        with run.autocast():
+            loss, metrics = run.objective.loss(run.model, batch)
+        run.scaler.scale(loss / config.grad_accum).backward()
+        total += loss.detach() / config.grad_accum
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+    if run.world_size > 1:
+        norm = norm.full_tensor()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        total /= run.world_size
+    loss, norm = torch.stack([total, norm]).tolist()  # waits for the device, once a step
+    return loss, norm, {k: float(v) for k, v in metrics.items() if k != "loss"}
+
+
 def evaluate(run):
-    """Returns the objective's numbers, without dropout. Not compiled: odd shapes and a second mode would take minutes."""
+    """Returns the objective's numbers. Not compiled: another mode and odd shapes would take minutes."""
     run.model.eval()
-    autocast = torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)
-    with autocast, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with run.autocast(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         numbers = run.objective.evaluate(run.model)
     run.model.train()
+    run.say(f"step {run.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     return numbers
+
+
+class Interrupt:
+    """Notes Ctrl-C (or a SIGTERM) so that the step can end; a second one ends the program at once."""
+
+    def __init__(self, run):
+        self.run, self.noted = run, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, *_):
+        """The signal handler."""
+        if self.noted:
+            raise KeyboardInterrupt
+        self.noted = True
+
+    def seen(self):
+        """Returns whether any process was interrupted: all must stop at the same step."""
+        if self.run.world_size == 1:
+            return self.noted
+        noted = torch.tensor(float(self.noted), device=self.run.device)
+        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        return bool(noted)
 
 
 def train(run):
     """Runs the loop to its end. Returns the exit status: 0, 1 if it gave up, 130 after Ctrl-C."""
-    config, model, device = run.config, run.model, run.device
-    say = tqdm.write if run.rank == 0 else lambda *_: None
+    config, interrupt, bad, began = run.config, Interrupt(run), 0, time.perf_counter()
     log = Log(run) if run.rank == 0 else None
-    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
-    tokens_per_step = config.batch_size * config.context * config.grad_accum * run.world_size
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name(device)), None)
-
-    interrupted = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupted.append(1))
-    bad, began = 0, time.time()
-    often = 0.1 if sys.stderr.isatty() else 30  # seconds between updates: a log file wants few
-    bar = tqdm(initial=run.step, total=config.steps, disable=run.rank != 0, mininterval=often, maxinterval=often)
-    model.train()
+    bar = progress_bar(run)
+    flops, peak = run.model.flops_per_token(config.context), peak_flops(run.device)
+    run.model.train()
     while run.step < config.steps:
-        torch.manual_seed((config.seed << 40) + (run.step << 12) + run.rank)  # dropout, and whatever a rollout samples
-        share = schedule(run.step, config)
-        for group in run.optimizer.param_groups:
-            group["lr"] = config.lr * share
         started = time.perf_counter()
-        total = torch.zeros((), device=device)
-        for micro in range(config.grad_accum):
-            if run.world_size > 1:
-                model.set_requires_gradient_sync(micro == config.grad_accum - 1)
-            batch = run.objective.batch(model, run.step * config.grad_accum + micro)
-            with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
-                loss, metrics = run.objective.loss(model, batch)
-            scaler.scale(loss / config.grad_accum).backward()
-            total += loss.detach() / config.grad_accum
-        scaler.unscale_(run.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        state = torch.stack([total, norm, torch.tensor(float(len(interrupted)), device=device)])
-        if run.world_size > 1:  # all processes must decide alike
-            dist.all_reduce(state, op=dist.ReduceOp.SUM)
-            state /= run.world_size
-        loss, norm, stop = state.tolist()  # waits for the device
-
+        torch.manual_seed(hash((config.seed, run.step, run.rank)))  # dropout, and whatever a rollout samples
+        lr = config.lr * schedule(run.step, config)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        loss, norm, metrics = gradients(run)
         if math.isfinite(loss) and math.isfinite(norm):
-            scaler.step(run.optimizer)
+            run.scaler.step(run.optimizer)
             bad = 0
         else:
             bad += 1
             run.skipped += 1
-            if bad == MAX_BAD_STEPS:
-                say(f"stopped: loss or gradient was not finite {bad} steps in a row; {run.directory} keeps its last "
-                    f"checkpoint. Try a smaller --lr or --dtype=float32.")  # fmt: skip
-                return 1
-        scaler.update()
+        run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
+        if bad == MAX_BAD_STEPS:
+            bar.close()
+            run.say(f"stopped: loss or gradient was not finite {bad} steps in a row. {run.directory} keeps its last "
+                    "checkpoint, if it had come to one; try a smaller --lr, or --dtype=float32")  # fmt: skip
+            return 1
 
-        speed = tokens_per_step / (time.perf_counter() - started)
-        row = dict(loss=loss, grad_norm=norm, lr=config.lr * share, tokens_per_s=speed)
-        row |= {k: float(v) for k, v in metrics.items() if k != "loss"}
+        speed = run.tokens_per_step / (time.perf_counter() - started)
+        row = dict(loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed, skipped=run.skipped) | metrics
+        shown = f"loss {loss:.3f}, {speed:,.0f} tok/s"
         if peak:
-            row["mfu"] = speed * model.flops_per_token(config.context) / peak / run.world_size
-        if run.skipped:
-            row["skipped"] = run.skipped
-        last = run.step == config.steps
+            row["mfu"] = speed * flops / peak / run.world_size
+            shown += f", MFU {row['mfu']:.1%}"
+        bar.set_postfix_str(shown, refresh=False)
+        bar.update()
+        last, stop = run.step == config.steps, interrupt.seen()
         if run.step % config.eval_every == 0 or last:
             row |= evaluate(run)
-            say(f"step {run.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith("val") or k == "reward"))
         if log:
             log.add(run.step, **row)
-            bar.set_postfix_str(refresh=False, s=f"loss {loss:.3f}, {speed:,.0f} tok/s" + (f", MFU {row['mfu']:.1%}" if peak else ""))
-            bar.update()
         if run.step % config.save_every == 0 or last or stop:
             save_checkpoint(run)
         if stop and not last:
             bar.close()
-            say(f"interrupted at step {run.step}, saved. Go on with: python train.py --resume --run={run.directory.name}")
+            run.say(f"interrupted, and saved at step {run.step}. To go on:\n"
+                    f"  python train.py --resume --run={run.directory.name}")  # fmt: skip
             return 130
     bar.close()
     if log:
-        finish(run, log, time.time() - began)
+        finish(run, log, time.perf_counter() - began)
     return 0
 
 
-def device_name(device):
-    """Returns the name of the GPU, "" where there is none."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+def progress_bar(run):
+    """Returns the tqdm bar; where stderr is a file it speaks every half minute."""
+    often = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(
+        initial=run.step,
+        total=run.config.steps,
+        disable=run.rank != 0,
+        mininterval=often,
+        maxinterval=often,
+        unit="step",
+    )
+
+
+def peak_flops(device):
+    """Returns the dense bf16 FLOP/s of a known GPU, None of any other device: no MFU is better than a wrong one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
 def finish(run, log, seconds):
@@ -450,8 +533,9 @@ def finish(run, log, seconds):
     plot(log, run.directory / "loss.png", baselines)
     if "val_bpb" in log.rows[-1]:
         others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
-        print(f"validation: {log.rows[-1]['val_bpb']:.3f} bits per byte (on the same text: {others})")
-    print(f"{seconds:.0f} s of training. Saved in {run.directory}: talk with it by\n  python sample.py --run={run.directory.name}")
+        run.say(f"validation: {log.rows[-1]['val_bpb']:.3f} bits per byte (on the same text: {others})")
+    run.say(f"{seconds:.0f} s of training, saved in {run.directory}. To let it write:\n"
+            f"  python sample.py --run={run.directory.name} --prompt='def '")  # fmt: skip
 
 
 def main(argv=None):

@@ -2,9 +2,19 @@
 
 import numpy as np
 import pytest
+
 from data import Corpus, Tokenizer, find_documents, load_corpus, map_tokens, read_text, split_documents
 
-TEXTS = ["", "?", "a", "\n\n\n", "def f(x):\n    return x  # ü 🙂\n", "\t mixed \r\n line\n\n    ends", "1234567890" * 3, "<|endoftext|>"]
+TEXTS = [
+    "",
+    "?",
+    "a",
+    "\n\n\n",
+    "def f(x):\n    return x  # ü 🙂\n",
+    "\t mixed \r\n line\n\n    ends",
+    "1234567890" * 3,
+    "<|endoftext|>",
+]
 
 
 @pytest.mark.parametrize("name", ["python4k", "bytes"])

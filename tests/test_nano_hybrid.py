@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+
 from conftest import TINY, scramble
 from nano_hybrid import PRESETS, Hybrid, HybridConfig, sample
 

@@ -1,0 +1,329 @@
+"""train.py: resuming, killing, interrupting, many processes, bad steps, bad input. Real processes where it matters."""
+
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import train
+from conftest import ROOT
+from nano_hybrid import Hybrid, NextToken
+from safetensors.torch import load_file
+
+MODEL = (
+    "--hidden_size=32 --intermediate_size=48 --mamba_num_heads=2 --mamba_head_dim=16 --ssm_state_size=16 "
+    "--num_attention_heads=2 --head_dim=16 --chunk_size=16 --hybrid_override_pattern=M-*"
+).split()
+SETTINGS = "--tokenizer=bytes --context=32 --batch_size=2 --eval_every=4 --warmup=2 --lr=1e-2 --device=cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Each test trains in a folder of its own, and leaves the signal handlers as they were."""
+    monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for s, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(s, handler)
+
+
+@pytest.fixture
+def flags(corpus_dir):
+    """Flags of a run that takes a second: a tiny model on 30 small files."""
+    return [f"--data={corpus_dir}", *SETTINGS, *MODEL]
+
+
+def command(*args):
+    return [sys.executable, str(ROOT / "train.py"), *args]
+
+
+def rows(run):
+    return [json.loads(line) for line in open(f"out/{run}/log.jsonl")]
+
+
+def weights(run):
+    return load_file(f"out/{run}/model.safetensors")
+
+
+# ---- a run ----
+
+
+def test_a_run_learns_logs_and_leaves_what_others_read(flags, capsys):
+    assert train.main([*flags, "--steps=40", "--run=a"]) == 0
+    log = rows("a")
+    assert [row["step"] for row in log] == list(range(1, 41))
+    assert log[-1]["loss"] < log[0]["loss"] - 1
+    assert log[-1]["val_bpb"] < log[3]["val_bpb"]
+    assert {"grad_norm", "lr", "tokens_per_s", "val_loss", "skipped"} <= set(log[-1])
+    files = {"config.json", "log.jsonl", "loss.png", "model.safetensors", "trainer.pt"}
+    assert {p.name for p in train.OUT.joinpath("a").iterdir()} == files
+    out = capsys.readouterr().out
+    for said in (
+        "float32 (the accurate choice on cpu)",
+        "backend torch",
+        "gzip -9",
+        "xz -9e",
+        "python sample.py --run=a",
+    ):
+        assert said in out
+    ids = torch.arange(10)[None]
+    model = Hybrid.from_pretrained("out/a")
+    assert model(ids).isfinite().all() and model.config.vocab_size == 320  # 257 tokens, in round numbers
+
+
+def test_bits_per_byte_are_nats_over_bytes(flags):
+    """With the bytes tokenizer there is one target a byte, and a few ends of text that stand for none."""
+    run = train.set_up([*flags, "--steps=1"])
+    numbers = run.objective.evaluate(run.model.eval())
+    val = run.objective.corpus.val
+    ends = int((val[1:] == 256).sum())
+    expected = numbers["val_loss"] / math.log(2) * (len(val) - 1) / (len(val) - 1 - ends)
+    assert numbers["val_bpb"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_schedule_warms_up_stays_and_decays_to_zero():
+    config = train.TrainConfig(steps=100, warmup=10, decay=0.2)
+    shares = [train.schedule(step, config) for step in range(101)]
+    assert shares[0] == 0.1 and shares[9:80] == [1.0] * 71
+    assert shares[85] == pytest.approx(1 - math.sqrt(0.25)) and shares[100] == 0
+
+
+def test_gradient_accumulation_is_a_larger_batch(flags):
+    train.main([*flags, "--steps=4", "--run=one", "--batch_size=4"])
+    train.main([*flags, "--steps=4", "--run=two", "--batch_size=2", "--grad_accum=2"])
+    for a, b in zip(rows("one"), rows("two")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_text_read_many_times_is_held_back(flags, capsys):
+    run = train.set_up([*flags, "--steps=2"])
+    assert run.model.config.hidden_dropout == 0 and run.optimizer.param_groups[0]["weight_decay"] == 0.1
+    run = train.set_up([*flags, "--steps=5000"])
+    assert run.model.config.hidden_dropout > 0 and run.optimizer.param_groups[0]["weight_decay"] > 0.1
+    assert "epochs: dropout" in capsys.readouterr().out
+    run = train.set_up([*flags, "--steps=5000", "--hidden_dropout=0.25", "--weight_decay=0.3"])
+    assert run.model.config.hidden_dropout == 0.25 and run.optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_only_matrices_decay(flags):
+    run = train.set_up([*flags, "--steps=2"])
+    names = {id(p): n for n, p in run.model.named_parameters()}
+    spared = {names[id(p)].split(".")[-1] for p in run.optimizer.param_groups[1]["params"]}
+    assert spared == {"weight", "bias", "A_log", "D", "dt_bias"}
+    assert all(p.dim() == 1 for p in run.optimizer.param_groups[1]["params"])
+
+
+# ---- resuming ----
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_half_a_run_and_a_resume_are_the_run_bit_for_bit(flags, dropout):
+    flags = [*flags, f"--hidden_dropout={dropout}", "--weight_decay=0.1"]
+    assert train.main([*flags, "--steps=8", "--run=whole"]) == 0
+    stop_after(4, flags, "half", steps=8)
+    assert len(rows("half")) == 4
+    assert train.main(["--resume", "--run=half"]) == 0
+    whole, half = weights("whole"), weights("half")
+    assert whole.keys() == half.keys() and all(torch.equal(whole[k], half[k]) for k in whole)
+    for a, b in zip(rows("whole"), rows("half")):
+        assert {**a, "tokens_per_s": 0} == {**b, "tokens_per_s": 0}
+
+
+def stop_after(n, flags, run, steps):
+    """Trains `run`, meant for `steps` steps, and interrupts it during step n."""
+    batch, original = NextToken.batch, NextToken.batch
+
+    def interrupting(self, model, step):
+        if step == n - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(self, model, step)
+
+    NextToken.batch = interrupting
+    try:
+        assert train.main([*flags, f"--steps={steps}", f"--run={run}"]) == 130
+    finally:
+        NextToken.batch = original
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(flags, capsys):
+    stop_after(3, flags, "a", steps=9)
+    assert "python train.py --resume --run=a" in capsys.readouterr().out
+    assert torch.load("out/a/trainer.pt", weights_only=True)["step"] == 3
+
+
+def test_a_run_can_be_made_longer(flags, capsys):
+    assert train.main([*flags, "--steps=4", "--run=a"]) == 0
+    assert train.main(["--resume", "--run=a"]) == 2
+    assert "has done all its 4 steps; to go on, add --steps=N" in capsys.readouterr().err
+    assert train.main(["--resume", "--steps=6"]) == 0
+    assert [row["step"] for row in rows("a")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(flags):
+    """Kills a real process that saves at every step, at four different moments, and resumes each time."""
+    run = command(*flags, "--steps=100000", "--eval_every=100000", "--save_every=1", "--run=a")
+    reached = 0
+    for delay in (0, 1, 2, 3):  # writes of the checkpoint go through, after the first of this process
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        path = train.OUT / "a" / "trainer.pt"
+        seen = set()
+        while len(seen) < 3 + delay and process.poll() is None:
+            if path.exists():
+                seen.add(path.stat().st_mtime_ns)
+        assert process.poll() is None, "it ended by itself"
+        process.kill()
+        process.wait()
+        step = train.load_checkpoint(path.parent)["step"]
+        assert step > reached
+        reached = step
+        run = command("--resume", "--run=a")
+    assert Hybrid.from_pretrained("out/a")(torch.arange(5)[None]).isfinite().all()
+    leftovers = [p for p in path.parent.iterdir() if p.name.startswith(".")]
+    assert train.main(["--resume", "--run=a", f"--steps={reached + 2}"]) == 0
+    assert len(leftovers) <= 4  # what a kill cut short lies beside, under another name
+
+
+def test_a_run_is_never_written_over(flags, capsys):
+    assert train.main([*flags, "--steps=1"]) == 0
+    assert train.main([*flags, "--steps=1"]) == 0
+    assert sorted(p.name for p in train.OUT.iterdir() if (p / "trainer.pt").exists()) == ["hybrid", "hybrid-2"]
+    before = weights("hybrid")
+    assert train.main([*flags, "--steps=1", "--run=hybrid"]) == 2
+    assert "has a run already; add --resume" in capsys.readouterr().err
+    assert all(torch.equal(before[k], v) for k, v in weights("hybrid").items())
+
+
+# ---- steps that are not finite ----
+
+
+def spoil(monkeypatch, bad):
+    """Makes the loss of the steps in `bad` nan."""
+    loss = NextToken.loss
+
+    def spoilt(self, model, batch):
+        value, metrics = loss(self, model, batch)
+        spoilt.step += 1
+        return (value * math.nan if spoilt.step in bad else value), metrics
+
+    spoilt.step = 0
+    monkeypatch.setattr(NextToken, "loss", spoilt)
+
+
+def test_a_bad_step_is_skipped_and_counted(flags, monkeypatch):
+    spoil(monkeypatch, {2, 3})
+    assert train.main([*flags, "--steps=6", "--run=a"]) == 0
+    assert [row["skipped"] for row in rows("a")] == [0, 1, 2, 2, 2, 2]
+    assert all(w.isfinite().all() for w in weights("a").values())
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(flags, monkeypatch, capsys):
+    spoil(monkeypatch, range(6, 100))
+    assert train.main([*flags, "--steps=50", "--run=a"]) == 1
+    assert "not finite 10 steps in a row" in capsys.readouterr().out
+    saved = train.load_checkpoint(train.OUT / "a")
+    assert saved["step"] <= 15 and all(w.isfinite().all() for w in saved["model"].values())
+
+
+# ---- many processes ----
+
+
+def test_two_processes_are_one_with_twice_the_batch(flags):
+    assert train.main([*flags, "--steps=4", "--run=one", "--batch_size=4"]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *flags, "--steps=4", "--run=two", "--batch_size=2", "--weight_decay=0.1"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(rows("one"), rows("two")):
+        for name in ("loss", "grad_norm", "val_loss"):
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4)
+    one, two = weights("one"), weights("two")
+    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+    assert train.main(["--resume", "--run=two", "--steps=5"]) == 0  # a checkpoint is whole: one process goes on with it
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stepz=3"], "unrecognized arguments: --stepz=3"),
+        (["--steps=many"], "argument --steps: invalid int value: 'many'"),
+        (["--compile=maybe"], "'maybe' is neither true nor false"),
+        (["--steps=0"], "--steps=0 must be at least 1"),
+        (["--lr=-1"], "need lr > 0"),
+        (["--recipe=gpt7"], "unknown recipe 'gpt7'; known: hybrid"),
+        (["--preset=huge"], "unknown preset 'huge'; known: tiny"),
+        (["--data=missing/*.txt"], "no such file, folder or glob"),
+        (["--data=empty.txt"], "0 training tokens"),
+        (["--data=short.txt", "--context=5000"], "smaller --context"),
+        (["--tokenizer=latin"], "unknown tokenizer 'latin'"),
+        (["--hybrid_override_pattern=MXM"], "has ['X']"),
+        (["--num_attention_heads=3", "--num_key_value_heads=2"], "is not a multiple of"),
+        (["--vocab_size=100"], "vocab_size=100 is less than the 257 tokens"),
+        (["--device=tpu"], "unknown --device=tpu"),
+        (["--dtype=int8"], "unknown --dtype=int8"),
+        (["--dtype=float16"], "needs a CUDA device"),
+        (["--log=paper"], "--log=paper is unknown"),
+        (["--resume", "--run=nothing"], "has no trainer.pt"),
+        (["--resume", "--run=damaged"], "is damaged or not a checkpoint"),
+        (["--resume", "--run=pickled"], "is damaged or not a checkpoint"),
+        (["--resume", "--run=other"], "is not a checkpoint of this version"),
+        (["--resume", "--run=good", "--steps=9", "--hidden_size=64"], "--hidden_size=64: the run was begun with 32"),
+        (["--resume", "--run=good", "--steps=9", "--tokenizer=python4k"], "less than the 4096 tokens"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_status_2(arguments, message, flags, capsys):
+    (train.OUT / "damaged").mkdir(parents=True)
+    (train.OUT / "pickled").mkdir()
+    (train.OUT / "other").mkdir()
+    (train.OUT / "pickled" / "trainer.pt").write_bytes(pickle.dumps(train.OUT))
+    torch.save({"weights": torch.ones(3)}, train.OUT / "other" / "trainer.pt")
+    open("empty.txt", "w").close()
+    open("short.txt", "w").write("a few words\n" * 20)
+    if "--run=good" in arguments or "--run=damaged" in arguments:
+        assert train.main([*flags, "--steps=1", "--run=good"]) == 0
+        whole = (train.OUT / "good" / "trainer.pt").read_bytes()
+        (train.OUT / "damaged" / "trainer.pt").write_bytes(whole[: len(whole) // 2])
+    capsys.readouterr()
+    try:
+        status = train.main(arguments if "--resume" in arguments else [*flags, *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err.strip()
+    assert status == 2
+    assert message in error and "\n" not in error and "Traceback" not in error
+
+
+def test_nothing_in_a_checkpoint_is_executed(flags, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return open, ("exploded", "w")
+
+    (train.OUT / "bomb").mkdir(parents=True)
+    torch.save({"step": Bomb()}, train.OUT / "bomb" / "trainer.pt")
+    assert train.main(["--resume", "--run=bomb"]) == 2
+    assert not os.path.exists("exploded")
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_compiled_run_on_the_gpu_follows_the_one_on_the_cpu(flags):
+    flags = [f for f in flags if f != "--device=cpu"]
+    assert train.main([*flags, "--steps=8", "--run=cpu", "--device=cpu"]) == 0
+    assert train.main([*flags, "--steps=8", "--run=gpu", "--device=cuda", "--dtype=float32"]) == 0
+    assert train.main([*flags, "--steps=8", "--run=bf16", "--device=cuda"]) == 0
+    for cpu, gpu, bf16 in zip(rows("cpu"), rows("gpu"), rows("bf16")):
+        assert gpu["loss"] == pytest.approx(cpu["loss"], rel=1e-2)
+        assert bf16["loss"] == pytest.approx(cpu["loss"], rel=3e-2)
