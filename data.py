@@ -108,15 +108,18 @@ class Tokenizer:
             return b""
 
     @functools.cached_property
+    def vocabulary(self):
+        """The bytes of text that each token stands for; end-of-text stands for none."""
+        return [b"" if i == self.end_of_text else self._bytes_of(i) for i in range(self.n_vocab)]
+
+    @functools.cached_property
     def bytes_per_token(self):
-        """int64 [n_vocab]: how many bytes of text each token stands for; end-of-text stands for none."""
-        lengths = np.array([len(self._bytes_of(i)) for i in range(self.n_vocab)])
-        lengths[self.end_of_text] = 0
-        return lengths
+        """int64 [n_vocab]: how many bytes of text each token stands for."""
+        return np.array([len(token) for token in self.vocabulary])
 
     def text_bytes(self, ids):
         """Returns the bytes of text that an array of ids stands for, without the end-of-text tokens."""
-        return b"".join(self._bytes_of(i) for i in ids.tolist() if i != self.end_of_text)
+        return b"".join(self.vocabulary[i] for i in ids.tolist())
 
 
 def train_tokenizer(path, vocab_size=4096):
@@ -181,9 +184,8 @@ def split_documents(documents):
     def place(document):  # in [0, 1)
         return int.from_bytes(hashlib.sha256(document[0].encode()).digest()[:8], "big") / 2**64
 
-    first = min(documents, key=place)
-    validation = [d for d in documents if place(d) < VALIDATION_SHARE] or [first]
-    return [d for d in documents if d not in validation], validation
+    share = max(VALIDATION_SHARE, min(map(place, documents)))
+    return [d for d in documents if place(d) > share], [d for d in documents if place(d) <= share]
 
 
 def read_text(path):
@@ -201,7 +203,7 @@ def encode_corpus(data, tokenizer, cache):
     The file's name is a hash of the tokenizer and of every document, so stale tokens are never read.
     """
     documents = find_documents(data)
-    key = hashlib.sha256(repr((tokenizer.name, tokenizer.n_vocab, SPLIT_PATTERN, VALIDATION_SHARE)).encode())
+    key = hashlib.sha256(repr((tokenizer.name, tokenizer.vocabulary, SPLIT_PATTERN, VALIDATION_SHARE)).encode())
     for name, path in documents:
         key.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
@@ -339,5 +341,5 @@ def load_corpus(data="python", tokenizer="python4k", context=1, cache="out/cache
     return Corpus(data, tokenizer, train, val)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the shipped file was made by Python 3.11.7, from its standard library
     train_tokenizer(HERE / "assets" / "python4k.tiktoken")

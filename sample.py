@@ -69,7 +69,12 @@ def load(config):
         raise ValueError(
             f"{folder}: {model.config.vocab_size} tokens in the model, {tokenizer.n_vocab} in {tokenizer.name}"
         )
-    prompt = Path(config.prompt_file).read_text() if config.prompt_file is not None else config.prompt or ""
+    prompt = config.prompt or ""
+    if config.prompt_file is not None:
+        try:
+            prompt = Path(config.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompt_file={config.prompt_file} is not UTF-8 text") from None
     print(f"{folder}: {model.num_parameters() / 1e6:.2f}M parameters, {device}, {str(dtype)[6:]}", file=sys.stderr)
     return model, tokenizer, [tokenizer.end_of_text] + tokenizer.encode(prompt)
 

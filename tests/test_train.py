@@ -10,10 +10,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 import train
 from conftest import ROOT
 from nano_hybrid import Hybrid, NextToken
-from safetensors.torch import load_file
 
 MODEL = (
     "--hidden_size=32 --intermediate_size=48 --mamba_num_heads=2 --mamba_head_dim=16 --ssm_state_size=16 "

@@ -1,0 +1,59 @@
+"""README.md: its commands parse, its code runs, its links lead somewhere, --help works."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import sample
+import train
+from cli import parse
+from conftest import ROOT
+from nano_hybrid import HybridConfig
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.M | re.S)
+COMMANDS = [line.split("#")[0] for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if re.search(r"(train|sample)\.py", c)])
+def test_every_flag_of_a_command_exists(line):
+    words = shlex.split(line)
+    script = next(i for i, word in enumerate(words) if word.endswith(("train.py", "sample.py")))
+    flags = words[script + 1 :]
+    if words[script].endswith("train.py"):
+        given, _ = parse(train.TrainConfig, HybridConfig, prog="train.py", about="", argv=flags)
+        assert given.get("recipe", "hybrid") in train.RECIPES
+    else:
+        parse(sample.SampleConfig, prog="sample.py", about="", argv=flags)
+
+
+@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
+def test_the_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_explains_every_flag(script):
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    config = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig}[script]
+    for name in config.__dataclass_fields__:
+        assert f"--{name} " in done.stdout or f"--{name}\n" in done.stdout or f"[--{name}" in done.stdout
+
+
+def test_the_install_and_test_commands_are_those_of_ci():
+    tests = [c for c in COMMANDS if "pytest" in c]
+    assert len(tests) == 1 and tests[0].startswith("python3 -m venv")
+    assert "requirements-test.txt" in tests[0] and (ROOT / "requirements-test.txt").exists()
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_and_pictures_are_there():
+    targets = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README)
+    for target in (a or b for a, b in targets):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target

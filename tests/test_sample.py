@@ -1,0 +1,93 @@
+"""sample.py: what it prints, how it streams, what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+import sample
+from conftest import TINY, scramble
+from nano_hybrid import Hybrid, HybridConfig
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A folder out/a with a model of random weights and the bytes tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = scramble(Hybrid(HybridConfig(**(TINY | dict(vocab_size=320)))))
+    model.save_pretrained("out/a", nanopapers={"tokenizer": "bytes"})
+    return tmp_path / "out" / "a"
+
+
+def make(capsys, *flags):
+    assert sample.main(["--max_new_tokens=12", "--device=cpu", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "tokens/s" in err
+    return out
+
+
+def test_the_prompt_is_continued_and_repeats_with_the_seed(run, capsys):
+    first, second, other = (make(capsys, "--prompt=def ", f"--seed={s}") for s in (1, 1, 2))
+    assert first == second != other
+    assert first.startswith("def ") and len(first) > len("def ")
+
+
+def test_a_stream_is_the_same_text(run, capsys):
+    assert make(capsys, "--prompt=é", "--stream") == make(capsys, "--prompt=é", "--stream=false")
+
+
+def test_several_samples_differ(run, capsys):
+    texts = make(capsys, "--prompt=x", "--num_samples=3", "--temperature=2").split("\n---\n")
+    assert len(texts) == 3 and len(set(texts)) == 3 and all(t.startswith("x") for t in texts)
+
+
+def test_a_prompt_from_a_file_and_a_run_by_path(run, capsys):
+    (run / "prompt.txt").write_text("from a file", encoding="utf-8")
+    assert make(capsys, f"--prompt_file={run / 'prompt.txt'}", f"--run={run}").startswith("from a file")
+    assert make(capsys, "--temperature=0", "--prompt=a") == make(capsys, "--top_k=1", "--prompt=a", "--seed=5")
+
+
+@pytest.mark.parametrize(
+    ("flags", "spoil", "message"),
+    [
+        (["--run=b"], None, "neither out/b nor b is a folder"),
+        ([], "empty", "run python train.py first"),
+        (["--prompt=a", "--prompt_file=b"], None, "choose one"),
+        (["--prompt_file=missing.txt"], None, "missing.txt"),
+        (["--prompt_file=binary.txt"], None, "binary.txt is not UTF-8 text"),
+        (["--temperature=-1"], None, "temperature >= 0"),
+        (["--top_p=2"], None, "0 < top_p <= 1"),
+        (["--num_samples=0"], None, "must be at least 1"),
+        (["--tempreture=1"], None, "unrecognized arguments"),
+        ([], "weights", "model.safetensors is damaged or not a safetensors file"),
+        ([], "config", "config.json is not valid JSON"),
+        ([], "tokenizer", "does not name the tokenizer"),
+        ([], "vocabulary", "320 tokens in the model, 4096 in python4k"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_status_2(flags, spoil, message, run, capsys):
+    (run.parent.parent / "binary.txt").write_bytes(b"\xff\xfe\0")
+    config = json.loads((run / "config.json").read_text())
+    if spoil == "empty":
+        run.rename(run.parent.parent / "elsewhere")
+    elif spoil == "weights":
+        (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:500])
+    elif spoil == "config":
+        (run / "config.json").write_text("{")
+    elif spoil == "tokenizer":
+        (run / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "nanopapers"}))
+    elif spoil == "vocabulary":
+        (run / "config.json").write_text(json.dumps(config | {"nanopapers": {"tokenizer": "python4k"}}))
+    try:
+        status = sample.main(["--device=cpu", *flags])
+    except SystemExit as stop:
+        status = stop.code
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("out/a:")]
+    assert status == 2 and len(error) == 1 and message in error[0]
+
+
+def test_transformers_opens_what_was_trained(run):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run)
+    assert model.config.hybrid_override_pattern == TINY["hybrid_override_pattern"]
