@@ -20,6 +20,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import itertools
 import lzma
 import os
 import sysconfig
@@ -34,6 +35,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 VALIDATION_SHARE = 0.05  # of the documents
 BATCH_OF_DOCUMENTS = 64  # encoded between two updates of the progress bar
+LONGEST_VALIDATION = 1 << 20  # tokens; more would make each evaluation long and hardly more exact
+LONGEST_PIECE = 1 << 16  # characters encoded at once: tiktoken's regex overflows its stack on a megabyte of spaces
 
 # ---- 1. tokenizers ----------------------------------------------------------------------------------------------
 
@@ -87,7 +90,14 @@ class Tokenizer:
 
     def encode(self, text):
         """Returns the token ids of `text`, special tokens read as plain text."""
-        return self.encoding.encode_ordinary(text)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts):
+        """Returns a list of token ids for each text, computed on all cores."""
+        pieces = [[t[i : i + LONGEST_PIECE] for i in range(0, len(t), LONGEST_PIECE)] for t in texts]
+        flat = itertools.chain.from_iterable(pieces)
+        encoded = iter(self.encoding.encode_ordinary_batch(list(flat), num_threads=os.cpu_count() or 1))
+        return [list(itertools.chain.from_iterable(itertools.islice(encoded, len(p)))) for p in pieces]
 
     def decode(self, ids):
         """Returns the text of token ids; ids outside the vocabulary and broken characters become U+FFFD."""
@@ -171,7 +181,7 @@ def find_documents(data):
         root = Path(data)
         paths = [p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")]
     else:
-        paths = [Path(p) for p in glob.glob(os.path.expanduser(data), recursive=True) if Path(p).is_file()]
+        paths = [Path(p) for p in glob.glob(data, recursive=True) if Path(p).is_file()]
         root = Path(os.path.commonpath([p.parent for p in paths])) if paths else None
     if not paths:
         raise FileNotFoundError(f"--data={data}: no such file, folder or glob; 'python' is always there")
@@ -185,7 +195,8 @@ def split_documents(documents):
         return int.from_bytes(hashlib.sha256(document[0].encode()).digest()[:8], "big") / 2**64
 
     share = max(VALIDATION_SHARE, min(map(place, documents)))
-    return [d for d in documents if place(d) > share], [d for d in documents if place(d) <= share]
+    validation = sorted((d for d in documents if place(d) <= share), key=place)  # any beginning of it is a fair sample
+    return [d for d in documents if place(d) > share], validation
 
 
 def read_text(path):
@@ -220,8 +231,8 @@ def encode_corpus(data, tokenizer, cache):
         for texts, file in zip(readers, files):
             partial = file.with_suffix(f".{os.getpid()}")
             with open(partial, "wb") as out, tqdm(desc="encoding", unit=" documents", delay=1, leave=False) as bar:
-                while batch := [text for _, text in zip(range(BATCH_OF_DOCUMENTS), texts)]:
-                    for ids in tokenizer.encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
+                while batch := list(itertools.islice(texts, BATCH_OF_DOCUMENTS)):
+                    for ids in tokenizer.encode_batch(batch):
                         if ids:
                             np.array([tokenizer.end_of_text] + ids, dtype=dtype).tofile(out)
                     bar.update(len(batch))
@@ -308,7 +319,7 @@ def _epoch_order(n, context, seed, epoch):
 
 
 def load_corpus(data="python", tokenizer="python4k", context=1, cache="out/cache"):
-    """Returns the Corpus `data` in tokens of `tokenizer`.
+    """Returns the Corpus `data` in tokens of `tokenizer`, with at most LONGEST_VALIDATION tokens to validate with.
 
     For .bin shards, files with "val" in their name are for validation, or else the last twentieth of the last file.
     Raises FileNotFoundError or ValueError for a corpus that is not there, is empty or is shorter than one `context`.
@@ -338,7 +349,7 @@ def load_corpus(data="python", tokenizer="python4k", context=1, cache="out/cache
                 f"--data={data} has {longest} {split} tokens in one piece, fewer than one window of context + 1 = "
                 f"{context + 1}; give more text or a smaller --context"
             )
-    return Corpus(data, tokenizer, train, val)
+    return Corpus(data, tokenizer, train, val[:LONGEST_VALIDATION])
 
 
 if __name__ == "__main__":  # the shipped file was made by Python 3.11.7, from its standard library

@@ -540,9 +540,11 @@ def replacing(path):
 
     Whoever opens `path`, at any moment and after any kill, finds the old file or the new one, never half of one.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the name, or a power cut could leave it empty
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ import math
 import os
 import pickle
 import signal
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -337,9 +338,11 @@ class Log:
     def __init__(self, run):
         self.path = run.directory / "log.jsonl"
         run.directory.mkdir(parents=True, exist_ok=True)
-        self.rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one short
         self.rows = [row for row in self.rows if row["step"] <= run.step]  # those after the checkpoint come again
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self.write = lambda step, row: None
         if run.config.log == "wandb":
             import wandb
@@ -534,7 +537,11 @@ def finish(run, log, seconds):
     if "val_bpb" in log.rows[-1]:
         others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         run.say(f"validation: {log.rows[-1]['val_bpb']:.3f} bits per byte (on the same text: {others})")
-    run.say(f"{seconds:.0f} s of training, saved in {run.directory}. To let it write:\n"
+    speed = f"{statistics.median(row['tokens_per_s'] for row in log.rows):,.0f} tokens/s"
+    if "mfu" in log.rows[-1]:
+        speed += f", MFU {statistics.median(row['mfu'] for row in log.rows):.1%}"
+        speed += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    run.say(f"{seconds:.0f} s of training at {speed} (median step), saved in {run.directory}. To let it write:\n"
             f"  python sample.py --run={run.directory.name} --prompt='def '")  # fmt: skip
 
 
@@ -542,13 +549,15 @@ def main(argv=None):
     """Returns the exit status: 0 done, 1 gave up, 2 a mistake on the command line, 130 interrupted."""
     torch.set_float32_matmul_precision("high")  # TF32 where a float32 product is left on a GPU
     try:
-        run = set_up(argv)
-    except (ValueError, OSError) as error:
+        try:
+            run = set_up(argv)
+        except ValueError as error:  # only here: later it would be a mistake of ours, and deserves its traceback
+            return fail(error)
+        return train(run)
+    except OSError as error:  # a missing file, a full disk
         return fail(error)
     except KeyboardInterrupt:
         return 130
-    try:
-        return train(run)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

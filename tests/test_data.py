@@ -46,6 +46,12 @@ def test_a_character_is_streamed_only_when_it_is_whole():
     assert tokenizer.decode([300, -1, 65]) == "\ufffd\ufffdA"
 
 
+@pytest.mark.parametrize("text", [" " * 3_000_000, "=" * 300_000, "\t \n" * 100_000, "a" * 300_000])
+def test_texts_that_break_a_regular_expression_are_encoded(text):
+    tokenizer = Tokenizer()
+    assert tokenizer.text_bytes(np.array(tokenizer.encode(text))) == text.encode()
+
+
 def test_an_unknown_tokenizer_is_named():
     with pytest.raises(ValueError, match="unknown tokenizer 'gpt5'; known: python4k, bytes, gpt2"):
         Tokenizer("gpt5")
