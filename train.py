@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
@@ -167,9 +168,10 @@ def set_up(argv):
     if config.compile:
         model.compile()
     if world_size > 1:
+        mesh = init_device_mesh(device.type, (world_size,))
         for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         register_fsdp_forward_method(model, "loss")
     # Norms, biases, A_log, D and dt_bias are vectors, and never decayed.
     groups = [
@@ -372,16 +374,19 @@ def plot(log, path, baselines):
 
     score = next(k for k in ("val_bpb", "val_loss", "reward") if any(k in row for row in log.rows))
     points = [(row["step"], row[score]) for row in log.rows if score in row]
-    label = {"val_bpb": "validation, bits per byte", "val_loss": "validation loss, nats", "reward": "reward"}[score]
+    label = {"val_bpb": "bits per byte of validation text", "val_loss": "validation loss, nats", "reward": "reward"}[
+        score
+    ]
     figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
     axes.plot(*zip(*points), marker="o", color="#0072B2")
     for name, value in baselines.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="#D55E00")
         axes.annotate(f"{name}: {value:.2f}", (points[-1][0], value), ha="right", va="bottom", color="#D55E00")
+    axes.margins(y=0.1)
     axes.set(
         xlabel="step",
         ylabel=label,
-        title=f"{path.parent.name}: {label} {points[-1][1]:.3f} after {points[-1][0]} steps",
+        title=f"{path.parent.name}: {points[-1][1]:.3f} {label} after {points[-1][0]} steps",
     )
     axes.grid(alpha=0.3)
     with replacing(path) as temporary:

@@ -327,6 +327,8 @@ def test_a_compiled_run_on_the_gpu_follows_the_one_on_the_cpu(flags):
     assert train.main([*flags, "--steps=8", "--run=cpu", "--device=cpu"]) == 0
     assert train.main([*flags, "--steps=8", "--run=gpu", "--device=cuda", "--dtype=float32"]) == 0
     assert train.main([*flags, "--steps=8", "--run=bf16", "--device=cuda"]) == 0
-    for cpu, gpu, bf16 in zip(rows("cpu"), rows("gpu"), rows("bf16")):
-        assert gpu["loss"] == pytest.approx(cpu["loss"], rel=1e-2)
-        assert bf16["loss"] == pytest.approx(cpu["loss"], rel=3e-2)
+    first = [rows(name)[0] for name in ("cpu", "gpu", "bf16")]  # one step: later ones drift apart with the rounding
+    for name, tf32, bf16 in (("loss", 1e-3, 1e-2), ("grad_norm", 1e-2, 5e-2)):
+        assert first[1][name] == pytest.approx(first[0][name], rel=tf32)
+        assert first[2][name] == pytest.approx(first[0][name], rel=bf16)
+    assert all(rows(name)[-1]["loss"] < rows(name)[0]["loss"] for name in ("gpu", "bf16"))
