@@ -3,9 +3,10 @@
     python sample.py --prompt='def '                  the newest run in out/
     python sample.py --run=hybrid-2 --num_samples=3 --temperature=0.8 --top_p=0.95
 
-Text appears as it is made when there is one sample and a terminal (or --stream).
+One sample on a terminal (or with --stream) appears as it is made.
 """
 
+import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class SampleConfig:
     top_k: int | None = None  # only ever choose among this many tokens
     top_p: float | None = None  # only ever choose among the fewest tokens with this much probability in all
     num_samples: int = 1  # texts to make from the prompt
-    stream: bool | None = None  # print tokens as they come; default: for one sample on a terminal
+    stream: bool | None = None  # print one sample as it comes, not when it is done; default: on a terminal
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
@@ -101,32 +102,29 @@ def main(argv=None):
 
 def write(config, tokenizer, prompt, steps):
     """Prints prompt and continuation of each row, as they come if asked to. Returns 0."""
-    rows, began = [[] for _ in range(config.num_samples)], time.perf_counter()
+    rows, times = [[] for _ in range(config.num_samples)], [time.perf_counter()]
 
-    def first_row():
-        yield from prompt[1:]
+    def collect():
+        """Keeps the tokens of every row, and yields those of the first as they come."""
         for step in steps:
-            yield from record(step)[:1]
+            times.append(time.perf_counter())
+            for row, token in zip(rows, step.tolist()):
+                if token not in (-1, tokenizer.end_of_text):  # -1: this row has stopped
+                    row.append(token)
+            if len(rows[0]) == len(times) - 1:
+                yield rows[0][-1]
 
-    def record(step):
-        tokens = step.tolist()
-        for row, token in zip(rows, tokens):
-            if token not in (-1, tokenizer.end_of_text):
-                row.append(token)
-        return [token for token in tokens if token not in (-1, tokenizer.end_of_text)]
-
-    stream = config.stream if config.stream is not None else config.num_samples == 1 and sys.stdout.isatty()
+    stream = sys.stdout.isatty() if config.stream is None else config.stream
     if stream and config.num_samples == 1:
-        for text in tokenizer.stream(first_row()):
+        for text in tokenizer.stream(itertools.chain(prompt[1:], collect())):
             print(text, end="", flush=True)
         print()
     else:
-        for step in steps:
-            record(step)
+        for _ in collect():
+            pass
         print("\n---\n".join(tokenizer.decode(prompt[1:] + row) for row in rows))
-    seconds = time.perf_counter() - began
-    made = sum(map(len, rows))
-    print(f"{made} tokens in {seconds:.2f} s, {made / seconds:.0f} tokens/s", file=sys.stderr)
+    later = sum(max(0, len(row) - 1) for row in rows) / max(1e-9, times[-1] - times[1])
+    print(f"first token after {times[1] - times[0]:.2f} s, then {later:,.0f} tokens/s", file=sys.stderr)
     return 0
 
 
