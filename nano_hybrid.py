@@ -95,8 +95,8 @@ class HybridConfig:
                 "write one letter per layer: M (Mamba-2), * (attention), - (MLP)"
             )
         for name in (f.name for f in fields(self) if f.type in (int, "int")):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
         for many, few in (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups")):
             if getattr(self, many) % getattr(self, few):
                 raise ValueError(f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}")
@@ -186,6 +186,19 @@ class Cache:
 # cache.layers[index] and leaves there what the next call will need.
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight: the norm in front of every layer. Inside Mamba-2 it only holds the gated norm's weight."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        """Returns x [..., size] normalised over its last dimension."""
+        return rms_norm(x, self.weight, self.eps)
+
+
 class Mamba2(nn.Module):
     """A gated, selective state space layer."""
 
@@ -204,7 +217,7 @@ class Mamba2(nn.Module):
     def forward(self, u, cache=None):
         """Returns [B, T, C]. One token on a filled cache takes one step of the recurrence, anything else the scan."""
         c = self.config
-        B, T, _ = u.shape
+        T = u.shape[1]
         state = cache.layers[self.index] if cache else None
         real = cache.real(T) if cache else None  # bool [B, T] or None
         z, xBC, dt = self.in_proj(u).split([c.mamba_size, c.conv_size, c.mamba_num_heads], dim=-1)
@@ -287,19 +300,6 @@ MIXERS = dict(zip(LETTERS, (Mamba2, Attention, MLP)))
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj")  # what a layer adds to the residual stream comes from these
 
 # ---- 4. the model -----------------------------------------------------------------------------------------------
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight. Where it is the gated norm inside Mamba-2 it only holds the weight."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        """Returns x [..., size] normalised over its last dimension."""
-        return rms_norm(x, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -425,8 +425,6 @@ class Hybrid(nn.Module):
         scan = Q / 2 * (c.ssm_state_size * c.n_groups + c.mamba_size) + 2 * c.mamba_size * c.ssm_state_size
         return 6 * (matrices + pattern.count("*") * attention + pattern.count("M") * scan)
 
-    # ---- 5. generation ----
-
     @torch.inference_mode()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None):
         """Yields one int64 tensor [B] per step: the next token of every row, -1 for a row that has stopped.
@@ -434,7 +432,7 @@ class Hybrid(nn.Module):
         ids [B, T] int64, or a list of B lists of different lengths (padded on the left here). temperature 0 is greedy;
         top_k keeps the k most likely tokens, top_p the fewest that hold that much probability. stop: token ids that
         end a row (the stop token itself is yielded). Ends when every row has stopped. Raises ValueError for an empty
-        prompt or a setting out of range.
+        prompt or a setting out of range. Call eval() first if the model has dropout.
         """
         if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise ValueError(f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
@@ -456,8 +454,6 @@ class Hybrid(nn.Module):
             if done.all():
                 return
             ids = token[:, None]  # a row that has stopped goes on unseen, so that the batch keeps its shape
-
-    # ---- 6. checkpoints ----
 
     def save_pretrained(self, directory, state_dict=None, **extra):
         """Writes config.json (with `extra` keys added) and model.safetensors, which `transformers` opens too.
@@ -509,10 +505,13 @@ class Hybrid(nn.Module):
             if n not in tensors or tensors[n].shape != expected[n].shape
         ] + [f"{n} unexpected" for n in tensors if n not in expected]
         if wrong:
-            raise ValueError(f"{source} does not fit its config: {wrong[0]}, {len(wrong)} tensors in all")
+            raise ValueError(f"{source} does not fit its config: {wrong[0]}, the first of {len(wrong)}")
         self.load_state_dict(tensors, assign=True)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight
+
+
+# ---- 5. choosing the next token -----------------------------------------------------------------------------------
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -531,7 +530,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 
-# ---- 6. checkpoints ---------------------------------------------------------------------------------------------
+# ---- 6. files of a checkpoint -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -559,7 +558,8 @@ def read_config(directory):
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if config.get("model_type") != "nemotron_h":
+    if not isinstance(config, dict) or config.get("model_type") != "nemotron_h":
+        config = config if isinstance(config, dict) else {}
         raise ValueError(f"{path} has model_type={config.get('model_type')!r}; this file knows 'nemotron_h' only")
     return config
 

@@ -65,7 +65,10 @@ def load(config):
     tokenizer = Tokenizer(trained["tokenizer"])
     device = pick_device(config.device)
     dtype, _ = pick_dtype(config.dtype, device)
-    model = Hybrid.from_pretrained(folder).to(device, dtype).eval()
+    model = Hybrid.from_pretrained(folder).to(device).eval()
+    for p in model.parameters():
+        if p.dim() > 1:  # A_log, D, dt_bias and the norms stay float32: small, and the states hang on them
+            p.data = p.data.to(dtype)
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(
             f"{folder}: {model.config.vocab_size} tokens in the model, {tokenizer.n_vocab} in {tokenizer.name}"

@@ -312,6 +312,8 @@ def damage(path, how):
         path.write_bytes(path.read_bytes()[:1000])
     elif how == "nonsense":
         path.write_bytes(b"not this")
+    elif how == "a list":
+        path.write_text("[1, 2]")
     elif how == "foreign":
         path.write_text('{"model_type": "llama"}')
     elif how == "other shape":
@@ -327,6 +329,7 @@ def damage(path, how):
     [
         ("config.json", "gone", FileNotFoundError, "config.json is missing"),
         ("config.json", "nonsense", ValueError, "config.json is not valid JSON"),
+        ("config.json", "a list", ValueError, "model_type=None"),
         ("config.json", "foreign", ValueError, "model_type='llama'"),
         ("config.json", "other pattern", ValueError, "'X'"),
         ("config.json", "other shape", ValueError, "does not fit its config"),
@@ -350,7 +353,8 @@ def test_a_bad_checkpoint_is_named(file, how, error, message, tmp_path):
         (dict(hybrid_override_pattern=""), "no layers"),
         (dict(num_attention_heads=6, num_key_value_heads=4), "num_attention_heads=6 is not a multiple of"),
         (dict(mamba_num_heads=4, n_groups=3), "mamba_num_heads=4 is not a multiple of n_groups=3"),
-        (dict(hidden_size=0), "hidden_size=0 must be at least 1"),
+        (dict(hidden_size=0), "hidden_size=0 must be a whole number of at least 1"),
+        (dict(hidden_size="wide"), "hidden_size='wide' must be a whole number"),
         (dict(hidden_dropout=1.0), "hidden_dropout=1.0"),
     ],
 )

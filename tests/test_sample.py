@@ -37,6 +37,14 @@ def test_a_stream_is_the_same_text(run, capsys):
     assert make(capsys, "--prompt=é", "--stream") == make(capsys, "--prompt=é", "--stream=false")
 
 
+def test_half_precision_keeps_the_vectors_in_float32(run, capsys):
+    text = make(capsys, "--prompt=def ", "--temperature=0")
+    assert make(capsys, "--prompt=def ", "--temperature=0", "--dtype=bfloat16")[:6] == text[:6]
+    model, _, _ = sample.load(sample.SampleConfig(dtype="bfloat16", device="cpu"))
+    assert {p.dtype for p in model.parameters() if p.dim() > 1} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.dim() == 1} == {torch.float32}
+
+
 def test_several_samples_differ(run, capsys):
     texts = make(capsys, "--prompt=x", "--num_samples=3", "--temperature=2").split("\n---\n")
     assert len(texts) == 3 and len(set(texts)) == 3 and all(t.startswith("x") for t in texts)
