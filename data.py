@@ -179,7 +179,8 @@ def find_documents(data):
         paths = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
     elif Path(data).is_dir():
         root = Path(data)
-        paths = [p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        paths = [p for p in root.rglob("*") if p.is_file()]
+        paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(root).parts)]
     else:
         paths = [Path(p) for p in glob.glob(data, recursive=True) if Path(p).is_file()]
         root = Path(os.path.commonpath([p.parent for p in paths])) if paths else None
@@ -342,13 +343,15 @@ def load_corpus(data="python", tokenizer="python4k", context=1, cache="out/cache
     else:
         train, val = encode_corpus(data, tokenizer, cache)
         train = [train]
+    longest = max(map(len, train), default=0)
+    if longest < context + 1:
+        raise ValueError(
+            f"--data={data} has {longest} training tokens in one piece, fewer than one window of context + 1 = "
+            f"{context + 1}; give more text or a smaller --context"
+        )
+    if len(val) < 2:
+        raise ValueError(f"--data={data} leaves {len(val)} tokens for validation; give more text")
     train = [tokens for tokens in train if len(tokens) > context]
-    for split, longest in (("training", max(map(len, train), default=0)), ("validation", len(val))):
-        if longest < context + 1:
-            raise ValueError(
-                f"--data={data} has {longest} {split} tokens in one piece, fewer than one window of context + 1 = "
-                f"{context + 1}; give more text or a smaller --context"
-            )
     return Corpus(data, tokenizer, train, val[:LONGEST_VALIDATION])
 
 

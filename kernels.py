@@ -110,9 +110,8 @@ def causal_conv1d_ref(x, weight, bias=None, initial_state=None, activation="silu
         initial_state = x.new_zeros(B, C, W - 1)
     history = torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], dim=1)  # [B, W-1+T, C]
     # W shifted products, not F.conv1d: a compiler fuses them into one pass over x, cuDNN's depthwise takes several.
-    out = sum(at_least_float32(history[:, j : j + T]) * weight[:, j] for j in range(W))  # [B, T, C]
-    if bias is not None:
-        out = out + bias
+    products = (at_least_float32(history[:, j : j + T]) * weight[:, j] for j in range(W))
+    out = sum(products, start=0 if bias is None else bias)  # [B, T, C]
     if activation == "silu":
         out = F.silu(out)
     out = out.to(x.dtype)
