@@ -17,6 +17,16 @@ Randomness is a function of (seed, step, rank), data included, so a run that is 
 
 A run lives in out/<run>/: config.json and model.safetensors (what sample.py and `transformers` open), trainer.pt
 (weights, optimiser and step in one file, so that they always belong together), log.jsonl, loss.png.
+
+log.jsonl has one row per step:
+    loss          nats per token of this step's batches, mean over all processes
+    grad_norm     norm of the whole gradient before clipping
+    lr            learning rate of the step
+    tokens_per_s  over all processes, from the batch to the optimiser's step (the first one compiles)
+    mfu           model FLOPs utilisation: FLOPs the model needs / time / the GPU's dense bf16 peak; known GPUs only
+    skipped       steps left out so far because loss or gradient was not finite
+    val_loss      nats per token of the validation text, where it was evaluated
+    val_bpb       bits per byte of that text: comparable across tokenizers, and with compressors
 """
 
 import importlib.util
