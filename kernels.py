@@ -252,9 +252,11 @@ def ssd(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return
 # ---- 5. the output projection and what is wanted of it --------------------------------------------------------
 #
 # A vocabulary is so large that the logits [S, V] outweigh every other activation of a small model. None of the
-# quantities below needs them at once: they are made for a few rows, used and dropped, and made again in the backward.
+# quantities below needs them all at once: they are made for a block of rows, used and dropped, and made again in the
+# backward (a third matrix product instead of two). Up to MAX_LOGITS of them are one block, and kept.
 
-MAX_LOGITS = 1 << 28  # logits alive at a time: 1 GB in float32
+MAX_LOGITS = 1 << 24  # logits of one block: 64 MB in float32
+MAX_BLOCKS = 16  # blocks grow rather than become more than this: torch.compile unrolls the loop over them
 
 
 def _by_rows(of_logits, hidden, weight, targets, outputs=1):
@@ -264,7 +266,7 @@ def _by_rows(of_logits, hidden, weight, targets, outputs=1):
         return of_logits(at_least_float32(F.linear(hidden, weight)), targets)
 
     S, V = hidden.shape[0], weight.shape[0]
-    rows = max(1, MAX_LOGITS // V)
+    rows = max(1, MAX_LOGITS // V, -(-S // MAX_BLOCKS))
     if S <= rows:
         return block(hidden, weight, targets)
     parts = [
