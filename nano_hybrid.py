@@ -573,9 +573,7 @@ def config_fields(config):
 
     Raises ValueError for a model with biases that this file does not build.
     """
-    expected = dict.fromkeys(("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias"), False) | {
-        "use_conv_bias": True
-    }
+    expected = dict(use_bias=False, mlp_bias=False, attention_bias=False, mamba_proj_bias=False, use_conv_bias=True)
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise ValueError(f"config.json sets {name}={config[name]}; this model is built with {value}, as released")
