@@ -246,8 +246,12 @@ def test_backend_switch_is_loud(monkeypatch):
     assert kernels.pick_backend() == kernels.pick_backend("torch") == "torch"
     with pytest.raises(ValueError, match="unknown backend 'cuda'"):
         kernels.rms_norm(draw(2, 4), draw(4), backend="cuda")
-    with pytest.raises(ValueError, match="no Triton kernels"):
+    with pytest.raises(ValueError, match="the tensors are float64"):
         kernels.ssd(*ssd_inputs()[:6], backend="triton")
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    with pytest.raises(ValueError, match="the tensors are on cpu"):
+        kernels.rms_norm(draw(2, 4).float(), draw(4).float(), backend="triton")
+    monkeypatch.setattr(kernels, "triton", None)
     monkeypatch.setattr(kernels, "BACKEND", "triton")  # what NANO_BACKEND=triton sets
-    with pytest.raises(ValueError, match="no Triton kernels"):
+    with pytest.raises(ValueError, match="triton is not installed"):
         kernels.rms_norm(draw(2, 4), draw(4))
