@@ -152,6 +152,7 @@ def gated_rms_norm_ref(x, gate, weight, group_size, eps=1e-5):
 @jit
 def _norm_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, S, C, stride_x, stride_gate, group_size, eps,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    eps = tl.cast(eps, tl.float32)  # torch.compile passes a Python float as float64
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # int64: S * C may pass 2^31
     in_group = tl.arange(0, BLOCK)[None, :]
     columns = tl.program_id(1) * group_size + in_group
@@ -169,6 +170,7 @@ def _norm_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, S, C, stride_x, stride_gate
 def _norm_bwd_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr,
                      S, C, stride_x, stride_gate, stride_dy, group_size, eps,
                      ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    eps = tl.cast(eps, tl.float32)
     in_group = tl.arange(0, BLOCK)[None, :]
     columns = tl.program_id(1) * group_size + in_group
     weight = tl.load(weight_ptr + columns, mask=in_group < group_size, other=0.0).to(tl.float32)
@@ -738,22 +740,26 @@ def _ssd_states_kernel(x_ptr, b_ptr, dt_ptr, A_ptr, seq_ptr, start_ptr, states_p
 
 @jit
 def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_ptr, y_ptr,
-                     T, H, R, P, N, stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct, stride_dtb, stride_dtt,
+                     T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct, stride_dtb, stride_dtt,
                      HEADS: tl.constexpr, PRECISION: tl.constexpr,
                      Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     n_chunks = tl.cdiv(T, Q)
     chunk, batch = tl.program_id(0) % n_chunks, (tl.program_id(0) // n_chunks).to(tl.int64)
     first_head = tl.program_id(1) * HEADS
     t, p, n = chunk * Q + tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    rows = t.to(tl.int64)[:, None]
+    rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)  # offsets in a tile are int32, to the tile int64
+    x_ptr += batch * stride_xb + t0 * stride_xt
+    b_ptr += batch * stride_bb + t0 * stride_bt + (first_head // R) * N
+    c_ptr += batch * stride_cb + t0 * stride_ct + (first_head // R) * N
+    y_ptr += (batch * T + t0) * H * P
+    states_ptr += (batch * n_chunks + chunk) * H * P * N
     in_n, in_p = (t[:, None] < T) & (n[None, :] < N), (t[:, None] < T) & (p[None, :] < P)
     if seq_ptr is not None:
         seq_ptr += batch * T
 
     # C B^T, once for all heads of this program
-    group = (first_head // R) * N + n[None, :]
-    b = tl.load(b_ptr + batch * stride_bb + rows * stride_bt + group, mask=in_n, other=0.0)  # [Q, N]
-    c = tl.load(c_ptr + batch * stride_cb + rows * stride_ct + group, mask=in_n, other=0.0)  # [Q, N]
+    b = tl.load(b_ptr + rows * stride_bt + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+    c = tl.load(c_ptr + rows * stride_ct + n[None, :], mask=in_n, other=0.0)  # [Q, N]
     scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)  # [Q, Q]
     seen = _visible(seq_ptr, t[:, None], t[None, :], T)
 
@@ -762,10 +768,8 @@ def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_
         dt, s, total, through, to_end, from_start = _chunk_decay(
             dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
         )
-        x = tl.load(
-            x_ptr + batch * stride_xb + rows * stride_xt + head * P + p[None, :], mask=in_p, other=0.0
-        )  # [Q, P]
-        stateT = tl.load(states_ptr + ((batch * n_chunks + chunk) * H + head) * P * N + p[None, :] * N + n[:, None],
+        x = tl.load(x_ptr + rows * stride_xt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
+        stateT = tl.load(states_ptr + head * P * N + p[None, :] * N + n[:, None],
                          mask=(p[None, :] < P) & (n[:, None] < N), other=0.0)  # [N, P]  # fmt: skip
         # 4. from the state that enters
         y = tl.dot(c, stateT, input_precision=PRECISION) * (tl.exp(s) * from_start)[:, None]  # [Q, P]
@@ -775,33 +779,97 @@ def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_
         y = tl.dot(M, x, acc=y, input_precision=PRECISION)
         if D_ptr is not None:
             y += tl.load(D_ptr + head).to(tl.float32) * x.to(tl.float32)
-        tl.store(y_ptr + ((batch * T + rows) * H + head) * P + p[None, :], y, mask=in_p)
+        tl.store(y_ptr + (rows * H + head) * P + p[None, :], y, mask=in_p)
 
 
 @jit
-def _ssd_scan_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, dy_ptr, states_ptr, g_ptr,
-                         dx_ptr, db_ptr, dc_ptr, ddt_ptr, dA_ptr, dD_ptr, T, H, R, P, N,
-                         stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct, stride_dtb, stride_dtt,
-                         stride_dyb, stride_dyt, HEADS: tl.constexpr, PRECISION: tl.constexpr,
-                         Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_ptr, states_ptr, g_ptr, out_ptr, read_ptr,
+                          T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                          stride_ub, stride_ut, stride_vb, stride_vt, stride_ownb, stride_ownt, stride_otherb, stride_othert,
+                          stride_dtb, stride_dtt, REVERSE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                          Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     n_chunks = tl.cdiv(T, Q)
     chunk, batch = tl.program_id(0) % n_chunks, (tl.program_id(0) // n_chunks).to(tl.int64)
     first_head = tl.program_id(1) * HEADS
     t, p, n = chunk * Q + tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    rows = t.to(tl.int64)[:, None]
+    rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)
+    u_ptr += batch * stride_ub + t0 * stride_ut
+    v_ptr += batch * stride_vb + t0 * stride_vt
+    own_ptr += batch * stride_ownb + t0 * stride_ownt + (first_head // R) * N
+    other_ptr += batch * stride_otherb + t0 * stride_othert + (first_head // R) * N
+    states_ptr += (batch * n_chunks + chunk) * H * P * N
+    out_ptr += ((batch * T + t0) * tl.num_programs(1) + tl.program_id(1)) * N  # [B, T, H / HEADS, N]: parts of groups
     in_n, in_p = (t[:, None] < T) & (n[None, :] < N), (t[:, None] < T) & (p[None, :] < P)
     in_state = (p[:, None] < P) & (n[None, :] < N)
     if seq_ptr is not None:
         seq_ptr += batch * T
-    group = (first_head // R) * N + n[None, :]
-    b = tl.load(b_ptr + batch * stride_bb + rows * stride_bt + group, mask=in_n, other=0.0)  # [Q, N]
-    c = tl.load(c_ptr + batch * stride_cb + rows * stride_ct + group, mask=in_n, other=0.0)  # [Q, N]
-    # Q x Q tiles are [j, i] here, transposed: Triton 3.4 to 3.7.0 miscompiles the product with a product transposed
-    # on Hopper (flash-linear-attention issue 640), so each comes out as the next one wants it. Hence dC^T [N, Q] too.
+    other = tl.load(other_ptr + rows * stride_othert + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+    if REVERSE:
+        seen = _visible(seq_ptr, t[None, :], t[:, None], T)
+    else:
+        seen = _visible(seq_ptr, t[:, None], t[None, :], T)
+        own = tl.load(own_ptr + rows * stride_ownt + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+        g_ptr += (batch * n_chunks + chunk) * H * P * N
+        read_ptr += (batch * T + t0) * H
+    out = tl.zeros([Q, BLOCK_N], tl.float32)
+
+    for head in range(first_head, first_head + HEADS):
+        A = tl.load(A_ptr + head).to(tl.float32)
+        dt, s, total, through, to_end, from_start = _chunk_decay(
+            dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
+        )
+        u = tl.load(u_ptr + rows * stride_ut + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
+        v = tl.load(v_ptr + rows * stride_vt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
+        here = head * P * N + p[:, None] * N + n[None, :]
+        state = tl.load(states_ptr + here, mask=in_state, other=0.0)  # [P, N]
+        pairs = tl.dot(u, tl.trans(v), input_precision=PRECISION)  # [Q, Q]
+        if REVERSE:
+            weights = to_end * tl.exp(total - s) * dt
+            pairs *= tl.exp(tl.where(seen, s[None, :] - s[:, None], -float("inf"))) * dt[:, None]
+        else:
+            weights = from_start * tl.exp(s)
+            pairs *= tl.exp(tl.where(seen, s[:, None] - s[None, :], -float("inf"))) * dt[None, :]
+            read = weights * tl.sum(
+                u.to(tl.float32) * tl.dot(own, tl.trans(state), input_precision=PRECISION), 1
+            )  # [Q]
+            # what passes from state to state decays through every step: as if the last token had read it
+            g = tl.load(g_ptr + here, mask=in_state, other=0.0)  # [P, N]
+            passed = through * tl.sum(state.to(tl.float32) * g.to(tl.float32))
+            read += tl.where(t == tl.minimum(chunk * Q + Q, T) - 1, passed, 0.0)
+            tl.store(read_ptr + tl.arange(0, Q) * H + head, read, mask=t < T)
+        out = tl.dot(pairs.to(other.dtype), other, acc=out, input_precision=PRECISION)
+        out = tl.dot((u.to(tl.float32) * weights[:, None]).to(u.dtype), state, acc=out, input_precision=PRECISION)
+    tl.store(out_ptr + rows * tl.num_programs(1) * N + n[None, :], out, mask=in_n)
+
+
+@jit
+def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, dy_ptr, g_ptr, read_ptr,
+                            dx_ptr, ddt_ptr, dA_ptr, dD_ptr, T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                            stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct,
+                            stride_dtb, stride_dtt, stride_dyb, stride_dyt, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                            Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    n_chunks = tl.cdiv(T, Q)
+    chunk, batch = tl.program_id(0) % n_chunks, (tl.program_id(0) // n_chunks).to(tl.int64)
+    first_head = tl.program_id(1) * HEADS
+    t, p, n = chunk * Q + tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)  # offsets in a tile are int32, to the tile int64
+    x_ptr += batch * stride_xb + t0 * stride_xt
+    b_ptr += batch * stride_bb + t0 * stride_bt + (first_head // R) * N
+    c_ptr += batch * stride_cb + t0 * stride_ct + (first_head // R) * N
+    dy_ptr += batch * stride_dyb + t0 * stride_dyt
+    g_ptr += (batch * n_chunks + chunk) * H * P * N
+    read_ptr += (batch * T + t0) * H
+    dx_ptr += (batch * T + t0) * H * P
+    ddt_ptr += (batch * T + t0) * H
+    in_n, in_p = (t[:, None] < T) & (n[None, :] < N), (t[:, None] < T) & (p[None, :] < P)
+    if seq_ptr is not None:
+        seq_ptr += batch * T
+    b = tl.load(b_ptr + rows * stride_bt + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+    c = tl.load(c_ptr + rows * stride_ct + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+    # Q x Q tiles are [j, i] here, transposed as their users want them: Triton 3.4 to 3.7.0 on Hopper is reported to
+    # miscompile the product with a product that was transposed (flash-linear-attention issue 640).
     scores = tl.dot(b, tl.trans(c), input_precision=PRECISION)
     seen = _visible(seq_ptr, t[None, :], t[:, None], T)
-    db, dcT = tl.zeros([Q, BLOCK_N], tl.float32), tl.zeros([BLOCK_N, Q], tl.float32)
-    pairs = tl.zeros([Q, Q], tl.float32)  # sum over heads of L (dy . u)
 
     for head in range(first_head, first_head + HEADS):
         A = tl.load(A_ptr + head).to(tl.float32)
@@ -809,51 +877,32 @@ def _ssd_scan_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, dy_
             dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
         )
         to_end *= tl.exp(total - s)
-        from_start *= tl.exp(s)
-        x = tl.load(
-            x_ptr + batch * stride_xb + rows * stride_xt + head * P + p[None, :], mask=in_p, other=0.0
-        )  # [Q, P]
-        dy = tl.load(dy_ptr + batch * stride_dyb + rows * stride_dyt + head * P + p[None, :], mask=in_p, other=0.0)
-        here = ((batch * n_chunks + chunk) * H + head) * P * N + p[:, None] * N + n[None, :]
-        state = tl.load(states_ptr + here, mask=in_state, other=0.0)  # [P, N]
-        g = tl.load(g_ptr + here, mask=in_state, other=0.0)  # [P, N]
+        x = tl.load(x_ptr + rows * stride_xt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
+        dy = tl.load(dy_ptr + rows * stride_dyt + head * P + p[None, :], mask=in_p, other=0.0)
+        g = tl.load(g_ptr + head * P * N + p[:, None] * N + n[None, :],
+                    mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)  # [P, N]  # fmt: skip
+        read = tl.load(read_ptr + tl.arange(0, Q) * H + head, mask=t < T, other=0.0)  # [i]
         # inside the chunk
         decay = tl.exp(tl.where(seen, s[None, :] - s[:, None], -float("inf")))  # [j, i]
-        products = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay  # [j, i]
-        pairs += products * dt[:, None]
-        products *= scores
-        by_reader = tl.sum(products * dt[:, None], 0)  # [i]
-        by_writer = tl.sum(products, 1)  # [j], without dt
-        du = tl.dot((scores * decay).to(x.dtype), dy, input_precision=PRECISION)  # [Q, P]
+        pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay  # [j, i]
+        pairs *= scores
+        by_reader = tl.sum(pairs * dt[:, None], 0)  # [i]
+        by_writer = tl.sum(pairs, 1)  # [j], without dt
         # to the state that leaves
-        du_end = tl.dot(b, tl.trans(g), input_precision=PRECISION) * to_end[:, None]  # [Q, P]
-        written = tl.sum(x.to(tl.float32) * du_end, 1)  # [j], without dt
-        db += tl.dot(x, g, input_precision=PRECISION) * (to_end * dt)[:, None]
-        # from the state that enters
-        dc_start = tl.dot(tl.trans(state), tl.trans(dy), input_precision=PRECISION) * from_start[None, :]  # [N, Q]
-        read = tl.sum(tl.trans(c).to(tl.float32) * dc_start, 0)  # [i]
-        dcT += dc_start
+        du = tl.dot(b, tl.trans(g), input_precision=PRECISION) * to_end[:, None]  # [Q, P]
+        written = tl.sum(x.to(tl.float32) * du, 1)  # [j], without dt
+        du = tl.dot((scores * decay).to(x.dtype), dy, acc=du, input_precision=PRECISION)
         # a and dt
-        passed = through * tl.sum(state.to(tl.float32) * g.to(tl.float32))
         written_before = tl.cumsum(written * dt, 0) - written * dt
-        da = tl.cumsum(by_reader - by_writer * dt + read, 0, reverse=True) + written_before + passed
-        ddt = by_writer + written + A * da
-        tl.store(ddt_ptr + (batch * T + t) * H + head, ddt, mask=t < T)
+        da = tl.cumsum(by_reader - by_writer * dt + read, 0, reverse=True) + written_before
+        tl.store(ddt_ptr + tl.arange(0, Q) * H + head, by_writer + written + A * da, mask=t < T)
         tl.store(dA_ptr + tl.program_id(0) * H + head, tl.sum(da * dt, 0))
         # x
-        du = (du + du_end) * dt[:, None]
+        du *= dt[:, None]
         if D_ptr is not None:
             du += tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
             tl.store(dD_ptr + tl.program_id(0) * H + head, tl.sum(x.to(tl.float32) * dy.to(tl.float32)))
-        tl.store(dx_ptr + ((batch * T + rows) * H + head) * P + p[None, :], du, mask=in_p)
-
-    pairs = pairs.to(b.dtype)
-    db = tl.dot(pairs, c, acc=db, input_precision=PRECISION)
-    dcT = tl.dot(tl.trans(b), pairs, acc=dcT, input_precision=PRECISION)
-    parts = (batch * T * tl.num_programs(1) + tl.program_id(1)) * N  # [B, T, H / HEADS, N]: parts of groups
-    tl.store(db_ptr + parts + rows * tl.num_programs(1) * N + n[None, :], db, mask=in_n)
-    tl.store(dc_ptr + parts + t.to(tl.int64)[None, :] * tl.num_programs(1) * N + n[:, None], dcT,
-             mask=(t[None, :] < T) & (n[:, None] < N))  # fmt: skip
+        tl.store(dx_ptr + (rows * H + head) * P + p[None, :], du, mask=in_p)
 
 
 def _ssd_tiles(x, N, R, kernel):
@@ -862,7 +911,7 @@ def _ssd_tiles(x, N, R, kernel):
     BLOCK_P, BLOCK_N = block_of(P), block_of(N)
     wide = x.dtype == torch.float32 or BLOCK_P * BLOCK_N > 64 * 128 or small_card()
     Q = min(32 if wide else 64, block_of(T))
-    tiles = dict(Q=Q, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, num_warps=8 if kernel == "bwd" else 4)
+    tiles = dict(Q=Q, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2 if kernel == "bwd" else 3)
     if kernel == "states":  # columns and rows of a state do not mix: split them until the GPU is full
         while B * H * (BLOCK_P // tiles["BLOCK_P"]) * (BLOCK_N // tiles["BLOCK_N"]) < 264 and tiles["BLOCK_N"] > 32:
             tiles["BLOCK_N"] //= 2
@@ -923,10 +972,20 @@ class _SSD(torch.autograd.Function):
         dx, ddt = empty(B, T, H, P, dtype=x.dtype), empty(B, T, H)
         dB, dC = empty(B, T, G, parts // G, N, dtype=part_dtype), empty(B, T, G, parts // G, N, dtype=part_dtype)
         dA, dD = empty(programs, H), None if D is None else empty(programs, H)
-        _ssd_scan_bwd_kernel[(programs, parts)](
-            x, Bmat, Cmat, dt, A, D, seq_idx, dy, states, g, dx, dB, dC, ddt, dA, dD, T, H, H // G, P, N,
-            x.stride(0), x.stride(1), Bmat.stride(0), Bmat.stride(1), Cmat.stride(0), Cmat.stride(1),
-            dt.stride(0), dt.stride(1), dy.stride(0), dy.stride(1), PRECISION=dot_precision(), **tiles,
+        read = empty(B, T, H)
+        shape, options = (T, H, H // G, P, N), dict(PRECISION=dot_precision(), **tiles)
+        xs, bs, cs, dts, dys = ((v.stride(0), v.stride(1)) for v in (x, Bmat, Cmat, dt, dy))
+        _ssd_pairs_bwd_kernel[(programs, parts)](
+            dy, x, Cmat, Bmat, dt, A, seq_idx, states, g, dC, read, *shape,
+            *dys, *xs, *cs, *bs, *dts, REVERSE=False, **options,
+        )  # fmt: skip
+        _ssd_pairs_bwd_kernel[(programs, parts)](
+            x, dy, Bmat, Cmat, dt, A, seq_idx, g, None, dB, None, *shape,
+            *xs, *dys, *bs, *cs, *dts, REVERSE=True, **options,
+        )  # fmt: skip
+        _ssd_inputs_bwd_kernel[(programs, parts)](
+            x, Bmat, Cmat, dt, A, D, seq_idx, dy, g, read, dx, ddt, dA, dD, *shape,
+            *xs, *bs, *cs, *dts, *dys, **options,
         )  # fmt: skip
         dB, dC = (v.squeeze(3) if parts == G else v.sum(3).to(Bmat.dtype) for v in (dB, dC))
         dD = None if D is None else dD.sum(0).to(D.dtype)
