@@ -92,8 +92,11 @@ def small_card():
 
 @torch.compiler.assume_constant_result
 def dot_precision():
-    """Returns how a kernel multiplies float32 tiles: as torch.set_float32_matmul_precision says."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Returns how a kernel multiplies float32 tiles, by torch.set_float32_matmul_precision.
+
+    Below "highest": three TF32 products. One alone cuts the operands off where cuBLAS rounds them, and doubles its error.
+    """
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
 
 
 def tail_contiguous(x, dims=1):
@@ -209,14 +212,15 @@ def _norm_tiles(group_size, elements):
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, weight, group_size, eps):
-        C = x.shape[-1]
+        C, weight = x.shape[-1], weight.contiguous()
         xs = tail_contiguous(x).reshape(-1, C)  # [S, C]
         gates = None if gate is None else tail_contiguous(gate).reshape(-1, C)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         tiles = _norm_tiles(group_size, 1024)
         grid = (triton.cdiv(len(xs), tiles["ROWS"]), C // group_size)
         _norm_kernel[grid](
-            xs, gates, weight, y, len(xs), C, xs.stride(0), 0 if gate is None else gates.stride(0), group_size, eps, **tiles
+            xs, gates, weight, y, len(xs), C, xs.stride(0), 0 if gate is None else gates.stride(0), group_size, eps,
+            **tiles,
         )  # fmt: skip
         ctx.save_for_backward(x, gate, weight)
         ctx.group_size, ctx.eps = group_size, eps
@@ -341,7 +345,8 @@ def _document(seq_ptr, t, T):
 
 @jit
 def _conv_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, y_ptr, T, C, stride_xb, stride_xt,
-                 SILU: tl.constexpr, W: tl.constexpr, TIME: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                 SILU: tl.constexpr, W: tl.constexpr,
+                 TIME: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     first = tl.program_id(0) * TIME
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(2).to(tl.int64)
@@ -379,7 +384,8 @@ def _conv_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, y_ptr, T, C, s
 @jit
 def _conv_bwd_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, dy_ptr, dx_ptr, dstart_ptr, dweight_ptr,
                      T, C, stride_xb, stride_xt, stride_dyb, stride_dyt,
-                     SILU: tl.constexpr, W: tl.constexpr, TIME: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     SILU: tl.constexpr, W: tl.constexpr,
+                 TIME: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     first = tl.program_id(0) * TIME
     last = tl.minimum(first + TIME, T)  # one past it
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -462,7 +468,7 @@ class _CausalConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, start, seq_idx, silu):
         B, T, C = x.shape
         x, weight = tail_contiguous(x), weight.contiguous()
-        start = None if start is None else start.contiguous()
+        bias, start, seq_idx = (None if v is None else v.contiguous() for v in (bias, start, seq_idx))
         y = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
         tiles = _conv_tiles(T, 64)
         grid = (triton.cdiv(T, tiles["TIME"]), triton.cdiv(C, tiles["BLOCK"]), B)
@@ -918,7 +924,7 @@ def _ssd_tiles(x, N, R, kernel):
     BLOCK_P, BLOCK_N = block_of(P), block_of(N)
     wide = x.dtype == torch.float32 or BLOCK_P * BLOCK_N > 64 * 128 or small_card()
     Q = min(32 if wide else 64, block_of(T))
-    tiles = dict(Q=Q, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, num_warps=4, num_stages=3)
+    tiles = dict(Q=Q, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2 if small_card() else 3)
     if kernel == "states":  # columns and rows of a state do not mix: split them until the GPU is full
         while B * H * (BLOCK_P // tiles["BLOCK_P"]) * (BLOCK_N // tiles["BLOCK_N"]) < 264 and tiles["BLOCK_N"] > 32:
             tiles["BLOCK_N"] //= 2
@@ -951,7 +957,8 @@ class _SSD(torch.autograd.Function):
         B, T, H, P = x.shape
         G, N = Bmat.shape[2:]
         x, Bmat, Cmat, dt = (tail_contiguous(v, d) for v, d in ((x, 2), (Bmat, 2), (Cmat, 2), (dt, 1)))
-        start = None if start is None else start.contiguous()
+        A = A.contiguous()
+        D, start, seq_idx = (None if v is None else v.contiguous() for v in (D, start, seq_idx))
         tiles = _ssd_tiles(x, N, H // G, "scan")
         states, end = _ssd_states(x, Bmat, dt, A, seq_idx, start, tiles["Q"], False)
         y = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device)
@@ -1063,7 +1070,7 @@ def ssd_step_triton(state, x, dt, A, Bmat, Cmat, D=None):
     B, H, P = x.shape
     G, N = Bmat.shape[1:]
     x, Bmat, Cmat, dt = (tail_contiguous(v, d) for v, d in ((x, 2), (Bmat, 2), (Cmat, 2), (dt, 1)))
-    state = state.contiguous()
+    state, A, D = state.contiguous(), A.contiguous(), None if D is None else D.contiguous()
     y, new = torch.empty(B, H, P, dtype=x.dtype, device=x.device), torch.empty_like(state)
     _ssd_step_kernel[(H, B)](
         state, x, dt, A, Bmat, Cmat, D, y, new, H, H // G, P, N,
@@ -1195,6 +1202,7 @@ def _softmax_kernel(logits_ptr, targets_ptr, logprob_ptr, entropy_ptr, dlogprob_
 
 def _softmax_rows(logits, targets, temperature=1.0, dlogprob=None, dentropy=None):
     """Returns (logprob, entropy) [rows] of logits [rows, V]; given gradients of those, overwrites logits with theirs."""
+    targets = targets.contiguous()
     rows, V = logits.shape
     logprob, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     BLOCK = min(8192, triton.next_power_of_2(V))
@@ -1277,6 +1285,10 @@ class _Logprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogprob, dentropy):
         hidden, weight, targets = ctx.saved_tensors
+        dlogprob, dentropy = (
+            dlogprob.contiguous(),
+            dentropy.contiguous(),
+        )  # of a plain sum they are one number, expanded
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
         dweight = torch.zeros(weight.shape, dtype=_sum_dtype(weight), device=h.device)
@@ -1375,7 +1387,7 @@ def allowed_error(reference, low):
 
     The second matters for a handful of numbers, where the definition can be exact by luck.
     """
-    return max(1.5 * reference, 5e-7, 0.1 * torch.finfo(low).eps)
+    return max(1.5 * reference, 2e-6, 0.25 * torch.finfo(low).eps)
 
 
 def inputs_of(name, sizes, device, seed=0):
@@ -1471,14 +1483,14 @@ def peers(name, inputs):
 
 def milliseconds(fn):
     """Returns the median time of fn(), the shorter of eager and replayed from a CUDA graph, the L2 cache flushed."""
-    eager = triton.testing.do_bench(fn, warmup=10, rep=60, return_mode="median")
+    eager = triton.testing.do_bench(fn, warmup=5, rep=40, return_mode="median")
     if eager > 2:  # the host keeps up
         return eager
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             fn()
-        return min(eager, triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median"))
+        return min(eager, triton.testing.do_bench(graph.replay, warmup=5, rep=40, return_mode="median"))
     except RuntimeError:  # it synchronises with the host
         return eager
 

@@ -198,7 +198,8 @@ def set_up(argv):
     run.say(f"run: {directory}, {'resumed at' if saved else 'from'} step {run.step} of {config.steps}")
     run.say(
         f"model: {model_config.hybrid_override_pattern}, {model.num_parameters() / 1e6:.2f}M parameters on "
-        f"{world_size} x {device.type}, {str(dtype)[6:]} ({reason}), backend {pick_backend(device=device)}, compile={config.compile}"
+        f"{world_size} x {device.type}, {str(dtype)[6:]} ({reason}), backend {pick_backend(device=device)}, "
+        f"compile={config.compile}"
     )
     run.say(
         f"data: {config.data}, {corpus.n_train:,} + {len(corpus.val):,} tokens of {config.tokenizer}; "

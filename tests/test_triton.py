@@ -15,6 +15,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
 
+@pytest.fixture(autouse=True, params=["highest"])
+def matmul_precision(request):
+    """train.py, in other tests, lets float32 products be inexact; here both backends are exact."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -33,7 +42,7 @@ def test_rms_norm(rows, C, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, groups, size", [(1, 1, 2), (7, 3, 5), (9, 2, 64)])
+@pytest.mark.parametrize("rows, groups, size", [(1, 1, 16), (7, 3, 5), (9, 2, 64)])
 def test_gated_rms_norm(rows, groups, size, dtype):
     C = groups * size
     inputs = [draw(rows, C), draw(rows, C, seed=1), draw(C, seed=2), size]
@@ -91,3 +100,87 @@ def test_ssd_of_packed_documents(T):
 def test_ssd_without_d_and_initial_state():
     inputs = ssd_inputs(T=70)[:5]
     compare(kernels.ssd, inputs, ssd_dtypes(torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [c for c in kernels.CHECKS if c[0].startswith("linear") or c[0] == "ssd_step"], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_projection_and_the_step(name, sizes, dtype):
+    with torch.set_grad_enabled(name != "ssd_step"):
+        for error, reference in kernels.errors(getattr(kernels, name), kernels.inputs_of(name, sizes, DEVICE), dtype):
+            assert error <= kernels.allowed_error(reference, dtype)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_in_blocks_with_ignored_rows(reduction, monkeypatch):
+    monkeypatch.setattr(kernels, "WORKSPACE", 4 * 7 * 301)  # blocks of seven rows
+    h, w, targets = kernels.inputs_of("linear_cross_entropy", (23, 8, 301), DEVICE)
+    targets[::5] = -100
+    pairs = kernels.errors(kernels.linear_cross_entropy, [h, w, targets], torch.float32, reduction=reduction)
+    assert all(error <= kernels.allowed_error(reference, torch.float32) for error, reference in pairs)
+
+
+def test_logprob_with_temperature():
+    inputs = kernels.inputs_of("linear_logprob", (9, 8, 40), DEVICE)
+    pairs = kernels.errors(kernels.linear_logprob, inputs, torch.float32, temperature=0.7)
+    assert all(error <= kernels.allowed_error(reference, torch.float32) for error, reference in pairs)
+
+
+def test_the_projection_under_autocast_keeps_float32_gradients():
+    h, w, targets = kernels.inputs_of("linear_cross_entropy", (12, 8, 40), DEVICE)
+    h, w = h.float().requires_grad_(), w.float().requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        losses = [kernels.linear_cross_entropy(h, w, targets, backend=b) for b in ("triton", "torch")]
+    got, want = (torch.autograd.grad(loss, (h, w)) for loss in losses)
+    assert all(g.dtype == torch.float32 for g in got)
+    for a, b in zip(got, want):
+        assert (a - b).norm() < 1e-2 * b.norm()
+
+
+def calls(B=2, T=20):
+    """One call of each op on its Triton path, as (name, function of no arguments that returns a tensor)."""
+    f32 = torch.float32
+    x, dt, A, Bm, Cm, D, _, h0 = (v.to(DEVICE, f32) if torch.is_tensor(v) else v for v in ssd_inputs(B=B, T=T))
+    u, w = draw(B, T, 12).to(DEVICE, f32), draw(12).to(DEVICE, f32)
+    ids = torch.zeros(B * T, dtype=torch.int64, device=DEVICE)
+    return [
+        ("rms_norm", lambda: kernels.rms_norm(u, w, backend="triton")),
+        ("gated_rms_norm", lambda: kernels.gated_rms_norm(u, u, w, 4, backend="triton")),
+        ("causal_conv1d", lambda: kernels.causal_conv1d(u, w[:, None].expand(12, 4), w, backend="triton")),
+        ("ssd", lambda: kernels.ssd(x, dt, A, Bm, Cm, D, initial_state=h0, backend="triton")),
+        ("ssd_step", lambda: kernels.ssd_step(h0, x[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0], D, backend="triton")[0]),
+        ("linear_logprob", lambda: kernels.linear_logprob(u.flatten(0, 1), u[0] if B else u.new_ones(5, 12), ids, backend="triton")[0]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("k", range(6))
+def test_an_empty_batch_gives_an_empty_result(k):
+    name, call = calls(B=0)[k]
+    assert call().numel() == 0, name
+
+
+@pytest.mark.parametrize("k", range(6))
+def test_runs_repeat_bit_for_bit(k):
+    name, call = calls()[k]
+    assert torch.equal(call(), call()), name
+
+
+def test_inputs_need_not_be_contiguous():
+    x, dt, A, Bm, Cm, D, _, _ = (v.to(DEVICE, torch.float32) if torch.is_tensor(v) else v for v in ssd_inputs(T=20))
+    strange = [v.transpose(0, 1).contiguous().transpose(0, 1) for v in (x, dt, Bm, Cm)]
+    strange[0] = strange[0].transpose(2, 3).contiguous().transpose(2, 3)
+    y = kernels.ssd(x, dt, A, Bm, Cm, D, backend="triton")
+    assert torch.equal(kernels.ssd(strange[0], strange[1], A, strange[2], strange[3], D, backend="triton"), y)
+    wide = draw(2, 9, 24).to(DEVICE, torch.float32)
+    w = draw(8, 4).to(DEVICE, torch.float32)
+    part = wide[..., 5:13]
+    expected = kernels.causal_conv1d(part.contiguous(), w, backend="triton")
+    assert torch.equal(kernels.causal_conv1d(part, w, backend="triton"), expected)
+    expected = kernels.gated_rms_norm(part.contiguous(), part.contiguous(), w[:, 0], 4, backend="triton")
+    assert torch.equal(kernels.gated_rms_norm(part, part, w[:, 0].contiguous(), 4, backend="triton"), expected)
+
+
+def test_small_cards_get_small_tiles(monkeypatch):
+    monkeypatch.setattr(kernels, "small_card", lambda: True)
+    compare(kernels.ssd, ssd_inputs(T=70), ssd_dtypes(torch.float16), torch.float16, return_final_state=True)
