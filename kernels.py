@@ -94,7 +94,7 @@ def small_card():
 def dot_precision():
     """Returns how a kernel multiplies float32 tiles, by torch.set_float32_matmul_precision.
 
-    Below "highest": three TF32 products. One alone cuts the operands off where cuBLAS rounds them, and doubles its error.
+    Below "highest": three TF32 products, nearly exact. One alone cuts its operands off where cuBLAS rounds them.
     """
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
 
@@ -647,17 +647,17 @@ def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, re
 
 # The kernels. Two forward:
 #
-#   1. _ssd_states_kernel   walks over the chunks of one head with the state [P, N] in registers, and writes down the state
-#                           that enters each chunk (step 2 and 3 above in one: no pass over chunk-wise sums).
-#   2. _ssd_scan_kernel     all chunks at once: y from a chunk's own tokens and the state that enters it (steps 1 and 4).
-#                           A program owns a chunk and several heads of one group, for which C B^T is made once.
+#   1. _ssd_states_kernel   walks over the chunks of one head with the state [P, N] in registers, and writes down the
+#                           state that enters each chunk (steps 2 and 3 above in one: no pass over chunk-wise sums).
+#   2. _ssd_scan_kernel     all chunks at once: y from a chunk's own tokens and the state that enters it (steps 1 and
+#                           4). A program owns a chunk and several heads of one group, for which C B^T is made once.
 #
 #       x, B, dt  --1-->  states [B, T/Q, H, P, N]  --2-->  y            states in x's dtype, sums in float32
 #
 # Bytes per token and head in bf16: x read twice and y written once 6P, states written and read 4PN/Q, B and C a little.
 # With P 64, N 128, Q 64 that is 0.9 KB: 0.45 ms for 8 x 4096 tokens of 64 heads at 4.25 TB/s. The FLOPs, 4PN + 2PQ a
-# token and head on matrix units, take a quarter of that. A longer chunk would move less, but its Q x Q tile does not fit
-# in registers: Q = 128 measured 1.7 times slower.
+# token and head on matrix units, take a quarter of that. A longer chunk would move less, but its Q x Q tile does not
+# fit in registers: Q = 128 measured 1.7 times slower.
 #
 # Backward. Let g_c be the gradient of the state that leaves chunk c. Where the state runs forward, g runs backward:
 #
@@ -753,7 +753,8 @@ def _ssd_states_kernel(x_ptr, b_ptr, dt_ptr, A_ptr, seq_ptr, start_ptr, states_p
 
 @jit
 def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_ptr, y_ptr,
-                     T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct, stride_dtb, stride_dtt,
+                     T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                     stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct, stride_dtb, stride_dtt,
                      HEADS: tl.constexpr, PRECISION: tl.constexpr,
                      Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     n_chunks = tl.cdiv(T, Q)
@@ -796,10 +797,12 @@ def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_
 
 
 @jit
-def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_ptr, states_ptr, g_ptr, out_ptr, read_ptr,
+def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_ptr, states_ptr, g_ptr,
+                          out_ptr, read_ptr,
                           T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-                          stride_ub, stride_ut, stride_vb, stride_vt, stride_ownb, stride_ownt, stride_otherb, stride_othert,
-                          stride_dtb, stride_dtt, REVERSE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                          stride_ub, stride_ut, stride_vb, stride_vt, stride_ownb, stride_ownt,
+                          stride_otherb, stride_othert, stride_dtb, stride_dtt,
+                          REVERSE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
                           Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     n_chunks = tl.cdiv(T, Q)
     chunk, batch = tl.program_id(0) % n_chunks, (tl.program_id(0) // n_chunks).to(tl.int64)
@@ -857,9 +860,11 @@ def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_p
 
 @jit
 def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, dy_ptr, g_ptr, read_ptr,
-                            dx_ptr, ddt_ptr, dA_ptr, dD_ptr, T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                            dx_ptr, ddt_ptr, dA_ptr, dD_ptr,
+                            T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                             stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct,
-                            stride_dtb, stride_dtt, stride_dyb, stride_dyt, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                            stride_dtb, stride_dtt, stride_dyb, stride_dyt,
+                            HEADS: tl.constexpr, PRECISION: tl.constexpr,
                             Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     n_chunks = tl.cdiv(T, Q)
     chunk, batch = tl.program_id(0) % n_chunks, (tl.program_id(0) // n_chunks).to(tl.int64)
@@ -1146,8 +1151,8 @@ def linear_logprob_ref(hidden, weight, targets, temperature=1.0):
 
 
 # The kernel. The products are the vendor's: nothing beats them. Between them stands one kernel over a block of logits
-# [rows, V], a program to a row: read it for its log-sum-exp and entropy, and if gradients are wanted read it again (from
-# the L2 cache, where it still is) and write the gradient in its place:
+# [rows, V], a program to a row: read it for its log-sum-exp and entropy, and if gradients are wanted read it again
+# (from the L2 cache, where it still is) and write the gradient in its place:
 #
 #       hidden [rows, C] --product--> logits [rows, V] --kernel--> logprob, entropy, and dlogits in the place of logits
 #                                                                        |-- product with weight --> dhidden [rows, C]
@@ -1157,8 +1162,8 @@ def linear_logprob_ref(hidden, weight, targets, temperature=1.0):
 #       dl_v = dlogprob (1[v = t] - p_v) - dentropy p_v (log p_v + entropy)
 #
 # A loss that is one number knows its gradient, up to a factor, as soon as it is computed: `_CrossEntropy` makes it
-# in the forward, three products in all. The rows of `_Logprob` learn their factors in the backward, so the logits are made
-# again there: four products. The logits of a block take at most WORKSPACE bytes.
+# in the forward, three products in all. The rows of `_Logprob` learn their factors in the backward, so the logits are
+# made again there: four products. The logits of a block take at most WORKSPACE bytes.
 
 WORKSPACE = 384 << 20
 
@@ -1201,7 +1206,7 @@ def _softmax_kernel(logits_ptr, targets_ptr, logprob_ptr, entropy_ptr, dlogprob_
 
 
 def _softmax_rows(logits, targets, temperature=1.0, dlogprob=None, dentropy=None):
-    """Returns (logprob, entropy) [rows] of logits [rows, V]; given gradients of those, overwrites logits with theirs."""
+    """Returns (logprob, entropy) [rows] of logits [rows, V]; given gradients of those, writes dlogits over logits."""
     targets = targets.contiguous()
     rows, V = logits.shape
     logprob, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -1419,7 +1424,8 @@ def inputs_of(name, sizes, device, seed=0):
 
 # Shapes of the checks (small, odd) and of the timings, with the fewest bytes (in bf16) and FLOPs of the forward.
 CHECKS = [
-    ("rms_norm", (5, 33, None)), ("rms_norm", (70, 768, None)), ("gated_rms_norm", (9, 128, 64)), ("gated_rms_norm", (33, 60, 20)),
+    ("rms_norm", (5, 33, None)), ("rms_norm", (70, 768, None)),
+    ("gated_rms_norm", (9, 128, 64)), ("gated_rms_norm", (33, 60, 20)),
     ("causal_conv1d", (2, 9, 5, 4)), ("causal_conv1d", (1, 140, 260, 3)),
     ("ssd", (2, 150, 4, 20, 2, 33)), ("ssd", (1, 65, 6, 64, 2, 128)), ("ssd_step", (2, 1, 4, 20, 2, 33)),
     ("linear_cross_entropy", (19, 24, 301)), ("linear_logprob", (19, 24, 301)),
@@ -1534,6 +1540,8 @@ def main():
         print("all exact; timings need a GPU")
         return
     print(f"\n{'bf16':44}{'fwd ms':>8}{'of floor':>9}{'f+b ms':>8}{'of floor':>9}{'MiB':>7}")
+    path = Path(__file__).parent / "assets" / "bench" / "kernels.json"
+    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
     rows = []
     for name, sizes in TIMINGS:
         inputs = [
@@ -1558,9 +1566,7 @@ def main():
                 + f"{forward:8.3f}{floor / forward:9.0%}{both:8.3f}{3 * floor / both:9.0%}{mib:7.0f}"
             )
         torch.compiler.reset()
-    path = Path(__file__).parent / "assets" / "bench" / "kernels.json"
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
-    path.write_text(json.dumps(dict(command="python kernels.py", machine=machine, rows=rows), indent=1) + "\n")
+        path.write_text(json.dumps(dict(command="python kernels.py", machine=machine, rows=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

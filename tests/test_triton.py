@@ -79,7 +79,8 @@ def ssd_dtypes(dtype):
 
 
 SSD_SHAPES = [
-    dict(T=1), dict(T=63), dict(T=64, H=1, G=1), dict(T=65, P=16, N=16), dict(T=150, B=1), dict(T=40, H=3, G=1, P=20, N=33),
+    dict(T=1), dict(T=63), dict(T=64, H=8, G=1), dict(T=65, P=16, N=16), dict(T=150, B=1),
+    dict(T=40, H=3, G=1, P=20, N=33),
 ]  # fmt: skip
 
 
@@ -143,6 +144,7 @@ def calls(B=2, T=20):
     f32 = torch.float32
     x, dt, A, Bm, Cm, D, _, h0 = (v.to(DEVICE, f32) if torch.is_tensor(v) else v for v in ssd_inputs(B=B, T=T))
     u, w = draw(B, T, 12).to(DEVICE, f32), draw(12).to(DEVICE, f32)
+    matrix = draw(5, 12).to(DEVICE, f32)
     ids = torch.zeros(B * T, dtype=torch.int64, device=DEVICE)
     return [
         ("rms_norm", lambda: kernels.rms_norm(u, w, backend="triton")),
@@ -150,7 +152,7 @@ def calls(B=2, T=20):
         ("causal_conv1d", lambda: kernels.causal_conv1d(u, w[:, None].expand(12, 4), w, backend="triton")),
         ("ssd", lambda: kernels.ssd(x, dt, A, Bm, Cm, D, initial_state=h0, backend="triton")),
         ("ssd_step", lambda: kernels.ssd_step(h0, x[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0], D, backend="triton")[0]),
-        ("linear_logprob", lambda: kernels.linear_logprob(u.flatten(0, 1), u[0] if B else u.new_ones(5, 12), ids, backend="triton")[0]),
+        ("linear_logprob", lambda: kernels.linear_logprob(u.flatten(0, 1), matrix, ids, backend="triton")[0]),
     ]  # fmt: skip
 
 
