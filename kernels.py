@@ -22,7 +22,7 @@ computed in float32 (float64 for float64 inputs); only the large matrix products
 How the kernels are written. A program (one instance of a kernel) owns a piece of the output and writes it once: there
 are no atomics, so a run repeats bit for bit. A sum over programs is written as partial sums and added up by PyTorch.
 Backwards save only the inputs and compute again what they need. Time and channels may be of any size: loads are masked.
-`A` in a comment like "[Q, P]" is the shape of a tile, padded to a power of two.
+In a kernel a comment like [Q, P] is the shape of a tile, each side padded to a power of two.
 
 Sources. Mamba-2 / SSD: Dao and Gu, "Transformers are SSMs", arXiv:2405.21060, section 6 and Listing 1.
 RMSNorm: Zhang and Sennrich, arXiv:1910.07467. Gated norm and conv: state-spaces/mamba, `Mamba2`. Gradients of the
