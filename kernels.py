@@ -657,7 +657,7 @@ def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, re
 # Bytes per token and head in bf16: x read twice and y written once 6P, states written and read 4PN/Q, B and C a little.
 # With P 64, N 128, Q 64 that is 0.9 KB: 0.45 ms for 8 x 4096 tokens of 64 heads at 4.25 TB/s. The FLOPs, 4PN + 2PQ a
 # token and head on matrix units, take a quarter of that. A longer chunk would move less, but its Q x Q tile does not
-# fit in registers: Q = 128 measured 1.7 times slower.
+# fit in registers: Q = 128 measured 1.6 times slower.
 #
 # Backward. Let g_c be the gradient of the state that leaves chunk c. Where the state runs forward, g runs backward:
 #
