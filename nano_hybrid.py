@@ -45,16 +45,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kernels import (
-    at_least_float32,
-    causal_conv1d,
-    gated_rms_norm,
-    linear_cross_entropy,
-    linear_logprob,
-    rms_norm,
-    ssd,
-    ssd_step,
-)
+from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
+from ssd import mamba2_inner
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
 
@@ -215,35 +207,17 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(di, config.hidden_size, bias=False)
 
     def forward(self, u, cache=None):
-        """Returns [B, T, C]. One token on a filled cache takes one step of the recurrence, anything else the scan."""
-        c = self.config
-        T = u.shape[1]
-        state = cache.layers[self.index] if cache else None
-        real = cache.real(T) if cache else None  # bool [B, T] or None
-        z, xBC, dt = self.in_proj(u).split([c.mamba_size, c.conv_size, c.mamba_num_heads], dim=-1)
-        dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [B, T, H]
-        if real is not None:  # padding: nothing enters the convolution, and dt = 0 leaves the state as it is
-            xBC = xBC * real[..., None]
-            dt = dt * real[..., None]
-
-        conv_state, ssm_state = (state.conv, state.ssm) if state else (None, None)
-        weight = self.conv1d.weight.squeeze(1)  # [conv_size, W]
-        xBC, conv_state = causal_conv1d(xBC, weight, self.conv1d.bias, conv_state, return_final_state=True)
-        x, Bmat, Cmat = xBC.split([c.mamba_size] + 2 * [c.n_groups * c.ssm_state_size], dim=-1)
-        x = x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))  # [B, T, H, P]
-        Bmat = Bmat.unflatten(-1, (c.n_groups, c.ssm_state_size))  # [B, T, G, N]
-        Cmat = Cmat.unflatten(-1, (c.n_groups, c.ssm_state_size))  # [B, T, G, N]
-
+        """Returns [B, T, C]: in_proj, then the inside of the layer (ssd.py, section 6), then out_proj."""
+        c, state = self.config, cache.layers[self.index] if cache else None
         A = -torch.exp(at_least_float32(self.A_log))  # [H]
-        if T == 1 and state:
-            y, ssm_state = ssd_step(ssm_state, x[:, 0], dt[:, 0], A, Bmat[:, 0], Cmat[:, 0], self.D)
-            y = y[:, None]  # [B, 1, H, P]
-        else:
-            y, ssm_state = ssd(x, dt, A, Bmat, Cmat, self.D, c.chunk_size, ssm_state, return_final_state=True)
+        y = mamba2_inner(
+            self.in_proj(u), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight,
+            c.n_groups, c.layer_norm_epsilon, c.chunk_size, state and (state.conv, state.ssm),
+            real=cache.real(u.shape[1]) if cache else None, return_final_state=cache is not None,
+        )  # fmt: skip
         if cache:
-            cache.layers[self.index] = MambaState(conv_state, ssm_state)
-        y = y.flatten(2)  # [B, T, di]
-        y = gated_rms_norm(y, z, self.norm.weight, c.mamba_size // c.n_groups, c.layer_norm_epsilon)
+            y, state = y
+            cache.layers[self.index] = MambaState(*state)
         return self.out_proj(y)
 
 

@@ -1,0 +1,963 @@
+"""Mamba-2 and SSD: a recurrence over time, computed as a few matrix products.
+
+Paper    Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
+         Duality", arXiv:2405.21060. Sections, figures and listings are cited as theirs.
+Idea     A state space layer reads a text from left to right with a state of fixed size: linear in time, but one step
+         after the other, which a GPU does badly. If each head forgets by a single number, the same layer is also a
+         masked attention matrix without softmax: quadratic in time, but all matrix products. SSD takes the matrix form
+         inside chunks of Q tokens and the recurrence between them: linear in time, and nearly all matrix products.
+Picture  x [B,T,H,P]    --.        a chunk of Q tokens          state_c [P,N] of each head
+         dt [B,T,H]       |      .-----------------------.          |
+         B, C [B,T,G,N] --+----> | y = (C B^T * decay) u | <--------+  y += decay * C state_c
+                                 '-----------------------'          v
+                                   u = dt x      '-----------> state_{c+1} = decay * state_c + (decay * u)^T B
+Symbols  code          paper   meaning
+         dt            Delta   step size > 0 of each token and head: how strongly it writes, and how much is forgotten
+         A             A       one negative number per head; a token's decay is exp(dt A)
+         Bmat, Cmat    B, C    where in the state a token is written, where it is read
+         D             D       what of x goes straight to y
+         state         h       [P, N] per head          chunk_size   Q   tokens taken at once: speed only
+         P, N, H, G            channels of a head, state per channel, heads, groups (heads of a group share B and C)
+         R = H / G             heads of a group         W            width of the convolution
+Limits   One token per chunk is the recurrence; one chunk is masked attention; dt = 0 leaves the state alone; a text in
+         two pieces is the text at once: tests/test_ssd.py has a test of each name.
+Differs  From the paper's Listing 1: any length, initial and final states, packed documents (`seq_idx`), float32 states.
+         From mamba_ssm's kernels: one kernel makes the states of all chunks, walking over time; and the gradient
+         of A is summed per chunk from exact pieces (section 4 says why).
+
+Read `ssd_recurrent_ref` first: it is what Mamba-2 *is*; then `ssd_ref`. `python ssd.py` shows the claim and draws
+out/ssd.png; `python ssd.py bench` checks every kernel and times it. Conventions of the kernels: kernels.py.
+"""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from kernels import (
+    Bench,
+    at_least_float32,
+    block_of,
+    causal_conv1d,
+    check_and_time,
+    conv_backward,
+    conv_forward,
+    document_of,
+    dot_precision,
+    gated_rms_norm,
+    jit,
+    norm_backward,
+    norm_forward,
+    pick_backend,
+    small_card,
+    tail_contiguous,
+    tl,
+    triton,
+)
+
+# ---- 1. the recurrence --------------------------------------------------------------------------------------
+#
+#   state_t = exp(dt_t A) state_{t-1} + (dt_t x_t) B_t^T       [P, N] per head
+#   y_t     = state_t C_t + D x_t                              [P]    per head
+#
+# A is one negative number per head: the state forgets at rate exp(dt A), and dt, made from the token itself,
+# decides how much. B_t says where in the state the token is written, C_t where it is read.
+
+
+def ssd_step_ref(state, x, dt, A, Bmat, Cmat, D=None):
+    """Returns (y [B, H, P], new state [B, H, P, N]) after one token: the two equations above, once.
+
+    state [B, H, P, N] float32; x [B, H, P]; dt [B, H], already softplus-ed; A [H] < 0; Bmat, Cmat [B, G, N];
+    D [H] or None. Head h reads group h // (H/G).
+    """
+    heads_per_group = x.shape[1] // Bmat.shape[1]
+    Bh = at_least_float32(Bmat).repeat_interleave(heads_per_group, dim=1)  # [B, H, N]
+    Ch = at_least_float32(Cmat).repeat_interleave(heads_per_group, dim=1)  # [B, H, N]
+    dt, xf = at_least_float32(dt), at_least_float32(x)
+    decay = torch.exp(dt * A)  # [B, H]
+    update = (dt[..., None] * xf)[..., :, None] * Bh[..., None, :]  # [B, H, P, N]
+    state = decay[..., None, None] * state + update
+    y = (state * Ch[..., None, :]).sum(-1)  # [B, H, P]
+    if D is not None:
+        y = y + D[:, None] * xf
+    return y.to(x.dtype), state
+
+
+def ssd_recurrent_ref(x, dt, A, Bmat, Cmat, D=None, initial_state=None, return_final_state=False, seq_idx=None):
+    """Returns what `ssd` returns, by stepping through time: the definition. Slow, T steps of Python."""
+    B, T, H, P = x.shape
+    state = initial_state
+    if state is None:
+        state = at_least_float32(x).new_zeros(B, H, P, Bmat.shape[-1])
+    ys = []
+    for t in range(T):
+        if seq_idx is not None and t > 0:  # a new document starts from nothing
+            state = state * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None]
+        y, state = ssd_step_ref(state, x[:, t], dt[:, t], A, Bmat[:, t], Cmat[:, t], D)
+        ys.append(y)
+    y = torch.stack(ys, dim=1)  # [B, T, H, P]
+    return (y, state) if return_final_state else y
+
+
+# ---- 2. the same in chunks ------------------------------------------------------------------------------------
+
+
+def _decay_between(a, seq_idx=None):
+    """Returns L[..., i, j] = exp(a_{j+1} + ... + a_i) for i >= j, and 0 above the diagonal. a [..., Q], a <= 0.
+
+    The exponential of a difference of running sums, never a quotient of exponentials: exp(sum) alone underflows.
+    The mask comes before exp, because the differences above the diagonal are positive and would overflow.
+    seq_idx [..., Q], where given, keeps i and j of one document only.
+    """
+    s = a.cumsum(-1)
+    difference = s[..., :, None] - s[..., None, :]  # [..., Q, Q]
+    Q = a.shape[-1]
+    hidden = torch.ones(Q, Q, dtype=torch.bool, device=a.device).triu(1)
+    if seq_idx is not None:
+        hidden = hidden | (seq_idx[..., :, None] != seq_idx[..., None, :])
+    return torch.exp(difference.masked_fill(hidden, -torch.inf))
+
+
+def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, seq_idx=None):
+    """Returns y [B, T, H, P] (and the last state [B, H, P, N]), chunk by chunk: SSD, arXiv:2405.21060 section 6.
+
+    x [B, T, H, P]; dt [B, T, H] > 0, already softplus-ed; A [H] < 0; Bmat, Cmat [B, T, G, N]; D [H] or None.
+    seq_idx [B, T] int, for several documents packed in one row: its number of each token's document; the state starts
+    from zero in each (initial_state is the first one's, the last state the last one's).
+    Unrolled, the recurrence is y_i = sum_{j<=i} (C_i . B_j) exp(a_{j+1} + ... + a_i) dt_j x_j with a = dt A:
+    attention without softmax, with a decay for a mask. Inside a chunk of Q tokens that Q x Q matrix is formed
+    and multiplied (matrix units like it); between chunks only the state travels. The result does not depend on Q
+    beyond rounding, so Q is a matter of speed.
+    """
+    B, T, H, P = x.shape
+    G, N = Bmat.shape[2:]
+    Q = min(chunk_size, T)
+    pad = -T % Q
+    if pad:  # dt = 0: a padded token neither writes to the state nor lets it decay
+        x, dt, Bmat, Cmat = (F.pad(v, (0, 0) * (v.dim() - 2) + (0, pad)) for v in (x, dt, Bmat, Cmat))
+    n_chunks = (T + pad) // Q
+    R = H // G  # heads per group
+
+    dt = at_least_float32(dt)
+    a = (dt * A).view(B, n_chunks, Q, G, R).permute(0, 1, 3, 4, 2)  # [B, c, G, R, Q]
+    s = a.cumsum(-1)  # [B, c, G, R, Q]
+    X = (x * dt[..., None]).to(x.dtype).view(B, n_chunks, Q, G, R, P)
+    Bc = Bmat.view(B, n_chunks, Q, G, N)
+    Cc = Cmat.view(B, n_chunks, Q, G, N)
+    decay_to_end = torch.exp(s[..., -1:] - s)  # [B, c, G, R, Q]
+    decay_from_start = torch.exp(s)  # [B, c, G, R, Q]
+    doc = doc_at_ends = None
+    if seq_idx is not None:  # what would cross from one document into the next is cut
+        doc = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1).view(B, n_chunks, 1, 1, Q)
+        doc_at_ends = torch.cat([doc[:, :1, ..., 0], doc[..., -1]], 1)  # [B, c+1, 1, 1]: before chunk 0, after each
+        decay_to_end = decay_to_end * (doc == doc_at_ends[:, 1:, ..., None])
+        decay_from_start = decay_from_start * (doc == doc_at_ends[:, :-1, ..., None])
+
+    # 1. Inside a chunk: the masked attention matrix. C_i . B_j once per group, the decay per head.
+    scores = torch.einsum("bcign,bcjgn->bcgij", Cc, Bc)  # [B, c, G, Q, Q]
+    M = (scores[:, :, :, None] * _decay_between(a, doc)).to(x.dtype)  # [B, c, G, R, Q, Q]
+    y = torch.einsum("bcgrij,bcjgrp->bcigrp", M, X)
+
+    # 2. What each chunk adds to the state by its end, as if it had started from zero.
+    weighted = (X * decay_to_end.permute(0, 1, 4, 2, 3)[..., None]).to(x.dtype)
+    added = torch.einsum("bcjgrp,bcjgn->bcgrpn", weighted, Bc)
+
+    # 3. From chunk to chunk: the recurrence again, one step per chunk, in float32. The initial state takes part
+    #    as if it were added by a chunk before the first; row c of the decay matrix gives the state entering chunk c.
+    first = torch.zeros_like(added[:, :1]) if initial_state is None else initial_state.view(B, 1, G, R, P, N)
+    added = at_least_float32(torch.cat([first, added], dim=1))  # [B, c+1, G, R, P, N]
+    ends = None if doc_at_ends is None else doc_at_ends.permute(0, 2, 3, 1)  # [B, 1, 1, c+1]
+    decay = _decay_between(F.pad(s[..., -1].permute(0, 2, 3, 1), (1, 0)), ends)  # [B, G, R, c+1, c+1]
+    with torch.autocast(x.device.type, enabled=False):
+        states = torch.einsum("bgrzc,bcgrpn->bzgrpn", decay, added)  # [B, c+1, G, R, P, N]
+
+    # 4. What a chunk's tokens read from the state that enters it.
+    read = torch.einsum("bcign,bcgrpn->bcigrp", Cc, states[:, :-1].to(x.dtype))
+    y = y + read * decay_from_start.permute(0, 1, 4, 2, 3)[..., None]  # [B, c, Q, G, R, P]
+
+    y = y.reshape(B, T + pad, H, P)
+    if D is not None:
+        y = y + D[:, None] * x
+    y = y[:, :T].to(x.dtype)
+    return (y, states[:, -1].reshape(B, H, P, N)) if return_final_state else y
+
+
+# ---- 3. the kernels: forward ------------------------------------------------------------------------------------
+#
+# The kernels. Two forward:
+#
+#   1. _ssd_states_kernel   walks over the chunks of one head with the state [P, N] in registers, and writes down the
+#                           state that enters each chunk (steps 2 and 3 above in one: no pass over chunk-wise sums).
+#   2. _ssd_scan_kernel     all chunks at once: y from a chunk's own tokens and the state that enters it (steps 1 and
+#                           4). A program owns a chunk and several heads of one group, for which C B^T is made once.
+#
+#       x, B, dt  --1-->  states [B, T/Q, H, P, N]  --2-->  y            states in x's dtype, sums in float32
+#
+# Bytes per token and head in bf16: x read twice and y written once 6P, states written and read 4PN/Q, B and C a little.
+# With P 64, N 128, Q 64 that is 0.9 KB: 0.45 ms for 8 x 4096 tokens of 64 heads at 4.25 TB/s. The FLOPs, 4PN + 2PQ a
+# token and head on matrix units, take a quarter of that. A longer chunk would move less, but its Q x Q tile does not
+# fit in registers: Q = 128 measured 1.6 times slower.
+#
+# The walk of kernel 1 takes T / Q steps, each a wait for memory. Few texts, and long ones, leave most of the GPU idle:
+# then time is cut into segments, a first launch walks each from nothing (`ends`, `decays`), and the second begins each
+# segment where the ones before it end.
+
+
+@jit
+def _chunk_decay(dt_ptr, seq_ptr, A, t0, T, stride_dtt, Q: tl.constexpr):
+    """Returns of chunk [t0, t0 + Q): dt [Q], s = cumsum(dt A) [Q], the sum of dt A, exp of it, and two masks [Q].
+
+    The masks: 1 for a token of the document that the chunk ends with, and of the one that it comes from. Where they are
+    not the same document nothing passes through, and exp of the sum is returned as 0.
+    """
+    t = t0 + tl.arange(0, Q)
+    dt = tl.load(dt_ptr + t * stride_dtt, mask=t < T, other=0.0).to(tl.float32)  # 0 past T: no decay and no writing
+    s = tl.cumsum(dt * A, 0)
+    total = tl.sum(tl.where(tl.arange(0, Q) == Q - 1, s, 0.0), 0)  # the last of s exactly: differences to it are small
+    through = tl.exp(total)
+    to_end, from_start = tl.full([Q], 1.0, tl.float32), tl.full([Q], 1.0, tl.float32)
+    if seq_ptr is not None:
+        doc = tl.load(seq_ptr + t, mask=t < T, other=-1)
+        first, last = document_of(seq_ptr, t0 - 1, T), document_of(seq_ptr, t0 + Q - 1, T)
+        to_end, from_start = (doc == last).to(tl.float32), (doc == first).to(tl.float32)
+        through *= (first == last).to(tl.float32)
+    return dt, s, total, through, to_end, from_start
+
+
+@jit
+def _visible(seq_ptr, i, j, T):
+    """Returns a bool tile: may token i see token j? Not if j comes later, or is of another document."""
+    seen = i >= j
+    if seq_ptr is not None:
+        seen &= tl.load(seq_ptr + i, mask=i < T, other=-1) == tl.load(seq_ptr + j, mask=j < T, other=-2)
+    return seen
+
+
+@jit
+def _own_chunk(T, P, N, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns the chunk and batch row of a program that owns one chunk, the indices of its tiles and their masks."""
+    n_chunks = tl.cdiv(T, Q)
+    chunk, batch = tl.program_id(0) % n_chunks, (tl.program_id(0) // n_chunks).to(tl.int64)
+    t, p, n = chunk * Q + tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    in_p, in_n = (t[:, None] < T) & (p[None, :] < P), (t[:, None] < T) & (n[None, :] < N)
+    return chunk, batch, t, p, n, in_p, in_n
+
+
+@jit
+def _ssd_states_kernel(x_ptr, b_ptr, dt_ptr, A_ptr, seq_ptr, start_ptr, ends_ptr, decays_ptr, states_ptr, end_ptr,
+                       T, H, R, P, N, SEGMENT, stride_xb, stride_xt, stride_bb, stride_bt, stride_dtb, stride_dtt,
+                       REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+                       Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    n_tiles = tl.cdiv(P, BLOCK_P) * n_blocks
+    segment, tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p = (tile // n_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = (tile % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    stride_xt, stride_bt = tl.cast(stride_xt, tl.int64), tl.cast(stride_bt, tl.int64)
+    stride_dtt = tl.cast(stride_dtt, tl.int64)
+    x_ptr += batch * stride_xb + head * P
+    b_ptr += batch * stride_bb + (head // R) * N
+    dt_ptr += batch * stride_dtb + head
+    if seq_ptr is not None:
+        seq_ptr += batch * T
+    A = tl.load(A_ptr + head).to(tl.float32)
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    n_chunks, n_heads = tl.cdiv(T, Q), tl.num_programs(2) * H
+    row = batch * H + head
+    here = p[:, None] * N + n[None, :]  # [BLOCK_P, BLOCK_N] offsets in a state
+
+    # where this segment begins: from nothing in the first launch, else from the start and what earlier segments add
+    state, decayed = tl.zeros([BLOCK_P, BLOCK_N], tl.float32), 1.0
+    if states_ptr is not None:
+        if start_ptr is not None:
+            state += tl.load(start_ptr + row * P * N + here, mask=inside, other=0.0)
+        if ends_ptr is not None:
+            for earlier in range(0, segment):
+                state *= tl.load(decays_ptr + earlier * n_heads + row)
+                state += tl.load(ends_ptr + (earlier * n_heads + row) * P * N + here, mask=inside, other=0.0)
+
+    for step in range(segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, n_chunks)):
+        chunk = n_chunks - 1 - step if REVERSE else step
+        if states_ptr is not None:
+            entering = states_ptr + ((batch * n_chunks + chunk) * H + head) * P * N
+            tl.store(entering + here, state, mask=inside)
+        dt, s, total, through, to_end, from_start = _chunk_decay(dt_ptr, seq_ptr, A, chunk * Q, T, stride_dtt, Q)
+        weights = tl.exp(s) * from_start if REVERSE else tl.exp(total - s) * dt * to_end  # [Q]
+        t = chunk * Q + tl.arange(0, Q)
+        xT = tl.load(x_ptr + t[None, :] * stride_xt + p[:, None], mask=(t[None, :] < T) & (p[:, None] < P), other=0.0)
+        b = tl.load(b_ptr + t[:, None] * stride_bt + n[None, :], mask=(t[:, None] < T) & (n[None, :] < N), other=0.0)
+        weighted = (xT.to(tl.float32) * weights[None, :]).to(b.dtype)  # [BLOCK_P, Q]
+        state = tl.dot(weighted, b, acc=state * through, input_precision=PRECISION)
+        decayed *= through
+
+    if states_ptr is None:
+        tl.store(ends_ptr + (segment * n_heads + row) * P * N + here, state, mask=inside)
+        tl.store(decays_ptr + segment * n_heads + row, decayed)
+    else:
+        last_P = tl.where(segment == tl.num_programs(0) // n_tiles - 1, P, 0)
+        tl.store(end_ptr + row * P * N + here, state, mask=inside & (p[:, None] < last_P))
+
+
+@jit
+def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_ptr, y_ptr,
+                     T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                     stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct, stride_dtb, stride_dtt,
+                     HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    chunk, batch, t, p, n, in_p, in_n = _own_chunk(T, P, N, Q, BLOCK_P, BLOCK_N)
+    rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)  # offsets in a tile are int32, to the tile int64
+    first_head, n_chunks = tl.program_id(1) * HEADS, tl.cdiv(T, Q)
+    x_ptr += batch * stride_xb + t0 * stride_xt
+    b_ptr += batch * stride_bb + t0 * stride_bt + (first_head // R) * N
+    c_ptr += batch * stride_cb + t0 * stride_ct + (first_head // R) * N
+    y_ptr += (batch * T + t0) * H * P
+    states_ptr += (batch * n_chunks + chunk) * H * P * N
+    if seq_ptr is not None:
+        seq_ptr += batch * T
+
+    # C B^T, once for all heads of this program
+    b = tl.load(b_ptr + rows * stride_bt + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+    c = tl.load(c_ptr + rows * stride_ct + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+    scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)  # [Q, Q]
+    seen = _visible(seq_ptr, t[:, None], t[None, :], T)
+
+    for head in range(first_head, first_head + HEADS):
+        A = tl.load(A_ptr + head).to(tl.float32)
+        dt, s, total, through, to_end, from_start = _chunk_decay(
+            dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
+        )
+        x = tl.load(x_ptr + rows * stride_xt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
+        stateT = tl.load(states_ptr + head * P * N + p[None, :] * N + n[:, None],
+                         mask=(p[None, :] < P) & (n[:, None] < N), other=0.0)  # [N, P]  # fmt: skip
+        # 4. from the state that enters
+        y = tl.dot(c, stateT, input_precision=PRECISION) * (tl.exp(s) * from_start)[:, None]  # [Q, P]
+        # 1. from the chunk itself; dt goes into the matrix, so that x is used as it is
+        decay = tl.exp(tl.where(seen, s[:, None] - s[None, :], -float("inf")))
+        M = (scores * decay * dt[None, :]).to(x.dtype)
+        y = tl.dot(M, x, acc=y, input_precision=PRECISION)
+        if D_ptr is not None:
+            y += tl.load(D_ptr + head).to(tl.float32) * x.to(tl.float32)
+        tl.store(y_ptr + (rows * H + head) * P + p[None, :], y, mask=in_p)
+
+
+def _ssd_tiles(x, N, R):
+    """Returns chunk, tile and warps of the kernels that own a chunk, and how many heads of a group share a program."""
+    B, T, H, P = x.shape
+    BLOCK_P, BLOCK_N = block_of(P), block_of(N)
+    wide = x.dtype == torch.float32 or BLOCK_P * BLOCK_N > 64 * 128 or small_card()
+    Q = min(32 if wide else 64, block_of(T))
+    enough = [d for d in range(min(R, 8), 0, -1) if R % d == 0 and triton.cdiv(T, Q) * B * H // d >= FULL_GPU]
+    tiles = dict(Q=Q, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2 if small_card() else 3)
+    return tiles | dict(HEADS=enough[0] if enough else 1)
+
+
+FULL_GPU = 264  # programs that keep a GPU busy: two to each multiprocessor of an H200
+MIN_SEGMENT = 16  # chunks, at the least, of a segment of time
+
+
+def _state_tiles(x, N, Q):
+    """Returns tile and warps of the states kernel, and the chunks of a segment: work is split until the GPU is full."""
+    B, T, H, P = x.shape
+    tiles = dict(Q=Q, BLOCK_P=block_of(P), BLOCK_N=block_of(N), num_warps=4, num_stages=2 if small_card() else 3)
+    n_chunks = triton.cdiv(T, Q)
+    n_segments = min(n_chunks // MIN_SEGMENT, 2 * FULL_GPU // max(1, B * H))
+    n_segments = n_segments if n_segments > 3 else 1  # two walks of a half or a third gain nothing
+    programs = B * H * n_segments
+    while programs * block_of(N) // tiles["BLOCK_N"] < FULL_GPU and tiles["BLOCK_N"] > 32:
+        tiles["BLOCK_N"] //= 2  # columns of a state do not mix
+    return tiles, triton.cdiv(n_chunks, n_segments)
+
+
+def _states(x, Bmat, dt, A, seq_idx, start, Q, reverse):
+    """Returns the states entering each chunk of Q [B, chunks, H, P, N] in x's dtype, and the last [B, H, P, N] float32.
+
+    reverse: gradients of the states leaving each chunk, last chunk first; then x is dy, Bmat is Cmat.
+    """
+    B, T, H, P = x.shape
+    G, N = Bmat.shape[2:]
+    n_chunks = triton.cdiv(T, Q)
+    tiles, segment = _state_tiles(x, N, Q)
+    n_segments = triton.cdiv(n_chunks, segment)
+    n_tiles = triton.cdiv(P, tiles["BLOCK_P"]) * triton.cdiv(N, tiles["BLOCK_N"])
+    empty = partial(torch.empty, device=x.device, dtype=torch.float32)
+    states, end = empty(B, n_chunks, H, P, N, dtype=x.dtype), empty(B, H, P, N)
+    ends = decays = None
+
+    def launch(ends, decays, states, end):
+        _ssd_states_kernel[(n_tiles * n_segments, H, B)](
+            x, Bmat, dt, A, seq_idx, start, ends, decays, states, end, T, H, H // G, P, N, segment,
+            x.stride(0), x.stride(1), Bmat.stride(0), Bmat.stride(1), dt.stride(0), dt.stride(1),
+            reverse, dot_precision(), **tiles,
+        )  # fmt: skip
+
+    if n_segments > 1:
+        ends, decays = empty(n_segments, B, H, P, N), empty(n_segments, B, H)
+        launch(ends, decays, None, None)
+    launch(ends, decays, states, end)
+    return states, end
+
+
+def _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx):
+    """Returns (y [B, T, H, P], the last state [B, H, P, N] float32), by two kernels."""
+    B, T, H, P = x.shape
+    G, N = Bmat.shape[2:]
+    x, Bmat, Cmat, dt = (tail_contiguous(v, d) for v, d in ((x, 2), (Bmat, 2), (Cmat, 2), (dt, 1)))
+    A = A.contiguous()
+    D, start, seq_idx = (None if v is None else v.contiguous() for v in (D, start, seq_idx))
+    tiles = _ssd_tiles(x, N, H // G)
+    states, end = _states(x, Bmat, dt, A, seq_idx, start, tiles["Q"], False)
+    y = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device)
+    _ssd_scan_kernel[(B * triton.cdiv(T, tiles["Q"]), H // tiles["HEADS"])](
+        x, Bmat, Cmat, dt, A, D, seq_idx, states, y, T, H, H // G, P, N, x.stride(0), x.stride(1),
+        Bmat.stride(0), Bmat.stride(1), Cmat.stride(0), Cmat.stride(1), dt.stride(0), dt.stride(1),
+        PRECISION=dot_precision(), **tiles,
+    )  # fmt: skip
+    return y, end
+
+
+# ---- 4. the kernels: backward -----------------------------------------------------------------------------------
+#
+# Let g_c be the gradient of the state that leaves chunk c. Where the state runs forward, g runs backward:
+#
+#       state_{c+1} = exp(s_Q) state_c + sum_j (exp(s_Q - s_j) dt_j x_j) B_j^T
+#       g_{c-1}     = exp(s_Q) g_c     + sum_i (exp(s_i) dy_i) C_i^T
+#
+# the same kernel with x, B, the weights and the direction exchanged. Then all chunks at once again; with
+# L_ij = exp(s_i - s_j) for i >= j, scores_ij = C_i . B_j and u_j = dt_j x_j:
+#
+#       du_j = sum_i L_ij scores_ij dy_i            + exp(s_Q - s_j) g B_j            dx_j  = dt_j du_j + D dy_j
+#       dB_j = sum_i L_ij (dy_i . u_j) C_i          + exp(s_Q - s_j) g^T u_j
+#       dC_i = sum_j L_ij (dy_i . u_j) B_j          + exp(s_i) state^T dy_i
+#       da_t = sum of all products that decayed through step t:  j < t <= i inside the chunk, j < t from inside to the
+#              state that leaves, t <= i from the state that enters to inside, and all that passes from state to state
+#       ddt_t = x_t . du_t + A da_t                 dA = sum_t dt_t da_t
+#
+# da is four running sums over the chunk. The textbook form, a running sum over the whole text of <dy, y> - <du, u>,
+# needs less, but its rounding errors grow with the length of the text: what cancels on paper does not in bf16.
+# Three kernels do it, small enough for registers: one for dC; the same one with readers and writers exchanged for dB
+# (both add up over the heads of a group in registers); and one for dx and ddt.
+
+
+@jit
+def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_ptr, states_ptr, g_ptr,
+                          out_ptr, read_ptr,
+                          T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                          stride_ub, stride_ut, stride_vb, stride_vt, stride_ownb, stride_ownt,
+                          stride_otherb, stride_othert, stride_dtb, stride_dtt,
+                          stride_outb, stride_outt,
+                          REVERSE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                          Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    chunk, batch, t, p, n, in_p, in_n = _own_chunk(T, P, N, Q, BLOCK_P, BLOCK_N)
+    rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)
+    first_head, n_chunks = tl.program_id(1) * HEADS, tl.cdiv(T, Q)
+    u_ptr += batch * stride_ub + t0 * stride_ut
+    v_ptr += batch * stride_vb + t0 * stride_vt
+    own_ptr += batch * stride_ownb + t0 * stride_ownt + (first_head // R) * N
+    other_ptr += batch * stride_otherb + t0 * stride_othert + (first_head // R) * N
+    states_ptr += (batch * n_chunks + chunk) * H * P * N
+    out_ptr += batch * stride_outb + t0 * stride_outt + tl.program_id(1) * N  # [B, T, H / HEADS, N]: parts of groups
+    in_state = (p[:, None] < P) & (n[None, :] < N)
+    if seq_ptr is not None:
+        seq_ptr += batch * T
+    other = tl.load(other_ptr + rows * stride_othert + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+    if REVERSE:
+        seen = _visible(seq_ptr, t[None, :], t[:, None], T)
+    else:
+        seen = _visible(seq_ptr, t[:, None], t[None, :], T)
+        own = tl.load(own_ptr + rows * stride_ownt + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+        g_ptr += (batch * n_chunks + chunk) * H * P * N
+        read_ptr += (batch * T + t0) * H
+    out = tl.zeros([Q, BLOCK_N], tl.float32)
+
+    for head in range(first_head, first_head + HEADS):
+        A = tl.load(A_ptr + head).to(tl.float32)
+        dt, s, total, through, to_end, from_start = _chunk_decay(
+            dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
+        )
+        u = tl.load(u_ptr + rows * stride_ut + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
+        v = tl.load(v_ptr + rows * stride_vt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
+        here = head * P * N + p[:, None] * N + n[None, :]
+        state = tl.load(states_ptr + here, mask=in_state, other=0.0)  # [P, N]
+        pairs = tl.dot(u, tl.trans(v), input_precision=PRECISION)  # [Q, Q]
+        if REVERSE:
+            weights = to_end * tl.exp(total - s) * dt
+            pairs *= tl.exp(tl.where(seen, s[None, :] - s[:, None], -float("inf"))) * dt[:, None]
+        else:
+            weights = from_start * tl.exp(s)
+            pairs *= tl.exp(tl.where(seen, s[:, None] - s[None, :], -float("inf"))) * dt[None, :]
+            read = weights * tl.sum(
+                u.to(tl.float32) * tl.dot(own, tl.trans(state), input_precision=PRECISION), 1
+            )  # [Q]
+            # what passes from state to state decays through every step: as if the last token had read it
+            g = tl.load(g_ptr + here, mask=in_state, other=0.0)  # [P, N]
+            passed = through * tl.sum(state.to(tl.float32) * g.to(tl.float32))
+            read += tl.where(t == tl.minimum(chunk * Q + Q, T) - 1, passed, 0.0)
+            tl.store(read_ptr + tl.arange(0, Q) * H + head, read, mask=t < T)
+        out = tl.dot(pairs.to(other.dtype), other, acc=out, input_precision=PRECISION)
+        out = tl.dot((u.to(tl.float32) * weights[:, None]).to(u.dtype), state, acc=out, input_precision=PRECISION)
+    tl.store(out_ptr + rows * stride_outt + n[None, :], out, mask=in_n)
+
+
+@jit
+def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, dy_ptr, g_ptr, read_ptr,
+                           dx_ptr, ddt_ptr, dA_ptr, dD_ptr,
+                           T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                           stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct,
+                           stride_dtb, stride_dtt, stride_dyb, stride_dyt, stride_dxb, stride_dxt,
+                           HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                           Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    chunk, batch, t, p, n, in_p, in_n = _own_chunk(T, P, N, Q, BLOCK_P, BLOCK_N)
+    rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)
+    first_head, n_chunks = tl.program_id(1) * HEADS, tl.cdiv(T, Q)
+    x_ptr += batch * stride_xb + t0 * stride_xt
+    b_ptr += batch * stride_bb + t0 * stride_bt + (first_head // R) * N
+    c_ptr += batch * stride_cb + t0 * stride_ct + (first_head // R) * N
+    dy_ptr += batch * stride_dyb + t0 * stride_dyt
+    g_ptr += (batch * n_chunks + chunk) * H * P * N
+    read_ptr += (batch * T + t0) * H
+    dx_ptr += batch * stride_dxb + t0 * stride_dxt
+    ddt_ptr += (batch * T + t0) * H
+    if seq_ptr is not None:
+        seq_ptr += batch * T
+    b = tl.load(b_ptr + rows * stride_bt + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+    c = tl.load(c_ptr + rows * stride_ct + n[None, :], mask=in_n, other=0.0)  # [Q, N]
+    # Q x Q tiles are [j, i] here, transposed as their users want them: Triton 3.4 to 3.7.0 on Hopper is reported to
+    # miscompile the product with a product that was transposed (flash-linear-attention issue 640).
+    scores = tl.dot(b, tl.trans(c), input_precision=PRECISION)
+    seen = _visible(seq_ptr, t[None, :], t[:, None], T)
+
+    for head in range(first_head, first_head + HEADS):
+        A = tl.load(A_ptr + head).to(tl.float32)
+        dt, s, total, through, to_end, from_start = _chunk_decay(
+            dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
+        )
+        to_end *= tl.exp(total - s)
+        x = tl.load(x_ptr + rows * stride_xt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
+        dy = tl.load(dy_ptr + rows * stride_dyt + head * P + p[None, :], mask=in_p, other=0.0)
+        g = tl.load(g_ptr + head * P * N + p[:, None] * N + n[None, :],
+                    mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)  # [P, N]  # fmt: skip
+        read = tl.load(read_ptr + tl.arange(0, Q) * H + head, mask=t < T, other=0.0)  # [i]
+        # inside the chunk
+        decay = tl.exp(tl.where(seen, s[None, :] - s[:, None], -float("inf")))  # [j, i]
+        pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay  # [j, i]
+        pairs *= scores
+        by_reader = tl.sum(pairs * dt[:, None], 0)  # [i]
+        by_writer = tl.sum(pairs, 1)  # [j], without dt
+        # to the state that leaves
+        du = tl.dot(b, tl.trans(g), input_precision=PRECISION) * to_end[:, None]  # [Q, P]
+        written = tl.sum(x.to(tl.float32) * du, 1)  # [j], without dt
+        du = tl.dot((scores * decay).to(x.dtype), dy, acc=du, input_precision=PRECISION)
+        # a and dt
+        written_before = tl.cumsum(written * dt, 0) - written * dt
+        da = tl.cumsum(by_reader - by_writer * dt + read, 0, reverse=True) + written_before
+        tl.store(ddt_ptr + tl.arange(0, Q) * H + head, by_writer + written + A * da, mask=t < T)
+        tl.store(dA_ptr + tl.program_id(0) * H + head, tl.sum(da * dt, 0))
+        # x
+        du *= dt[:, None]
+        if D_ptr is not None:
+            du += tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
+            tl.store(dD_ptr + tl.program_id(0) * H + head, tl.sum(x.to(tl.float32) * dy.to(tl.float32)))
+        tl.store(dx_ptr + rows * stride_dxt + head * P + p[None, :], du, mask=in_p)
+
+
+def _backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, dy, dend=None, dx=None, dB=None, dC=None):
+    """Returns (dx, ddt, dA, dB, dC, dD, dstart). dx, dB and dC, where given, are where to write."""
+    B, T, H, P = x.shape
+    G, N = Bmat.shape[2:]
+    dx, dB, dC = (
+        torch.empty(like.shape, dtype=like.dtype, device=x.device) if out is None else out
+        for out, like in ((dx, x), (dB, Bmat), (dC, Cmat))
+    )
+    x, Bmat, Cmat, dy = (tail_contiguous(v, 2) for v in (x, Bmat, Cmat, dy))
+    dt, A = tail_contiguous(dt), A.contiguous()
+    D, start, seq_idx, dend = (None if v is None else v.contiguous() for v in (D, start, seq_idx, dend))
+    tiles = _ssd_tiles(x, N, H // G)
+    Q, parts = tiles["Q"], H // tiles["HEADS"]  # parts: of dB and dC, one or more to a group
+    programs = B * triton.cdiv(T, Q)
+    states, _ = _states(x, Bmat, dt, A, seq_idx, start, Q, False)
+    g, dstart = _states(dy, Cmat, dt, A, seq_idx, dend, Q, True)
+    empty = partial(torch.empty, device=x.device, dtype=torch.float32)
+    part_B, part_C = (dB, dC) if parts == G else (empty(B, T, parts, N), empty(B, T, parts, N))
+    ddt, read = empty(B, T, H), empty(B, T, H)
+    dA, dD = empty(programs, H), None if D is None else empty(programs, H)
+
+    shape, options = (T, H, H // G, P, N), dict(PRECISION=dot_precision(), **tiles)
+    xs, bs, cs, dts, dys, dxs, dbs, dcs = (
+        (v.stride(0), v.stride(1)) for v in (x, Bmat, Cmat, dt, dy, dx, part_B, part_C)
+    )
+    _ssd_pairs_bwd_kernel[(programs, parts)](
+        dy, x, Cmat, Bmat, dt, A, seq_idx, states, g, part_C, read, *shape,
+        *dys, *xs, *cs, *bs, *dts, *dcs, REVERSE=False, **options,
+    )  # fmt: skip
+    _ssd_pairs_bwd_kernel[(programs, parts)](
+        x, dy, Bmat, Cmat, dt, A, seq_idx, g, None, part_B, None, *shape,
+        *xs, *dys, *bs, *cs, *dts, *dbs, REVERSE=True, **options,
+    )  # fmt: skip
+    _ssd_inputs_bwd_kernel[(programs, parts)](
+        x, Bmat, Cmat, dt, A, D, seq_idx, dy, g, read, dx, ddt, dA, dD, *shape,
+        *xs, *bs, *cs, *dts, *dys, *dxs, **options,
+    )  # fmt: skip
+    if parts != G:
+        for whole, part in ((dB, part_B), (dC, part_C)):
+            whole.copy_(part.unflatten(2, (G, -1)).sum(3))
+    dD = None if D is None else dD.sum(0).to(D.dtype)
+    return dx, ddt.to(dt.dtype), dA.sum(0).to(A.dtype), dB, dC, dD, None if start is None else dstart
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, Bmat, Cmat, D, start, seq_idx):
+        ctx.save_for_backward(x, dt, A, Bmat, Cmat, D, start, seq_idx)
+        return _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx)
+
+    @staticmethod
+    def backward(ctx, dy, dend):
+        return *_backward(*ctx.saved_tensors, dy, dend), None
+
+
+def ssd_triton(
+    x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, seq_idx=None
+):
+    """Returns `ssd_ref(...)`, computed by two kernels forward and three backward. They choose their own chunks."""
+    P, N = x.shape[-1], Bmat.shape[-1]
+    start = None if initial_state is None else initial_state.float()
+    extra_p, extra_n = -P % 8, -N % 8
+    if extra_p or extra_n:  # Triton 3.6 reads beyond shared memory in 16-bit products of odd sizes; zeros are harmless
+        x, Bmat, Cmat = F.pad(x, (0, extra_p)), F.pad(Bmat, (0, extra_n)), F.pad(Cmat, (0, extra_n))
+        start = None if start is None else F.pad(start, (0, extra_n, 0, extra_p))
+    y, end = _SSD.apply(x, dt, A, Bmat.to(x.dtype), Cmat.to(x.dtype), D, start, seq_idx)
+    if extra_p or extra_n:
+        y, end = y[..., :P], end[:, :, :P, :N]
+    return (y, end) if return_final_state else y
+
+
+def ssd(
+    x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, seq_idx=None,
+    backend="auto",
+):  # fmt: skip
+    """Returns `ssd_ref(...)` on the backend asked for. Any T >= 1; the chunk size never has to divide it.
+
+    Raises ValueError if the heads do not divide into groups, or for T = 0.
+    """
+    if x.shape[2] % Bmat.shape[2]:
+        raise ValueError(f"{x.shape[2]} heads do not divide into {Bmat.shape[2]} groups")
+    if x.shape[1] == 0 or chunk_size < 1:
+        raise ValueError(f"ssd needs at least one token and chunk_size >= 1; got T={x.shape[1]}, {chunk_size=}")
+    op = ssd_triton if pick_backend(backend, x.device, x.dtype) == "triton" else ssd_ref
+    return op(x, dt, A, Bmat, Cmat, D, chunk_size, initial_state, return_final_state, seq_idx)
+
+
+# ---- 5. one decoding step ----------------------------------------------------------------------------------------
+#
+# A program owns one head: it reads the state once and writes it once, 8PN bytes of
+# float32; the definition, op by op, moves several times that in a dozen launches.
+
+
+@jit
+def _ssd_step_kernel(state_ptr, x_ptr, dt_ptr, A_ptr, b_ptr, c_ptr, D_ptr, y_ptr, new_ptr,
+                     H, R, P, N, stride_xb, stride_dtb, stride_bb, stride_cb,
+                     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    here = (batch * H + head) * P * N + p[:, None] * N + n[None, :]
+    state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
+    x = tl.load(x_ptr + batch * stride_xb + head * P + p, mask=p < P, other=0.0).to(tl.float32)  # [P]
+    dt = tl.load(dt_ptr + batch * stride_dtb + head).to(tl.float32)
+    b = tl.load(b_ptr + batch * stride_bb + (head // R) * N + n, mask=n < N, other=0.0).to(tl.float32)  # [N]
+    c = tl.load(c_ptr + batch * stride_cb + (head // R) * N + n, mask=n < N, other=0.0).to(tl.float32)  # [N]
+    state = tl.exp(dt * tl.load(A_ptr + head).to(tl.float32)) * state + (dt * x)[:, None] * b[None, :]
+    y = tl.sum(state * c[None, :], 1)  # [P]
+    if D_ptr is not None:
+        y += tl.load(D_ptr + head).to(tl.float32) * x.to(tl.float32)
+    tl.store(new_ptr + here, state, mask=inside)
+    tl.store(y_ptr + (batch * H + head) * P + p, y, mask=p < P)
+
+
+def ssd_step_triton(state, x, dt, A, Bmat, Cmat, D=None):
+    """Returns `ssd_step_ref(...)`, computed by one kernel. It has no backward: decoding does not train."""
+    B, H, P = x.shape
+    G, N = Bmat.shape[1:]
+    x, Bmat, Cmat, dt = (tail_contiguous(v, d) for v, d in ((x, 2), (Bmat, 2), (Cmat, 2), (dt, 1)))
+    state, A, D = state.contiguous(), A.contiguous(), None if D is None else D.contiguous()
+    y, new = torch.empty(B, H, P, dtype=x.dtype, device=x.device), torch.empty_like(state)
+    _ssd_step_kernel[(H, B)](
+        state, x, dt, A, Bmat, Cmat, D, y, new, H, H // G, P, N,
+        x.stride(0), dt.stride(0), Bmat.stride(0), Cmat.stride(0), BLOCK_P=block_of(P), BLOCK_N=block_of(N),
+    )  # fmt: skip
+    return y, new
+
+
+def ssd_step(state, x, dt, A, Bmat, Cmat, D=None, backend="auto"):
+    """Returns `ssd_step_ref(...)` on the backend asked for; where a gradient is wanted, "auto" takes the definition."""
+    wants_gradient = torch.is_grad_enabled() and any(
+        v is not None and v.requires_grad for v in (state, x, dt, A, Bmat, Cmat, D)
+    )
+    if backend == "auto" and wants_gradient:
+        backend = "torch"
+    op = ssd_step_triton if pick_backend(backend, x.device, x.dtype) == "triton" else ssd_step_ref
+    return op(state, x, dt, A, Bmat, Cmat, D)
+
+
+# ---- 6. the inside of a Mamba-2 layer ------------------------------------------------------------------------------
+#
+# Everything between its two projections (section 7 and Figure 6 of the paper):
+#
+#         projected = z | x B C | dt        di = H P channels of z and x, 2 G N of B and C, H of dt
+#                     |   |      '- softplus(dt + dt_bias) ----------.
+#                     |   '-- causal conv, silu -> x, B, C -> SSD (+ D x)
+#                     '------------------------ gate -------> gated RMSNorm -> [B, T, di]
+
+
+def _parts(projected, conv_weight, norm_weight):
+    """Returns views z [B, T, di], xBC [B, T, conv_size] and dt [B, T, H] of what in_proj made."""
+    conv_size, di = conv_weight.shape[0], norm_weight.shape[0]
+    return projected.split([di, conv_size, projected.shape[-1] - di - conv_size], dim=-1)
+
+
+def _by_heads(xBC, di, n_heads, n_groups):
+    """Returns views x [B, T, H, P], Bmat and Cmat [B, T, G, N] of xBC [B, T, conv_size]."""
+    x, Bmat, Cmat = xBC.tensor_split([di, (xBC.shape[-1] + di) // 2], dim=-1)
+    return x.unflatten(-1, (n_heads, -1)), Bmat.unflatten(-1, (n_groups, -1)), Cmat.unflatten(-1, (n_groups, -1))
+
+
+def mamba2_inner_ref(
+    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128,
+    state=None, real=None, return_final_state=False, backend="torch",
+):  # fmt: skip
+    """Returns [B, T, di]: what a Mamba-2 layer makes of projected [B, T, 2 di + 2 G N + H], up to its out_proj.
+
+    conv_weight [di + 2 G N, W], conv_bias; dt_bias, A < 0 and D [H]; norm_weight [di], normalised in n_groups groups.
+    state: (convolution's [B, di + 2 G N, W-1], recurrence's [B, H, P, N]) to go on from, or None; with
+    return_final_state, returns (out, state). One token on a state takes one step of the recurrence, anything else the
+    scan. real bool [B, T] or None: what is padding (on the left) leaves no trace. backend: that of its operations.
+    """
+    di, H = norm_weight.shape[0], A.shape[0]
+    z, xBC, dt = _parts(projected, conv_weight, norm_weight)
+    dt = F.softplus(at_least_float32(dt) + dt_bias)  # [B, T, H]
+    if real is not None:  # padding: nothing enters the convolution, and dt = 0 leaves the state as it is
+        xBC, dt = xBC * real[..., None], dt * real[..., None]
+    conv_state, ssm_state = state or (None, None)
+    xBC, conv_state = causal_conv1d(
+        xBC, conv_weight, conv_bias, conv_state, return_final_state=True, backend=backend
+    )  # [B, T, di + 2 G N]
+    x, Bmat, Cmat = _by_heads(xBC, di, H, n_groups)
+    if state and x.shape[1] == 1:
+        y, ssm_state = ssd_step(ssm_state, x[:, 0], dt[:, 0], A, Bmat[:, 0], Cmat[:, 0], D, backend)
+        y = y[:, None]  # [B, 1, H, P]
+    else:
+        y, ssm_state = ssd(x, dt, A, Bmat, Cmat, D, chunk_size, ssm_state, return_final_state=True, backend=backend)
+    y = gated_rms_norm(y.flatten(2), z, norm_weight, di // n_groups, eps, backend)  # [B, T, di]
+    return (y, (conv_state, ssm_state)) if return_final_state else y
+
+
+# The same for training, in one piece. Operation by operation, autograd keeps `projected` and what the convolution makes
+# of it (twice the width of y), and puts the gradient of `projected` together from five tensors. Here the convolution is
+# made again in the backward, and each kernel writes its gradient to its place in one tensor.
+
+
+class _Mamba2Inner(torch.autograd.Function):
+    @staticmethod
+    def inputs(projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups):
+        """Returns z, xBC, raw dt; x, Bmat, Cmat after the convolution, and dt > 0: made once in each direction."""
+        z, xBC, raw = _parts(projected, conv_weight, norm_weight)
+        convolved = conv_forward(xBC, conv_weight, conv_bias, None, None, True)
+        dt = F.softplus(raw.float() + dt_bias)  # [B, T, H]
+        return z, xBC, raw, *_by_heads(convolved, norm_weight.shape[0], A.shape[0], n_groups), dt
+
+    @staticmethod
+    def forward(ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps):
+        z, _, _, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
+            projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups
+        )
+        y, _ = _forward(x, dt, A, Bmat, Cmat, D, None, None)
+        y = y.flatten(2)  # [B, T, di]
+        ctx.save_for_backward(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y)
+        ctx.n_groups, ctx.eps = n_groups, eps
+        return norm_forward(y, z, norm_weight, y.shape[-1] // n_groups, eps)
+
+    @staticmethod
+    def backward(ctx, dout):
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y = ctx.saved_tensors
+        G, di = ctx.n_groups, y.shape[-1]
+        z, xBC, raw, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
+            projected, conv_weight, conv_bias, dt_bias, A, norm_weight, G
+        )
+        dprojected = torch.empty_like(projected)
+        dz, dxBC, draw = _parts(dprojected, conv_weight, norm_weight)
+        dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // G, ctx.eps, dgate=dz)
+        dconvolved = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
+        dx, dB, dC = _by_heads(dconvolved, di, A.shape[0], G)
+        _, ddt, dA, _, _, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, dy.view(x.shape), None, dx, dB, dC)
+        _, dconv_weight, dconv_bias, _ = conv_backward(
+            xBC, conv_weight, conv_bias, None, None, True, dconvolved, dx=dxBC
+        )
+        ddt *= torch.sigmoid(raw.float() + dt_bias)  # softplus' = sigmoid
+        draw.copy_(ddt)
+        ddt_bias = ddt.sum((0, 1)).to(dt_bias.dtype)
+        return dprojected, dconv_weight, dconv_bias, ddt_bias, dA, dD, dnorm_weight, None, None
+
+
+@torch.compiler.disable  # it stands between two matrix products: nothing for a compiler to gain, and copies to lose
+def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5):
+    """Returns `mamba2_inner_ref(...)` of whole texts, without states: one fused operation, for training."""
+    return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
+
+
+def mamba2_inner(
+    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128,
+    state=None, real=None, return_final_state=False, backend="auto",
+):  # fmt: skip
+    """Returns `mamba2_inner_ref(...)` on the backend asked for: fused where gradients are wanted and states are not."""
+    weights = conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps
+    P, N = norm_weight.shape[0] // A.shape[0], (conv_weight.shape[0] - norm_weight.shape[0]) // (2 * n_groups)
+    fusible = state is None and real is None and not return_final_state and P % 8 == 0 and N % 8 == 0
+    if fusible and torch.is_grad_enabled() and pick_backend(backend, projected.device, projected.dtype) == "triton":
+        return mamba2_inner_triton(projected, *weights)
+    return mamba2_inner_ref(projected, *weights, chunk_size, state, real, return_final_state, backend)
+
+
+# ---- 7. the claim, and the benchmark ---------------------------------------------------------------------------------
+
+
+def _ssd_inputs(randn, B, T, H, P, G, N):
+    dt = F.softplus(randn(B, T, H) - 2).float()
+    return [randn(B, T, H, P), dt, -torch.exp(randn(H)).float(), randn(B, T, G, N), randn(B, T, G, N), randn(H).float()]
+
+
+def _step_inputs(randn, B, H, P, G, N):
+    inputs = _ssd_inputs(randn, B, 1, H, P, G, N)
+    return [randn(B, H, P, N).float()] + [v[:, 0] if v.dim() > 1 else v for v in inputs]
+
+
+def _inner_inputs(randn, B, T, H, P, G, N):
+    di, conv_size = H * P, H * P + 2 * G * N
+    weights = [randn(conv_size, 4), randn(conv_size), randn(H) - 2, -torch.exp(randn(H)), randn(H), randn(di)]
+    return [randn(B, T, di + conv_size + H), *(w.float() for w in weights), G]
+
+
+def _ssd_cost(B, T, H, P, G, N, Q=128):
+    """Returns (bytes, FLOPs) of a forward at the least, in bf16; FLOPs of the chunked algorithm."""
+    return B * T * (4 * H * P + 4 * G * N + 4 * H), B * T * (Q * (N * G + P * H) + 4 * H * P * N)
+
+
+def _ssd_peers():
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    yield "mamba_ssm", lambda x, dt, A, Bmat, Cmat, D: mamba_chunk_scan_combined(x, dt, A, Bmat, Cmat, 128, D=D)
+
+
+BENCHES = [
+    Bench(
+        ssd, _ssd_inputs, checks=[(2, 150, 4, 20, 2, 33), (1, 65, 6, 64, 2, 128), (1, 2200, 2, 16, 1, 16)],
+        timings=[(8, 4096, 64, 64, 8, 128), (16, 2048, 24, 64, 1, 128), (1, 65536, 24, 64, 8, 128)],
+        cost=_ssd_cost, peers=_ssd_peers,
+    ),
+    Bench(ssd_step, _step_inputs, checks=[(2, 4, 20, 2, 33)], has_backward=False),
+    Bench(
+        mamba2_inner, _inner_inputs, checks=[(2, 70, 4, 16, 2, 32)], timings=[(64, 1024, 24, 64, 8, 128)],
+        cost=lambda B, T, H, P, G, N: (B * T * (6 * H * P + 4 * G * N), _ssd_cost(B, T, H, P, G, N)[1]),
+    ),
+]  # fmt: skip
+
+
+def _seconds(fn):
+    """Returns the best time of three calls of fn(), after one to warm up."""
+    best = float("inf")
+    for attempt in range(4):
+        begin = time.perf_counter()
+        fn()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if attempt:
+            best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def demo():
+    """Times the three forms of the layer and softmax attention over lengths; prints the claims, draws out/ssd.png."""
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    H, P, N = (24, 64, 128) if on_gpu else (4, 64, 64)
+    lengths = [2**k for k in (range(10, 18) if on_gpu else range(8, 15))]
+    longest = dict(recurrence=4096, attention_form=4096)  # a loop in Python; a T x T matrix in memory
+    scan = f"SSD ({pick_backend(device=device, dtype=dtype)})"
+    forms = {
+        "recurrence": lambda x, dt, A, b, c: ssd_recurrent_ref(x, dt, A, b, c),
+        "attention_form": lambda x, dt, A, b, c: ssd_ref(x, dt, A, b, c, chunk_size=x.shape[1]),
+        scan: lambda x, dt, A, b, c: ssd(x, dt, A, b, c, chunk_size=64),
+        "softmax attention": lambda x, *_: F.scaled_dot_product_attention(*3 * [x.transpose(1, 2)], is_causal=True),
+    }
+
+    def inputs(T, N=N, dtype=dtype):
+        randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        x, dt, A, b, c, _ = _ssd_inputs(randn, 1, T, H, P, 1, N)
+        return [v.to(device, v.dtype if v is dt or v is A else dtype) for v in (x, dt, A, b, c)]
+
+    took = {name: {} for name in forms}
+    with torch.no_grad():
+        for T in lengths:
+            given = inputs(T)
+            for name, form in forms.items():
+                if T <= longest.get(name, T):
+                    took[name][T] = _seconds(lambda: form(*given))  # noqa: B023
+            print(f"T = {T:6d}: " + ", ".join(f"{name} {1e3 * t[T]:.3g} ms" for name, t in took.items() if T in t))
+        exact = inputs(1024, dtype=torch.float64)
+        exact[1:3] = (v.double() for v in exact[1:3])
+        results = [ssd_recurrent_ref(*exact), ssd_ref(*exact, chunk_size=1024), ssd_ref(*exact, chunk_size=64)]
+        apart = max(((r - results[0]).norm() / results[0].norm()).item() for r in results)
+        T = lengths[-2]
+        wide, narrow = (_seconds(lambda: forms[scan](*inputs_N)) for inputs_N in (inputs(T, 128), inputs(T, 16)))  # noqa: B023
+
+    ssd_times, attention_times = took[scan], took["softmax attention"]
+    ahead = [T for T in lengths if all(ssd_times[t] < attention_times[t] for t in lengths if t >= T)]
+    at = min(16384, lengths[-1])
+    rows = [
+        ("recurrence = attention form = chunks", "the same function", f"apart by {apart:.0e} (float64)"),
+        ("time grows with the text, not its square", "linear", f"x {ssd_times[2 * T] / ssd_times[T]:.2f} for T x 2"),
+        ("faster than softmax attention", "from T = 2,048", f"from T = {ahead[0]:,}" if ahead else "not here"),
+        (f"how much faster at T = {at:,}", "6 x at 16,384", f"{attention_times[at] / ssd_times[at]:.1f} x"),
+        ("a state 8 times as large, N 16 -> 128", "costs little", f"x {wide / narrow:.2f} in time"),
+        ("faster than the recurrence step by step", "2 to 8 x (fused)",
+         f"{took['recurrence'][4096] / ssd_times[4096]:.0f} x (a Python loop), T = 4,096"),
+    ]  # fmt: skip
+    machine = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(f"\n{'claim':44}{'paper, A100':20}here, {machine}, {H} heads, P {P}, N {N}, forward")
+    for claim, paper, here in rows:
+        print(f"{claim:44}{paper:20}{here}")
+    _plot(took, rows[3], machine)
+
+
+def _plot(took, row, machine):
+    """Draws time over length to out/ssd.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    for (name, times), color in zip(took.items(), ("#999999", "#E69F00", "#0072B2", "#D55E00")):
+        axes.loglog(list(times), [1e3 * t for t in times.values()], marker="o", markersize=3, color=color, base=2)
+        T = max(times)
+        at = (T, 1e3 * times[T])
+        axes.annotate(name.replace("_", " "), at, xytext=(5, 0), textcoords="offset points", color=color)
+    axes.set_yscale("log", base=10)
+    axes.margins(x=0.25)
+    title = f"{machine}: SSD is {row[2]} as fast as attention {row[0][16:]}"
+    axes.set(xlabel="tokens", ylabel="forward, ms", title=title)
+    axes.grid(alpha=0.3)
+    path = Path(__file__).parent / "out" / "ssd.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["bench"]):
+        raise SystemExit("usage: python ssd.py [bench]")
+    check_and_time(BENCHES, "ssd") if sys.argv[1:] else demo()
