@@ -652,10 +652,10 @@ def _softmax_rows(logits, targets, temperature=1.0, dlogprob=None, dentropy=None
     targets = targets.contiguous()
     rows, V = logits.shape
     logprob, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
-    BLOCK = min(8192, triton.next_power_of_2(V))
+    BLOCK = min(4096, triton.next_power_of_2(V))
     _softmax_kernel[(rows,)](
         logits, targets, logprob, entropy, dlogprob, dentropy, V, float(temperature), BLOCK=BLOCK,
-        num_warps=max(1, min(8, BLOCK // 256)),
+        num_warps=max(1, BLOCK // 512),
     )  # fmt: skip
     return logprob, entropy
 

@@ -448,7 +448,6 @@ def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_p
                           T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                           stride_ub, stride_ut, stride_vb, stride_vt, stride_ownb, stride_ownt,
                           stride_otherb, stride_othert, stride_dtb, stride_dtt,
-                          stride_outb, stride_outt,
                           REVERSE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
                           Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     chunk, batch, t, p, n, in_p, in_n = _own_chunk(T, P, N, Q, BLOCK_P, BLOCK_N)
@@ -459,7 +458,8 @@ def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_p
     own_ptr += batch * stride_ownb + t0 * stride_ownt + (first_head // R) * N
     other_ptr += batch * stride_otherb + t0 * stride_othert + (first_head // R) * N
     states_ptr += (batch * n_chunks + chunk) * H * P * N
-    out_ptr += batch * stride_outb + t0 * stride_outt + tl.program_id(1) * N  # [B, T, H / HEADS, N]: parts of groups
+    parts = tl.num_programs(1)
+    out_ptr += ((batch * T + t0) * parts + tl.program_id(1)) * N  # [B, T, parts, N]: sums over HEADS heads
     in_state = (p[:, None] < P) & (n[None, :] < N)
     if seq_ptr is not None:
         seq_ptr += batch * T
@@ -489,9 +489,8 @@ def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_p
         else:
             weights = from_start * tl.exp(s)
             pairs *= tl.exp(tl.where(seen, s[:, None] - s[None, :], -float("inf"))) * dt[None, :]
-            read = weights * tl.sum(
-                u.to(tl.float32) * tl.dot(own, tl.trans(state), input_precision=PRECISION), 1
-            )  # [Q]
+            by_state = tl.dot(own, tl.trans(state), input_precision=PRECISION)  # [Q, P]
+            read = weights * tl.sum(u.to(tl.float32) * by_state, 1)  # [Q]
             # what passes from state to state decays through every step: as if the last token had read it
             g = tl.load(g_ptr + here, mask=in_state, other=0.0)  # [P, N]
             passed = through * tl.sum(state.to(tl.float32) * g.to(tl.float32))
@@ -499,7 +498,7 @@ def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_p
             tl.store(read_ptr + tl.arange(0, Q) * H + head, read, mask=t < T)
         out = tl.dot(pairs.to(other.dtype), other, acc=out, input_precision=PRECISION)
         out = tl.dot((u.to(tl.float32) * weights[:, None]).to(u.dtype), state, acc=out, input_precision=PRECISION)
-    tl.store(out_ptr + rows * stride_outt + n[None, :], out, mask=in_n)
+    tl.store(out_ptr + rows * parts * N + n[None, :], out, mask=in_n)
 
 
 @jit
@@ -507,7 +506,7 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
                            dx_ptr, ddt_ptr, dA_ptr, dD_ptr,
                            T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                            stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct,
-                           stride_dtb, stride_dtt, stride_dyb, stride_dyt, stride_dxb, stride_dxt,
+                           stride_dtb, stride_dtt, stride_dyb, stride_dyt,
                            HEADS: tl.constexpr, PRECISION: tl.constexpr,
                            Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     chunk, batch, t, p, n, in_p, in_n = _own_chunk(T, P, N, Q, BLOCK_P, BLOCK_N)
@@ -519,7 +518,7 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
     dy_ptr += batch * stride_dyb + t0 * stride_dyt
     g_ptr += (batch * n_chunks + chunk) * H * P * N
     read_ptr += (batch * T + t0) * H
-    dx_ptr += batch * stride_dxb + t0 * stride_dxt
+    dx_ptr += (batch * T + t0) * H * P
     ddt_ptr += (batch * T + t0) * H
     if seq_ptr is not None:
         seq_ptr += batch * T
@@ -561,49 +560,42 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
         if D_ptr is not None:
             du += tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
             tl.store(dD_ptr + tl.program_id(0) * H + head, tl.sum(x.to(tl.float32) * dy.to(tl.float32)))
-        tl.store(dx_ptr + rows * stride_dxt + head * P + p[None, :], du, mask=in_p)
+        tl.store(dx_ptr + (rows * H + head) * P + p[None, :], du, mask=in_p)
 
 
-def _backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, dy, dend=None, dx=None, dB=None, dC=None):
-    """Returns (dx, ddt, dA, dB, dC, dD, dstart). dx, dB and dC, where given, are where to write."""
+def _backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, dy, dend=None):
+    """Returns (dx, ddt, dA, dB, dC, dD, dstart)."""
     B, T, H, P = x.shape
     G, N = Bmat.shape[2:]
-    dx, dB, dC = (
-        torch.empty(like.shape, dtype=like.dtype, device=x.device) if out is None else out
-        for out, like in ((dx, x), (dB, Bmat), (dC, Cmat))
-    )
     x, Bmat, Cmat, dy = (tail_contiguous(v, 2) for v in (x, Bmat, Cmat, dy))
     dt, A = tail_contiguous(dt), A.contiguous()
     D, start, seq_idx, dend = (None if v is None else v.contiguous() for v in (D, start, seq_idx, dend))
     tiles = _ssd_tiles(x, N, H // G)
     Q, parts = tiles["Q"], H // tiles["HEADS"]  # parts: of dB and dC, one or more to a group
-    programs = B * triton.cdiv(T, Q)
+    grid = B * triton.cdiv(T, Q), parts
     states, _ = _states(x, Bmat, dt, A, seq_idx, start, Q, False)
     g, dstart = _states(dy, Cmat, dt, A, seq_idx, dend, Q, True)
     empty = partial(torch.empty, device=x.device, dtype=torch.float32)
-    part_B, part_C = (dB, dC) if parts == G else (empty(B, T, parts, N), empty(B, T, parts, N))
-    ddt, read = empty(B, T, H), empty(B, T, H)
-    dA, dD = empty(programs, H), None if D is None else empty(programs, H)
-
+    part_dtype = Bmat.dtype if parts == G else torch.float32
     shape, options = (T, H, H // G, P, N), dict(PRECISION=dot_precision(), **tiles)
-    xs, bs, cs, dts, dys, dxs, dbs, dcs = (
-        (v.stride(0), v.stride(1)) for v in (x, Bmat, Cmat, dt, dy, dx, part_B, part_C)
+    xs, bs, cs, dts, dys = ((v.stride(0), v.stride(1)) for v in (x, Bmat, Cmat, dt, dy))
+
+    dC, read = empty(B, T, parts, N, dtype=part_dtype), empty(B, T, H)
+    _ssd_pairs_bwd_kernel[grid](
+        dy, x, Cmat, Bmat, dt, A, seq_idx, states, g, dC, read, *shape, *dys, *xs, *cs, *bs, *dts, False, **options
     )
-    _ssd_pairs_bwd_kernel[(programs, parts)](
-        dy, x, Cmat, Bmat, dt, A, seq_idx, states, g, part_C, read, *shape,
-        *dys, *xs, *cs, *bs, *dts, *dcs, REVERSE=False, **options,
-    )  # fmt: skip
-    _ssd_pairs_bwd_kernel[(programs, parts)](
-        x, dy, Bmat, Cmat, dt, A, seq_idx, g, None, part_B, None, *shape,
-        *xs, *dys, *bs, *cs, *dts, *dbs, REVERSE=True, **options,
-    )  # fmt: skip
-    _ssd_inputs_bwd_kernel[(programs, parts)](
-        x, Bmat, Cmat, dt, A, D, seq_idx, dy, g, read, dx, ddt, dA, dD, *shape,
-        *xs, *bs, *cs, *dts, *dys, *dxs, **options,
-    )  # fmt: skip
+    del states  # the largest tensor here: before the next is made
+    dB = empty(B, T, parts, N, dtype=part_dtype)
+    _ssd_pairs_bwd_kernel[grid](
+        x, dy, Bmat, Cmat, dt, A, seq_idx, g, None, dB, None, *shape, *xs, *dys, *bs, *cs, *dts, True, **options
+    )
+    dx, ddt = empty(B, T, H, P, dtype=x.dtype), empty(B, T, H)
+    dA, dD = empty(grid[0], H), None if D is None else empty(grid[0], H)
+    _ssd_inputs_bwd_kernel[grid](
+        x, Bmat, Cmat, dt, A, D, seq_idx, dy, g, read, dx, ddt, dA, dD, *shape, *xs, *bs, *cs, *dts, *dys, **options
+    )
     if parts != G:
-        for whole, part in ((dB, part_B), (dC, part_C)):
-            whole.copy_(part.unflatten(2, (G, -1)).sum(3))
+        dB, dC = (part.unflatten(2, (G, -1)).sum(3).to(Bmat.dtype) for part in (dB, dC))
     dD = None if D is None else dD.sum(0).to(D.dtype)
     return dx, ddt.to(dt.dtype), dA.sum(0).to(A.dtype), dB, dC, dD, None if start is None else dstart
 
@@ -790,16 +782,19 @@ class _Mamba2Inner(torch.autograd.Function):
         dprojected = torch.empty_like(projected)
         dz, dxBC, draw = _parts(dprojected, conv_weight, norm_weight)
         dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // G, ctx.eps, dgate=dz)
-        dconvolved = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
-        dx, dB, dC = _by_heads(dconvolved, di, A.shape[0], G)
-        _, ddt, dA, _, _, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, dy.view(x.shape), None, dx, dB, dC)
-        _, dconv_weight, dconv_bias, _ = conv_backward(
-            xBC, conv_weight, conv_bias, None, None, True, dconvolved, dx=dxBC
-        )
+        dx, ddt, dA, dB, dC, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, dy.view(x.shape))
+        sizes = [di, (xBC.shape[-1] - di) // 2, (xBC.shape[-1] - di) // 2]  # channels do not mix: x, B, C apart
+        dweights, dbiases = [], []
+        for part, weight, bias, dpart, where in zip(
+            xBC.split(sizes, -1), conv_weight.split(sizes), conv_bias.split(sizes), (dx, dB, dC), dxBC.split(sizes, -1)
+        ):
+            _, dweight, dbias, _ = conv_backward(part, weight, bias, None, None, True, dpart.flatten(2), dx=where)
+            dweights.append(dweight)
+            dbiases.append(dbias)
         ddt *= torch.sigmoid(raw.float() + dt_bias)  # softplus' = sigmoid
         draw.copy_(ddt)
         ddt_bias = ddt.sum((0, 1)).to(dt_bias.dtype)
-        return dprojected, dconv_weight, dconv_bias, ddt_bias, dA, dD, dnorm_weight, None, None
+        return dprojected, torch.cat(dweights), torch.cat(dbiases), ddt_bias, dA, dD, dnorm_weight, None, None
 
 
 @torch.compiler.disable  # it stands between two matrix products: nothing for a compiler to gain, and copies to lose

@@ -106,5 +106,3 @@ def test_ssd_says_what_does_not_fit():
         ssd.ssd(x, dt, A, Bm[:, :, :1].expand(-1, -1, 3, -1), Cm, D)
     with pytest.raises(ValueError, match="at least one token"):
         ssd.ssd(x[:, :0], dt[:, :0], A, Bm[:, :0], Cm[:, :0], D)
-
-
