@@ -36,7 +36,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from kernels import (
     Bench,
@@ -753,81 +752,55 @@ def mamba2_inner_ref(
 # made again in the backward, and each kernel writes its gradient to its place in one tensor.
 
 
-#
-# A compiler has nothing to gain inside, and copies to lose: torch.library hands it both directions as opaque operators.
+class _Mamba2Inner(torch.autograd.Function):
+    @staticmethod
+    def inputs(projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups):
+        """Returns z, xBC, raw dt; x, Bmat, Cmat after the convolution, and dt > 0: made once in each direction."""
+        z, xBC, raw = _parts(projected, conv_weight, norm_weight)
+        convolved = conv_forward(xBC, conv_weight, conv_bias, None, None, True)
+        dt = F.softplus(raw.float() + dt_bias)  # [B, T, H]
+        return z, xBC, raw, *_by_heads(convolved, norm_weight.shape[0], A.shape[0], n_groups), dt
+
+    @staticmethod
+    def forward(ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps):
+        z, _, _, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
+            projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups
+        )
+        y, _ = _forward(x, dt, A, Bmat, Cmat, D, None, None)
+        y = y.flatten(2)  # [B, T, di]
+        ctx.save_for_backward(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y)
+        ctx.n_groups, ctx.eps = n_groups, eps
+        return norm_forward(y, z, norm_weight, y.shape[-1] // n_groups, eps)
+
+    @staticmethod
+    def backward(ctx, dout):
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y = ctx.saved_tensors
+        G, di = ctx.n_groups, y.shape[-1]
+        z, xBC, raw, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
+            projected, conv_weight, conv_bias, dt_bias, A, norm_weight, G
+        )
+        dprojected = torch.empty_like(projected)
+        dz, dxBC, draw = _parts(dprojected, conv_weight, norm_weight)
+        dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // G, ctx.eps, dgate=dz)
+        dx, ddt, dA, dB, dC, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, dy.view(x.shape))
+        sizes = [di, (xBC.shape[-1] - di) // 2, (xBC.shape[-1] - di) // 2]  # channels do not mix: x, B, C apart
+        dweights, dbiases = [], []
+        for part, weight, bias, dpart, where in zip(
+            xBC.split(sizes, -1), conv_weight.split(sizes), conv_bias.split(sizes), (dx, dB, dC), dxBC.split(sizes, -1)
+        ):
+            _, dweight, dbias, _ = conv_backward(part, weight, bias, None, None, True, dpart.flatten(2), dx=where)
+            dweights.append(dweight)
+            dbiases.append(dbias)
+        ddt *= torch.sigmoid(raw.float() + dt_bias)  # softplus' = sigmoid
+        draw.copy_(ddt)
+        ddt_bias = ddt.sum((0, 1)).to(dt_bias.dtype)
+        return dprojected, torch.cat(dweights), torch.cat(dbiases), ddt_bias, dA, dD, dnorm_weight, None, None
 
 
-def _inner_inputs(projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups):
-    """Returns z, xBC, raw dt; x, Bmat, Cmat after the convolution, and dt > 0: made once in each direction."""
-    z, xBC, raw = _parts(projected, conv_weight, norm_weight)
-    convolved = conv_forward(xBC, conv_weight, conv_bias, None, None, True)
-    dt = F.softplus(raw.float() + dt_bias)  # [B, T, H]
-    return z, xBC, raw, *_by_heads(convolved, norm_weight.shape[0], A.shape[0], n_groups), dt
-
-
-@torch.library.custom_op("nanopapers::mamba2_inner", mutates_args=())
-def _inner_forward(
-    projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    norm_weight: Tensor, n_groups: int, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns (out, y), both [B, T, di]: y is what the scan makes, before gate and norm."""
-    z, _, _, x, Bmat, Cmat, dt = _inner_inputs(projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups)
-    y = _forward(x, dt, A, Bmat, Cmat, D, None, None)[0].flatten(2)
-    return norm_forward(y, z, norm_weight, y.shape[-1] // n_groups, eps), y
-
-
-@torch.library.custom_op("nanopapers::mamba2_inner_backward", mutates_args=())
-def _inner_backward(
-    dout: Tensor, y: Tensor, projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor,
-    D: Tensor, norm_weight: Tensor, n_groups: int, eps: float,
-) -> list[Tensor]:  # fmt: skip
-    """Returns the gradients of projected and of the six weights."""
-    di = y.shape[-1]
-    z, xBC, raw, x, Bmat, Cmat, dt = _inner_inputs(projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups)
-    dprojected = torch.empty_like(projected)
-    dz, dxBC, draw = _parts(dprojected, conv_weight, norm_weight)
-    dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // n_groups, eps, dgate=dz)
-    dx, ddt, dA, dB, dC, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, dy.view(x.shape))
-    sizes = [di, (xBC.shape[-1] - di) // 2, (xBC.shape[-1] - di) // 2]  # channels do not mix: x, B and C apart
-    dweights, dbiases = [], []
-    for part, weight, bias, dpart, where in zip(
-        xBC.split(sizes, -1), conv_weight.split(sizes), conv_bias.split(sizes), (dx, dB, dC), dxBC.split(sizes, -1)
-    ):
-        _, dweight, dbias, _ = conv_backward(part, weight, bias, None, None, True, dpart.flatten(2), dx=where)
-        dweights.append(dweight)
-        dbiases.append(dbias)
-    ddt *= torch.sigmoid(raw.float() + dt_bias)  # softplus' = sigmoid
-    draw.copy_(ddt)
-    ddt_bias = ddt.sum((0, 1)).to(dt_bias.dtype)
-    return [dprojected, torch.cat(dweights), torch.cat(dbiases), ddt_bias, dA, dD, dnorm_weight]
-
-
-@_inner_forward.register_fake
-def _(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps):
-    out = projected.new_empty(*projected.shape[:2], norm_weight.shape[0])
-    return out, torch.empty_like(out)
-
-
-@_inner_backward.register_fake
-def _(dout, y, *tensors_and_numbers):
-    return [torch.empty_like(t) for t in tensors_and_numbers if isinstance(t, Tensor)]
-
-
-def _save_inputs(ctx, inputs, output):
-    *tensors, ctx.n_groups, ctx.eps = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.set_materialize_grads(False)  # nobody else reads y
-
-
-_inner_forward.register_autograd(
-    lambda ctx, dout, _: (*_inner_backward(dout, *ctx.saved_tensors, ctx.n_groups, ctx.eps), None, None),
-    setup_context=_save_inputs,
-)
-
-
+@torch.compiler.disable  # it stands between two matrix products: nothing for a compiler to gain, and copies to lose
 def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5):
     """Returns `mamba2_inner_ref(...)` of whole texts, without states: one fused operation, for training."""
-    return _inner_forward(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)[0]
+    return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
 
 
 def mamba2_inner(
@@ -856,7 +829,7 @@ def _step_inputs(randn, B, H, P, G, N):
     return [randn(B, H, P, N).float()] + [v[:, 0] if v.dim() > 1 else v for v in inputs]
 
 
-def _mamba2_inner_inputs(randn, B, T, H, P, G, N):
+def _inner_inputs(randn, B, T, H, P, G, N):
     di, conv_size = H * P, H * P + 2 * G * N
     weights = [randn(conv_size, 4), randn(conv_size), randn(H) - 2, -torch.exp(randn(H)), randn(H), randn(di)]
     return [randn(B, T, di + conv_size + H), *(w.float() for w in weights), G]
@@ -881,7 +854,7 @@ BENCHES = [
     ),
     Bench(ssd_step, _step_inputs, checks=[(2, 4, 20, 2, 33)], has_backward=False),
     Bench(
-        mamba2_inner, _mamba2_inner_inputs, checks=[(2, 70, 4, 16, 2, 32)], timings=[(64, 1024, 24, 64, 8, 128)],
+        mamba2_inner, _inner_inputs, checks=[(2, 70, 4, 16, 2, 32)], timings=[(64, 1024, 24, 64, 8, 128)],
         cost=lambda B, T, H, P, G, N: (B * T * (6 * H * P + 4 * G * N), _ssd_cost(B, T, H, P, G, N)[1]),
     ),
 ]  # fmt: skip
