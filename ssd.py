@@ -203,7 +203,7 @@ def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, re
 #
 # The walk of kernel 1 takes T / Q steps, each a wait for memory. Few texts, and long ones, leave most of the GPU idle:
 # then time is cut into segments, a first launch walks each from nothing (`ends`, `decays`), and the second begins each
-# segment where the ones before it end.
+# segment where the ones before it end. The backward walks forward again, and keeps what the first launch found.
 
 
 @jit
@@ -372,8 +372,9 @@ def _state_tiles(x, N, Q):
     return tiles, triton.cdiv(n_chunks, n_segments)
 
 
-def _states(x, Bmat, dt, A, seq_idx, start, Q, reverse):
-    """Returns the states entering each chunk of Q [B, chunks, H, P, N] in x's dtype, and the last [B, H, P, N] float32.
+def _states(x, Bmat, dt, A, seq_idx, start, Q, reverse, segments=None):
+    """Returns the states entering each chunk of Q [B, chunks, H, P, N] in x's dtype, the last [B, H, P, N] float32, and
+    what the first launch found of the segments of time: given back, it spares the next call that launch.
 
     reverse: gradients of the states leaving each chunk, last chunk first; then x is dy, Bmat is Cmat.
     """
@@ -384,8 +385,6 @@ def _states(x, Bmat, dt, A, seq_idx, start, Q, reverse):
     n_segments = triton.cdiv(n_chunks, segment)
     n_tiles = triton.cdiv(P, tiles["BLOCK_P"]) * triton.cdiv(N, tiles["BLOCK_N"])
     empty = partial(torch.empty, device=x.device, dtype=torch.float32)
-    states, end = empty(B, n_chunks, H, P, N, dtype=x.dtype), empty(B, H, P, N)
-    ends = decays = None
 
     def launch(ends, decays, states, end):
         _ssd_states_kernel[(n_tiles * n_segments, H, B)](
@@ -394,29 +393,30 @@ def _states(x, Bmat, dt, A, seq_idx, start, Q, reverse):
             reverse, dot_precision(), **tiles,
         )  # fmt: skip
 
-    if n_segments > 1:
-        ends, decays = empty(n_segments, B, H, P, N), empty(n_segments, B, H)
-        launch(ends, decays, None, None)
-    launch(ends, decays, states, end)
-    return states, end
+    if segments is None and n_segments > 1:
+        segments = empty(n_segments, B, H, P, N), empty(n_segments, B, H)
+        launch(*segments, None, None)
+    states, end = empty(B, n_chunks, H, P, N, dtype=x.dtype), empty(B, H, P, N)
+    launch(*(segments or (None, None)), states, end)
+    return states, end, segments or (None, None)
 
 
 def _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx):
-    """Returns (y [B, T, H, P], the last state [B, H, P, N] float32), by two kernels."""
+    """Returns (y [B, T, H, P], the last state [B, H, P, N] float32, segments of time for `_backward`)."""
     B, T, H, P = x.shape
     G, N = Bmat.shape[2:]
     x, Bmat, Cmat, dt = (tail_contiguous(v, d) for v, d in ((x, 2), (Bmat, 2), (Cmat, 2), (dt, 1)))
     A = A.contiguous()
     D, start, seq_idx = (None if v is None else v.contiguous() for v in (D, start, seq_idx))
     tiles = _ssd_tiles(x, N, H // G)
-    states, end = _states(x, Bmat, dt, A, seq_idx, start, tiles["Q"], False)
+    states, end, segments = _states(x, Bmat, dt, A, seq_idx, start, tiles["Q"], False)
     y = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device)
     _ssd_scan_kernel[(B * triton.cdiv(T, tiles["Q"]), H // tiles["HEADS"])](
         x, Bmat, Cmat, dt, A, D, seq_idx, states, y, T, H, H // G, P, N, x.stride(0), x.stride(1),
         Bmat.stride(0), Bmat.stride(1), Cmat.stride(0), Cmat.stride(1), dt.stride(0), dt.stride(1),
         PRECISION=dot_precision(), **tiles,
     )  # fmt: skip
-    return y, end
+    return y, end, segments
 
 
 # ---- 4. the kernels: backward -----------------------------------------------------------------------------------
@@ -563,8 +563,8 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
         tl.store(dx_ptr + (rows * H + head) * P + p[None, :], du, mask=in_p)
 
 
-def _backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, dy, dend=None):
-    """Returns (dx, ddt, dA, dB, dC, dD, dstart)."""
+def _backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, ends, decays, dy, dend=None):
+    """Returns (dx, ddt, dA, dB, dC, dD, dstart). ends, decays: of the segments of time, as `_forward` found them."""
     B, T, H, P = x.shape
     G, N = Bmat.shape[2:]
     x, Bmat, Cmat, dy = (tail_contiguous(v, 2) for v in (x, Bmat, Cmat, dy))
@@ -573,8 +573,8 @@ def _backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, dy, dend=None):
     tiles = _ssd_tiles(x, N, H // G)
     Q, parts = tiles["Q"], H // tiles["HEADS"]  # parts: of dB and dC, one or more to a group
     grid = B * triton.cdiv(T, Q), parts
-    states, _ = _states(x, Bmat, dt, A, seq_idx, start, Q, False)
-    g, dstart = _states(dy, Cmat, dt, A, seq_idx, dend, Q, True)
+    states, _, _ = _states(x, Bmat, dt, A, seq_idx, start, Q, False, None if ends is None else (ends, decays))
+    g, dstart, _ = _states(dy, Cmat, dt, A, seq_idx, dend, Q, True)
     empty = partial(torch.empty, device=x.device, dtype=torch.float32)
     part_dtype = Bmat.dtype if parts == G else torch.float32
     shape, options = (T, H, H // G, P, N), dict(PRECISION=dot_precision(), **tiles)
@@ -603,8 +603,9 @@ def _backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, dy, dend=None):
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, Bmat, Cmat, D, start, seq_idx):
-        ctx.save_for_backward(x, dt, A, Bmat, Cmat, D, start, seq_idx)
-        return _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx)
+        y, end, segments = _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx)
+        ctx.save_for_backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, *segments)
+        return y, end
 
     @staticmethod
     def backward(ctx, dy, dend):
@@ -766,15 +767,15 @@ class _Mamba2Inner(torch.autograd.Function):
         z, _, _, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
             projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups
         )
-        y, _ = _forward(x, dt, A, Bmat, Cmat, D, None, None)
+        y, _, segments = _forward(x, dt, A, Bmat, Cmat, D, None, None)
         y = y.flatten(2)  # [B, T, di]
-        ctx.save_for_backward(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y)
+        ctx.save_for_backward(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y, *segments)
         ctx.n_groups, ctx.eps = n_groups, eps
         return norm_forward(y, z, norm_weight, y.shape[-1] // n_groups, eps)
 
     @staticmethod
     def backward(ctx, dout):
-        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y = ctx.saved_tensors
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y, *segments = ctx.saved_tensors
         G, di = ctx.n_groups, y.shape[-1]
         z, xBC, raw, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
             projected, conv_weight, conv_bias, dt_bias, A, norm_weight, G
@@ -782,7 +783,7 @@ class _Mamba2Inner(torch.autograd.Function):
         dprojected = torch.empty_like(projected)
         dz, dxBC, draw = _parts(dprojected, conv_weight, norm_weight)
         dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // G, ctx.eps, dgate=dz)
-        dx, ddt, dA, dB, dC, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, dy.view(x.shape))
+        dx, ddt, dA, dB, dC, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, *segments, dy.view(x.shape))
         sizes = [di, (xBC.shape[-1] - di) // 2, (xBC.shape[-1] - di) // 2]  # channels do not mix: x, B, C apart
         dweights, dbiases = [], []
         for part, weight, bias, dpart, where in zip(

@@ -1,4 +1,4 @@
-"""Every Triton kernel of kernels.py against its definition in float64: outputs, gradients, states.
+"""Every Triton kernel of kernels.py and ssd.py against its definition in float64: outputs, gradients, states.
 
 Without a GPU the kernels run under Triton's interpreter (tests/conftest.py sets TRITON_INTERPRET=1).
 """
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+import ssd
 
 pytest.importorskip("triton")
 
@@ -87,49 +88,92 @@ SSD_SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SSD_SHAPES, ids=str)
 def test_ssd(shape, dtype):
-    compare(kernels.ssd, ssd_inputs(**shape), ssd_dtypes(dtype), dtype, return_final_state=True)
+    compare(ssd.ssd, ssd_inputs(**shape), ssd_dtypes(dtype), dtype, return_final_state=True)
 
 
 @pytest.mark.parametrize("T", [30, 140])
 def test_ssd_of_packed_documents(T):
     seq = torch.stack([torch.arange(T) * 3 // T, torch.arange(T) // 9]).to(DEVICE)
-    compare(
-        kernels.ssd, ssd_inputs(T=T), ssd_dtypes(torch.float32), torch.float32, return_final_state=True, seq_idx=seq
-    )
+    compare(ssd.ssd, ssd_inputs(T=T), ssd_dtypes(torch.float32), torch.float32, return_final_state=True, seq_idx=seq)
 
 
 def test_ssd_without_d_and_initial_state():
     inputs = ssd_inputs(T=70)[:5]
-    compare(kernels.ssd, inputs, ssd_dtypes(torch.float32), torch.float32)
+    compare(ssd.ssd, inputs, ssd_dtypes(torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize(
-    "name, sizes", [c for c in kernels.CHECKS if c[0].startswith("linear") or c[0] == "ssd_step"], ids=str
-)
+@pytest.mark.parametrize("segment, packed", [(1, True), (2, False)])
+def test_time_in_segments(segment, packed, monkeypatch):
+    """Few and long texts: the walk over chunks is cut into segments of so many chunks, the last one shorter."""
+    tiles = ssd._state_tiles
+    monkeypatch.setattr(ssd, "_state_tiles", lambda x, N, Q: (tiles(x, N, Q)[0], segment))
+    T = 70  # three chunks of 32 in float32
+    options = dict(seq_idx=torch.stack([torch.arange(T) // 50, torch.arange(T) // 9]).to(DEVICE)) if packed else {}
+    inputs = ssd_inputs(T=T)
+    compare(ssd.ssd, inputs, ssd_dtypes(torch.float32), torch.float32, return_final_state=True, **options)
+
+
+def test_long_texts_are_cut_into_segments():
+    assert ssd._state_tiles(torch.empty(1, 65536, 24, 64), 128, 64)[1] < 100
+    assert ssd._state_tiles(torch.empty(64, 1024, 24, 64), 128, 64)[1] == 16
+
+
+def bench(op):
+    return next(b for b in kernels.BENCHES + ssd.BENCHES if b.op is op)
+
+
+def compare_bench(op, sizes, dtype, **options):
+    """Asserts the same of op on the inputs that the benchmark draws for it."""
+    inputs = bench(op).inputs(kernels.normal(DEVICE), *sizes)
+    compare(op, inputs, [getattr(t, "dtype", None) for t in inputs], dtype, **options)
+
+
+@pytest.mark.parametrize("op", [kernels.linear_cross_entropy, kernels.linear_logprob], ids=lambda op: op.__name__)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_projection_and_the_step(name, sizes, dtype):
-    with torch.set_grad_enabled(name != "ssd_step"):
-        for error, reference in kernels.errors(getattr(kernels, name), kernels.inputs_of(name, sizes, DEVICE), dtype):
-            assert error <= kernels.allowed_error(reference, dtype)
+def test_the_projection(op, dtype):
+    compare_bench(op, (67, 48, 301), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ssd_step(dtype):
+    with torch.no_grad():
+        compare_bench(ssd.ssd_step, (2, 4, 20, 2, 33), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(2, 20, 16, 8, 2, 8), (1, 70, 8, 8, 1, 8)], ids=str)
+def test_the_fused_inside_of_a_layer(sizes, dtype):
+    compare_bench(ssd.mamba2_inner, sizes, dtype)
+
+
+def test_the_fused_inside_is_used_only_to_train(monkeypatch):
+    inputs = bench(ssd.mamba2_inner).inputs(kernels.normal(DEVICE), 1, 5, 2, 8, 1, 8)
+    inputs = [kernels.in_low(t, torch.float32) for t in inputs]
+    expected = ssd.mamba2_inner(*inputs, backend="triton")
+    monkeypatch.delattr(ssd, "mamba2_inner_triton")
+    with torch.no_grad():
+        assert torch.equal(ssd.mamba2_inner(*inputs, backend="triton"), expected)
+    out, (conv_state, state) = ssd.mamba2_inner(*inputs, return_final_state=True, backend="triton")
+    assert torch.equal(out, expected) and conv_state.shape == (1, 32, 3) and state.shape == (1, 2, 8, 8)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear_cross_entropy_in_blocks_with_ignored_rows(reduction, monkeypatch):
     monkeypatch.setattr(kernels, "WORKSPACE", 4 * 7 * 301)  # blocks of seven rows
-    h, w, targets = kernels.inputs_of("linear_cross_entropy", (23, 8, 301), DEVICE)
+    h, w, targets = kernels.projection_inputs(kernels.normal(DEVICE), 23, 8, 301)
     targets[::5] = -100
     pairs = kernels.errors(kernels.linear_cross_entropy, [h, w, targets], torch.float32, reduction=reduction)
     assert all(error <= kernels.allowed_error(reference, torch.float32) for error, reference in pairs)
 
 
 def test_logprob_with_temperature():
-    inputs = kernels.inputs_of("linear_logprob", (9, 8, 40), DEVICE)
+    inputs = kernels.projection_inputs(kernels.normal(DEVICE), 9, 8, 40)
     pairs = kernels.errors(kernels.linear_logprob, inputs, torch.float32, temperature=0.7)
     assert all(error <= kernels.allowed_error(reference, torch.float32) for error, reference in pairs)
 
 
 def test_the_projection_under_autocast_keeps_float32_gradients():
-    h, w, targets = kernels.inputs_of("linear_cross_entropy", (12, 8, 40), DEVICE)
+    h, w, targets = kernels.projection_inputs(kernels.normal(DEVICE), 12, 8, 40)
     h, w = h.float().requires_grad_(), w.float().requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16):
         losses = [kernels.linear_cross_entropy(h, w, targets, backend=b) for b in ("triton", "torch")]
@@ -150,8 +194,8 @@ def calls(B=2, T=20):
         ("rms_norm", lambda: kernels.rms_norm(u, w, backend="triton")),
         ("gated_rms_norm", lambda: kernels.gated_rms_norm(u, u, w, 4, backend="triton")),
         ("causal_conv1d", lambda: kernels.causal_conv1d(u, w[:, None].expand(12, 4), w, backend="triton")),
-        ("ssd", lambda: kernels.ssd(x, dt, A, Bm, Cm, D, initial_state=h0, backend="triton")),
-        ("ssd_step", lambda: kernels.ssd_step(h0, x[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0], D, backend="triton")[0]),
+        ("ssd", lambda: ssd.ssd(x, dt, A, Bm, Cm, D, initial_state=h0, backend="triton")),
+        ("ssd_step", lambda: ssd.ssd_step(h0, x[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0], D, backend="triton")[0]),
         ("linear_logprob", lambda: kernels.linear_logprob(u.flatten(0, 1), matrix, ids, backend="triton")[0]),
     ]  # fmt: skip
 
@@ -172,8 +216,8 @@ def test_inputs_need_not_be_contiguous():
     x, dt, A, Bm, Cm, D, _, _ = (v.to(DEVICE, torch.float32) if torch.is_tensor(v) else v for v in ssd_inputs(T=20))
     strange = [v.transpose(0, 1).contiguous().transpose(0, 1) for v in (x, dt, Bm, Cm)]
     strange[0] = strange[0].transpose(2, 3).contiguous().transpose(2, 3)
-    y = kernels.ssd(x, dt, A, Bm, Cm, D, backend="triton")
-    assert torch.equal(kernels.ssd(strange[0], strange[1], A, strange[2], strange[3], D, backend="triton"), y)
+    y = ssd.ssd(x, dt, A, Bm, Cm, D, backend="triton")
+    assert torch.equal(ssd.ssd(strange[0], strange[1], A, strange[2], strange[3], D, backend="triton"), y)
     wide = draw(2, 9, 24).to(DEVICE, torch.float32)
     w = draw(8, 4).to(DEVICE, torch.float32)
     part = wide[..., 5:13]
@@ -184,5 +228,5 @@ def test_inputs_need_not_be_contiguous():
 
 
 def test_small_cards_get_small_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "small_card", lambda: True)
-    compare(kernels.ssd, ssd_inputs(T=70), ssd_dtypes(torch.float16), torch.float16, return_final_state=True)
+    monkeypatch.setattr(ssd, "small_card", lambda: True)
+    compare(ssd.ssd, ssd_inputs(T=70), ssd_dtypes(torch.float16), torch.float16, return_final_state=True)
