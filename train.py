@@ -420,7 +420,10 @@ def schedule(step, config):
 
 
 def gradients(run):
-    """Returns (loss, gradient norm, metrics) over all processes, and leaves the clipped gradients in the model."""
+    """Returns (loss, gradient norm, metrics) over all processes, and leaves the clipped gradients in the model.
+
+    They are tensors, and nothing here waits for them: the host prepares the next step while the device is at work.
+    """
     config, total = run.config, torch.zeros((), device=run.device)
     for micro in range(config.grad_accum):
         if run.world_size > 1:
@@ -436,8 +439,19 @@ def gradients(run):
         norm = norm.full_tensor()
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
         total /= run.world_size
-    loss, norm = torch.stack([total, norm]).tolist()  # waits for the device, once a step
-    return loss, norm, {k: float(v) for k, v in metrics.items() if k != "loss"}
+    return total, norm, {k: v for k, v in metrics.items() if k != "loss"}
+
+
+def optimizer_step(run, loss, norm):
+    """Makes the step, unless loss or gradients are not finite; where the optimiser is fused, the device decides."""
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    if run.optimizer.defaults["fused"] and not run.scaler.is_enabled():
+        run.optimizer.found_inf = (~finite).float()  # as a GradScaler tells it
+        run.optimizer.step()
+    elif finite:
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 def evaluate(run):
@@ -475,57 +489,76 @@ class Interrupt:
 
 def train(run):
     """Runs the loop to its end. Returns the exit status: 0, 1 if it gave up, 130 after Ctrl-C."""
-    config, interrupt, bad, began = run.config, Interrupt(run), 0, time.perf_counter()
+    config, interrupt, began = run.config, Interrupt(run), time.perf_counter()
     log = Log(run) if run.rank == 0 else None
     bar = progress_bar(run)
-    flops, peak = run.model.flops_per_token(config.context), peak_flops(run.device)
+    report = Report(run, bar)
+    waiting = []  # steps whose numbers the host has not asked for: asking waits for the device
+    ahead = run.device.type == "cuda"  # elsewhere a step is done when its calls return
     run.model.train()
     while run.step < config.steps:
-        started = time.perf_counter()
         torch.manual_seed(hash((config.seed, run.step, run.rank)))  # dropout, and whatever a rollout samples
         lr = config.lr * schedule(run.step, config)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss, norm, metrics = gradients(run)
-        if math.isfinite(loss) and math.isfinite(norm):
-            run.scaler.step(run.optimizer)
-            bad = 0
-        else:
-            bad += 1
-            run.skipped += 1
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
+        numbers = gradients(run)
+        optimizer_step(run, *numbers[:2])
         run.step += 1
-        if bad == MAX_BAD_STEPS:
-            bar.close()
-            run.say(f"stopped: loss or gradient was not finite {bad} steps in a row. {run.directory} keeps its last "
-                    "checkpoint, if it had come to one; try a smaller --lr, or --dtype=float32")  # fmt: skip
-            return 1
+        waiting.append((run.step, lr, *numbers))
 
-        speed = run.tokens_per_step / (time.perf_counter() - started)
-        row = dict(loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed, skipped=run.skipped) | metrics
-        shown = f"loss {loss:.3f}, {speed:,.0f} tok/s"
-        if peak:
-            row["mfu"] = speed * flops / peak / run.world_size
-            shown += f", MFU {row['mfu']:.1%}"
-        bar.set_postfix_str(shown, refresh=False)
-        bar.update()
         last, stop = run.step == config.steps, interrupt.seen()
-        if run.step % config.eval_every == 0 or last:
-            row |= evaluate(run)
-        if log:
-            log.add(run.step, **row)
-        if run.step % config.save_every == 0 or last or stop:
+        evaluates = run.step % config.eval_every == 0 or last
+        saves = run.step % config.save_every == 0 or last or stop
+        ask = waiting[:-1] if ahead and not (evaluates or saves) else waiting  # the newest goes on meanwhile
+        rows, waiting = [report(*numbers) for numbers in ask], waiting[len(ask) :]
+        if report.bad >= MAX_BAD_STEPS:
+            bar.close()
+            run.say(f"stopped: loss or gradient was not finite {report.bad} steps in a row. {run.directory} keeps its "
+                    "last checkpoint, if it had come to one; try a smaller --lr, or --dtype=float32")  # fmt: skip
+            return 1
+        if evaluates:
+            rows[-1] |= evaluate(run)
+        for row in rows if log else []:
+            log.add(**row)
+        if saves:
             save_checkpoint(run)
         if stop and not last:
             bar.close()
             run.say(f"interrupted, and saved at step {run.step}. To go on:\n"
                     f"  python train.py --resume --run={run.directory.name}")  # fmt: skip
             return 130
+        if evaluates or saves:
+            report.began = time.perf_counter()
     bar.close()
     if log:
         finish(run, log, time.perf_counter() - began)
     return 0
+
+
+class Report:
+    """Asks the device for the numbers of a step, shows them, and counts the steps that were left out."""
+
+    def __init__(self, run, bar):
+        self.run, self.bar, self.began, self.bad = run, bar, time.perf_counter(), 0
+        self.flops, self.peak = run.model.flops_per_token(run.config.context), peak_flops(run.device)
+
+    def __call__(self, step, lr, loss, norm, metrics):
+        """Returns the row of the log. Waits until the device has done the step."""
+        run = self.run
+        loss, norm = torch.stack([loss, norm]).tolist()
+        self.bad = 0 if math.isfinite(loss) and math.isfinite(norm) else self.bad + 1
+        run.skipped += self.bad > 0
+        now = time.perf_counter()
+        speed = run.tokens_per_step / (now - self.began)
+        self.began = now
+        row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed, skipped=run.skipped)
+        shown = f"loss {loss:.3f}, {speed:,.0f} tok/s"
+        if self.peak:
+            row["mfu"] = speed * self.flops / self.peak / run.world_size
+            shown += f", MFU {row['mfu']:.1%}"
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
+        return row | {name: float(value) for name, value in metrics.items()}
 
 
 def progress_bar(run):
