@@ -1020,7 +1020,7 @@ BENCHES = [
     ),
     Bench(
         linear_cross_entropy, projection_inputs, checks=[(67, 48, 301)],
-        timings=[(16384, 768, 50304), (16384, 768, 131072), (16384, 4096, 50304), (16384, 4096, 131072)],
+        timings=[(16384, 768, 50304), (16384, 4096, 131072), (16384, 768, 131072), (16384, 4096, 50304)],
         cost=lambda S, C, V: (2 * (S * C + V * C), 2 * S * C * V), peers=_projection_peers,
     ),
     Bench(linear_logprob, projection_inputs, checks=[(67, 48, 301)]),
