@@ -6,6 +6,7 @@ What is here, and who uses it
     causal_conv1d         the short depthwise convolution at the start of a Mamba-2 mixer
     linear_cross_entropy  output projection + loss, without ever holding the [S, V] logits
     linear_logprob        output projection + log-probability and entropy, likewise
+    expert_mlp            the experts of a mixture: each token through the few that it was sent to
 
 Names. `op_ref` is the definition: the equations in order, any float dtype, float64 too. `op_triton` is the fast path,
 forward and backward. `op` is what callers use; `backend=` picks. `python kernels.py` checks every kernel against its
@@ -36,11 +37,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows: the definitions work, the kernels do not
     triton, tl = None, SimpleNamespace(constexpr=None)
 
@@ -791,7 +794,411 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, backend="auto"):
     return op(hidden, weight, targets, temperature)
 
 
-# ---- 5. python kernels.py: check every kernel, then time it --------------------------------------------------
+# ---- 5. experts -------------------------------------------------------------------------------------------
+
+
+def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
+    """Returns y [S, C], for each token the weighted sum of its K experts: y = sum_k w_k down_k relu(up_k x)^2.
+
+    x [S, C]; up [E, F, C] and down [E, C, F], the two matrices of each expert, without bias; expert_ids [S, K] integers
+    in [0, E); expert_weights [S, K] float. No expert has a limit, so no token is ever dropped.
+    """
+    y = torch.zeros(x.shape, dtype=at_least_float32(x).dtype, device=x.device)
+    for expert in range(len(up)):
+        token, k = torch.where(expert_ids == expert)  # [n], the rows of this expert
+        hidden = F.relu(x[token] @ up[expert].T).square()  # [n, F]
+        out = hidden @ down[expert].T  # [n, C]
+        y = y.index_add(0, token, at_least_float32(out) * expert_weights[token, k, None])
+    return y.to(x.dtype)
+
+
+# The kernels. A token and one of its experts make a row; there are R = S K of them. Rows are sorted by expert, so that
+# an expert's rows stand together, and only their *numbers* are sorted: the products gather the tokens as they go.
+#
+#       expert_ids [S, K] --count, sum, place--> order [R]      order[r] = token * K + k of sorted row r
+#                                                offsets [E+1]  expert e has the rows offsets[e] ... offsets[e+1] - 1
+#
+#       x [S, C] --gather--> | up product, relu, square, w | h [R, F] | down product |--put back--> [S, K, C] --sum_k--> y
+#
+# A program of a product owns a tile [BLOCK_M rows of one expert, BLOCK_N columns]. How many tiles each expert needs is
+# known on the device alone, and the host never asks: it starts as many programs as there could be, R / BLOCK_M + E, and
+# each finds its expert from the offsets, or that there is nothing left to do. A graph can therefore replay it.
+# Weights, and rows that stand together, come in by tensor descriptor: on Hopper one thread asks the copy engine for a
+# whole tile (measured a tenth to a third faster than a pointer for each element; elsewhere Triton makes pointers of it).
+# A tile may reach into the rows of the next expert; what is computed from them is not stored.
+#
+# Backward. For row r of token t with weight w, h = relu(u)^2, y_t += down (w h):
+#       dh = down^T dy_t,  dw = <dh, h>,  du = w dh 2 relu(u),  dx_t = sum_k up^T du,
+#       ddown = sum_r dy_t (w h)^T,  dup = sum_r du x_t^T
+# Of the activations only w h is kept, which both `down` and `ddown` take as it is (a product that had to scale one of
+# its sides first would run at half speed); h = w h / w, and relu(u) is its square root, as exact as a u kept in the
+# same dtype. So that w = 0 keeps its h, it counts as TINY. du is written over w h when that has had its last reader:
+# the activations never take more than one [R, F].
+#
+# Operations: 2 products of 2 R F C each, and twice that backward. Bytes: each weight once (the tiles of an
+# expert run side by side and share it in the L2 cache), h four times, and rows [R, C] twice.
+
+TINY = 1e-30
+
+
+@jit
+def _count_kernel(ids_ptr, counts_ptr, R, E, n_blocks, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """counts [E, n_blocks]: how many of a block's ids name each expert."""
+    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + flat, mask=flat < R, other=E).to(tl.int32)  # E: a bin of its own for what is not there
+    bins = tl.arange(0, BINS)
+    tl.store(counts_ptr + bins * n_blocks + tl.program_id(0), tl.histogram(ids, BINS), mask=bins < E)
+
+
+@jit
+def _place_kernel(ids_ptr, ends_ptr, order_ptr, R, E, n_blocks, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """order [R], from the running sum of the counts: where a block's rows of an expert end."""
+    block = tl.program_id(0)
+    flat = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+    ids = tl.load(ids_ptr + flat, mask=flat < R, other=E).to(tl.int32)  # [BLOCK, 1]
+    earlier = tl.zeros([BLOCK, 1], tl.int32)  # rows of the same expert before this one, in the block
+    for first in range(0, BLOCK, CHUNK):
+        other = block * BLOCK + first + tl.arange(0, CHUNK)[None, :]
+        others = tl.load(ids_ptr + other, mask=other < R, other=E).to(tl.int32)  # [1, CHUNK]
+        earlier += tl.sum(((ids == others) & (other < flat)).to(tl.int32), 1, keep_dims=True)
+    cell = ids * n_blocks + block  # in counts
+    start = tl.load(ends_ptr + cell - 1, mask=(flat < R) & (cell > 0), other=0)
+    tl.store(order_ptr + start + earlier, flat, mask=flat < R)
+
+
+@jit
+def _tiles_kernel(offsets_ptr, tiles_ptr, E, BLOCK_M: tl.constexpr, BINS: tl.constexpr):
+    """tiles [., 3]: expert, first row and end of its rows, of each tile; the last two are equal past the last tile."""
+    tile, experts = tl.program_id(0), tl.arange(0, BINS)
+    starts = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
+    ends = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
+    n_tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    done = tl.cumsum(n_tiles, 0)  # tiles up to the end of each expert
+    expert = tl.sum((done <= tile).to(tl.int32), 0)
+    first = tl.sum(tl.where(experts == expert, starts + (tile - done + n_tiles) * BLOCK_M, 0), 0)
+    end = tl.sum(tl.where(experts == expert, ends, 0), 0)
+    tl.store(tiles_ptr + 3 * tile, expert)
+    tl.store(tiles_ptr + 3 * tile + 1, first)
+    tl.store(tiles_ptr + 3 * tile + 2, end)
+
+
+class _Routing(NamedTuple):
+    """Which row stands where; int32 all."""
+
+    order: torch.Tensor  # [R] token * K + k of each sorted row
+    offsets: torch.Tensor  # [E + 1] the first row of each expert
+    tiles: torch.Tensor  # [most there can be, 3] expert, first row, end of the expert's rows
+
+
+def _route(expert_ids, E, BLOCK_M):
+    """Returns the _Routing of expert_ids [S, K]: rows sorted by expert, in their old order within each."""
+    ids, R, BLOCK = expert_ids.contiguous(), expert_ids.numel(), 256
+    n_blocks = triton.cdiv(R, BLOCK)
+    counts, order, tiles = (
+        torch.empty(shape, dtype=torch.int32, device=ids.device)
+        for shape in ((E, n_blocks), (R,), (R // BLOCK_M + min(E, R), 3))
+    )
+    _count_kernel[(n_blocks,)](ids, counts, R, E, n_blocks, BINS=triton.next_power_of_2(E + 1), BLOCK=BLOCK)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32)  # [E * n_blocks]
+    offsets = F.pad(ends[n_blocks - 1 :: n_blocks], (1, 0))
+    _place_kernel[(n_blocks,)](ids, ends, order, R, E, n_blocks, BLOCK=BLOCK, CHUNK=32)
+    _tiles_kernel[(len(tiles),)](offsets, tiles, E, BLOCK_M=BLOCK_M, BINS=triton.next_power_of_2(E))
+    return _Routing(order, offsets, tiles)
+
+
+@jit
+def _load_tile(tiles_ptr, tile):
+    """Returns (expert, first row, end of the expert's rows) of a tile."""
+    return tl.load(tiles_ptr + 3 * tile), tl.load(tiles_ptr + 3 * tile + 1), tl.load(tiles_ptr + 3 * tile + 2)
+
+
+@jit
+def _gathered_product(a_ptr, tokens, stride_a, w_desc, w_row, n, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      K_FIRST: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """Returns a[tokens] @ w, float32 [BLOCK_M, BLOCK_N], for the columns from n of w [K, N] below row w_row of w_desc.
+
+    K_FIRST: w stands as [N, K]. EVEN: K is a multiple of BLOCK_K.
+    """
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + tokens.to(tl.int64)[:, None] * stride_a + k[None, :]
+    acc = tl.zeros([tokens.shape[0], BLOCK_N], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        if EVEN:
+            a = tl.load(a_ptrs)  # [BLOCK_M, BLOCK_K]
+        else:
+            a = tl.load(a_ptrs, mask=k[None, :] < K - first, other=0.0)
+        w = w_desc.load([w_row + n, first]).T if K_FIRST else w_desc.load([w_row + first, n])  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        a_ptrs += BLOCK_K
+    return acc
+
+
+@jit
+def _expert_up_kernel(x_ptr, up_desc, weights_ptr, order_ptr, tiles_ptr, h_ptr, F, C, stride_x, tiny,
+                      K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """h [R, F] = w relu(x[token] up^T)^2."""
+    n_tiles = tl.cdiv(F, BLOCK_N)
+    expert, first, end = _load_tile(tiles_ptr, tl.program_id(0) // n_tiles)
+    if first == end:
+        return
+    n = tl.program_id(0) % n_tiles * BLOCK_N
+    rows, columns = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    flat = tl.load(order_ptr + rows, mask=rows < end, other=0)
+    u = _gathered_product(
+        x_ptr, flat // K, stride_x, up_desc, expert * F, n, C, BLOCK_N, BLOCK_K, True, PRECISION, EVEN
+    )
+    u = tl.maximum(u, 0.0)
+    weight = tl.load(weights_ptr + flat, mask=rows < end, other=0.0).to(tl.float32)
+    h = u * u * tl.where(tl.abs(weight) < tiny, tiny, weight)[:, None]
+    mask = (rows < end)[:, None] & (columns < F)[None, :]
+    tl.store(h_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :], h, mask=mask)
+
+
+@jit
+def _expert_rows_kernel(a_desc, w_desc, order_ptr, tiles_ptr, out_ptr, F, C, first_column, N, K_FIRST: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                        PRECISION: tl.constexpr):  # fmt: skip
+    """out [R, N] = N columns of a w for a [R, F] and w [F, C], each row put back to where its (token, k) stands.
+
+    K_FIRST: w stands as [C, F].
+    """
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    expert, first, end = _load_tile(tiles_ptr, tl.program_id(0) // n_tiles)
+    if first == end:
+        return
+    n = tl.program_id(0) % n_tiles * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, F, BLOCK_K):
+        a = a_desc.load([first, k])  # [BLOCK_M, BLOCK_K]; 0 past F
+        if K_FIRST:
+            w = w_desc.load([expert * C + first_column + n, k]).T  # [BLOCK_K, BLOCK_N]
+        else:
+            w = w_desc.load([expert * F + k, first_column + n])
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    rows, columns = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    flat = tl.load(order_ptr + rows, mask=rows < end, other=0)
+    mask = (rows < end)[:, None] & (columns < N)[None, :]
+    tl.store(out_ptr + flat.to(tl.int64)[:, None] * N + columns[None, :], acc, mask=mask)
+
+
+@jit
+def _expert_hidden_bwd_kernel(dy_ptr, down_desc, weights_ptr, order_ptr, tiles_ptr, h_ptr, dweights_ptr,
+                              F, C, R, stride_dy, tiny, K: tl.constexpr,
+                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                              PRECISION: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """du over w h [R, F], and dweights [n_tiles, R], to be summed over the tiles."""
+    n_tiles = tl.cdiv(F, BLOCK_N)
+    expert, first, end = _load_tile(tiles_ptr, tl.program_id(0) // n_tiles)
+    if first == end:
+        return
+    n = tl.program_id(0) % n_tiles * BLOCK_N
+    rows = first + tl.arange(0, BLOCK_M)
+    flat = tl.load(order_ptr + rows, mask=rows < end, other=0)
+    dh = _gathered_product(
+        dy_ptr, flat // K, stride_dy, down_desc, expert * C, n, C, BLOCK_N, BLOCK_K, False, PRECISION, EVEN
+    )
+    weight = tl.load(weights_ptr + flat, mask=rows < end, other=1.0).to(tl.float32)
+    of_h = 1 / tl.where(tl.abs(weight) < tiny, tiny, weight)
+    halves = tl.split(tl.permute(tl.reshape(dh, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1)))  # a whole h would spill
+    dweight = tl.zeros([BLOCK_M], tl.float32)
+    for half in tl.static_range(2):
+        columns = n + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        mask = (rows < end)[:, None] & (columns < F)[None, :]
+        h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
+        h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32) * of_h[:, None]
+        dweight += tl.sum(halves[half] * h, 1)  # h is 0 outside
+        tl.store(h_ptrs, halves[half] * tl.sqrt(h) * (2 * weight)[:, None], mask=mask)
+    tl.store(dweights_ptr + tl.program_id(0) % n_tiles * R + flat, dweight, mask=rows < end)
+
+
+@jit
+def _expert_weight_kernel(a_desc, b_desc, offsets_ptr, out_ptr, M, N, stride_oe, stride_om, stride_on,
+                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                          PRECISION: tl.constexpr):  # fmt: skip
+    """out [E, M, N] = a^T b over the rows of each expert, for a [R, M] and b [R, N]."""
+    expert, m_tiles = tl.program_id(1), tl.cdiv(M, BLOCK_M)
+    m, n = tl.program_id(0) % m_tiles * BLOCK_M, tl.program_id(0) // m_tiles * BLOCK_N
+    start, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    whole = start + (end - start) // BLOCK_K * BLOCK_K
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for row in range(start, whole, BLOCK_K):
+        acc = tl.dot(a_desc.load([row, m]).T, b_desc.load([row, n]), acc, input_precision=PRECISION)
+    if whole < end:  # the last rows, without those of the next expert
+        inside = whole + tl.arange(0, BLOCK_K)[:, None] < end
+        a, b = a_desc.load([whole, m]), b_desc.load([whole, n])  # [BLOCK_K, BLOCK_M], [BLOCK_K, BLOCK_N]
+        a, b = tl.where(inside, a, tl.zeros_like(a)), tl.where(inside, b, tl.zeros_like(b))
+        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+    rows, columns = m + tl.arange(0, BLOCK_M)[:, None], n + tl.arange(0, BLOCK_N)[None, :]
+    out_ptrs = out_ptr + expert.to(tl.int64) * stride_oe + rows * stride_om + columns * stride_on
+    tl.store(out_ptrs, acc, mask=(rows < M) & (columns < N))
+
+
+@jit
+def _gather_kernel(x_ptr, order_ptr, out_ptr, R, N, stride_x, K: tl.constexpr,
+                   BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """out [R, N] = x[token]."""
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    token = tl.load(order_ptr + r, mask=r < R, other=0) // K
+    row = tl.load(x_ptr + token.to(tl.int64) * stride_x + n, mask=(r < R) & (n < N), other=0.0)
+    tl.store(out_ptr + r.to(tl.int64) * N + n, row, mask=(r < R) & (n < N))
+
+
+@jit
+def _combine_kernel(rows_ptr, y_ptr, S, N, stride_y, K: tl.constexpr,
+                    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """y [S, N] = sum over k of rows [S, K, N]."""
+    s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (s < S) & (n < N)
+    y = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
+    for k in range(K):
+        y += tl.load(rows_ptr + (s * K + k) * N + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + s * stride_y + n, y, mask=mask)
+
+
+def _expert_tiles(R, E, dtype):
+    """Returns the tile of a product: as many rows as an expert has on average, up to 128."""
+    rows = 128 if R > 64 * E else 64 if R > 16 * E else 16
+    if small_card() or dtype == torch.float32:
+        tiles = dict(BLOCK_M=min(64, rows), BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
+    else:
+        tiles = dict(BLOCK_M=rows, BLOCK_N=256, BLOCK_K=64, num_warps=8 if rows > 64 else 4, num_stages=3)
+    return tiles | dict(PRECISION=dot_precision())
+
+
+def _tensor_blocks(x, *block):
+    """Returns a descriptor of x as [rows, its last dimension], to be loaded in blocks of this shape."""
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), list(block))
+
+
+def _column_slices(R, C, h, w):
+    """Yields (slice of columns, room [R, columns] for them); one after the other they cover C columns.
+
+    The room takes a quarter of h and the gradients of the weights at most: what there has to be anyway.
+    """
+    width = min(C, max(256, (h.numel() + 2 * w.numel()) // 4 // R // 256 * 256))
+    room = torch.empty(R * width, dtype=h.dtype, device=h.device)
+    for first in range(0, C, width):
+        columns = slice(first, min(C, first + width))
+        n = columns.stop - first
+        yield columns, room[: R * n].view(R, n)
+
+
+def _rows_and_sum(a, w, k_first, routing, tiles, out):
+    """Writes sum_k a w to out [S, C], for a [R, F] and each expert's w [F, C]; k_first: it stands as [C, F]."""
+    (R, width), (S, C) = a.shape, out.shape
+    M, N, K = (tiles[f"BLOCK_{side}"] for side in "MNK")
+    a_desc, w_desc = _tensor_blocks(a, M, K), _tensor_blocks(w, N, K) if k_first else _tensor_blocks(w, K, N)
+    for columns, rows in _column_slices(R, C, a, w):
+        n = rows.shape[1]
+        _expert_rows_kernel[(len(routing.tiles) * triton.cdiv(n, N),)](
+            a_desc, w_desc, routing.order, routing.tiles, rows, width, C, columns.start, n, K_FIRST=k_first, **tiles
+        )
+        block = min(256, triton.next_power_of_2(n))
+        _combine_kernel[(triton.cdiv(S, 2048 // block), triton.cdiv(n, block))](
+            rows, out[:, columns], S, n, C, K=R // S, BLOCK_S=2048 // block, BLOCK_N=block
+        )
+
+
+def _weight_gradient(a, b, routing, out):
+    """Writes sum_r a b[token]^T of each expert to out [E, M, N] (of any strides), for a [R, M] and b [S, N].
+
+    The rows of b are gathered first: a product that gathered them in its loop would run at half the speed.
+    """
+    (R, M), (S, N), E = a.shape, b.shape, len(out)
+    if small_card() or a.dtype == torch.float32:
+        tiles = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
+    elif -N % 256 < 128:  # half as many loads from shared memory, unless many of its columns would be empty
+        tiles = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
+    else:
+        tiles = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
+    a_desc = _tensor_blocks(a, tiles["BLOCK_K"], tiles["BLOCK_M"])
+    for columns, rows in _column_slices(R, N, a, out):
+        n = rows.shape[1]
+        block = min(512, triton.next_power_of_2(n))
+        _gather_kernel[(triton.cdiv(R, 4096 // block), triton.cdiv(n, block))](
+            b[:, columns], routing.order, rows, R, n, b.stride(0), K=R // S, BLOCK_R=4096 // block, BLOCK_N=block
+        )
+        b_desc = _tensor_blocks(rows, tiles["BLOCK_K"], tiles["BLOCK_N"])
+        _expert_weight_kernel[(triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]), E)](
+            a_desc, b_desc, routing.offsets, out[:, :, columns], M, n, *out.stride(), PRECISION=dot_precision(), **tiles
+        )
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, up, down, expert_ids, expert_weights):
+        x, up, down, weights = tail_contiguous(x), up.contiguous(), down.contiguous(), expert_weights.contiguous()
+        (S, C), (E, width, _), K = x.shape, up.shape, expert_ids.shape[1]
+        tiles = _expert_tiles(S * K, E, x.dtype)
+        routing = _route(expert_ids, E, tiles["BLOCK_M"])
+        h = torch.empty(S * K, width, dtype=x.dtype, device=x.device)
+        _expert_up_kernel[(len(routing.tiles) * triton.cdiv(width, tiles["BLOCK_N"]),)](
+            x, _tensor_blocks(up, tiles["BLOCK_N"], tiles["BLOCK_K"]), weights, routing.order, routing.tiles, h,
+            width, C, x.stride(0), TINY, K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
+        )  # fmt: skip
+        y = torch.empty(S, C, dtype=x.dtype, device=x.device)
+        _rows_and_sum(h, down, True, routing, tiles, y)
+        ctx.save_for_backward(x, up, down, weights, h, *routing)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, up, down, weights, h, *routing = ctx.saved_tensors
+        routing, dy = _Routing(*routing), tail_contiguous(dy)
+        (S, C), (E, width, _), K = x.shape, up.shape, weights.shape[1]
+        tiles = _expert_tiles(S * K, E, x.dtype)
+        ddown = torch.empty_like(down)
+        _weight_gradient(h, dy, routing, ddown.transpose(1, 2))
+        n_tiles = triton.cdiv(width, tiles["BLOCK_N"])
+        dweights = torch.empty(n_tiles, S, K, dtype=torch.float32, device=x.device)
+        _expert_hidden_bwd_kernel[(len(routing.tiles) * n_tiles,)](
+            dy, _tensor_blocks(down, tiles["BLOCK_K"], tiles["BLOCK_N"]), weights, routing.order, routing.tiles, h,
+            dweights, width, C, S * K, dy.stride(0), TINY, K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(h)  # a second backward then gets torch's error, not wrong numbers
+        du, dup, dx = h, torch.empty_like(up), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _weight_gradient(du, x, routing, dup)
+        _rows_and_sum(du, up, False, routing, tiles, dx)
+        return dx, dup, ddown, None, dweights.sum(0).to(weights.dtype)
+
+
+@torch.compiler.disable  # nothing around the products for a compiler to gain
+def expert_mlp_triton(x, up, down, expert_ids, expert_weights):
+    """Returns `expert_mlp_ref(...)`. Its backward can run once: the activations are written over."""
+    C, width = x.shape[1], up.shape[1]
+    if C % 8 or width % 8:  # descriptors want rows of whole 16 bytes
+        more_C, more_width = -C % 8, -width % 8
+        x, up = F.pad(x, (0, more_C)), F.pad(up, (0, more_C, 0, more_width))
+        down = F.pad(down, (0, more_width, 0, more_C))
+    if not expert_ids.numel():
+        return expert_mlp_ref(x, up, down, expert_ids, expert_weights)[:, :C]
+    return _ExpertMLP.apply(x, up, down, expert_ids, expert_weights)[:, :C]
+
+
+def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
+    """Returns `expert_mlp_ref(x, up, down, expert_ids, expert_weights)` on the backend asked for.
+
+    Under autocast the products run in its dtype. Nothing waits for the device, so an id outside [0, E) is not caught.
+    Raises ValueError for shapes that do not belong together.
+    """
+    (S, C), (E, width, _) = x.shape, up.shape
+    if up.shape != (E, width, C) or down.shape != (E, C, width) or expert_ids.shape != expert_weights.shape:
+        raise ValueError(
+            f"need x [S, C], up [E, F, C], down [E, C, F], expert_ids and expert_weights [S, K]; got {list(x.shape)}, "
+            f"{list(up.shape)}, {list(down.shape)}, {list(expert_ids.shape)}, {list(expert_weights.shape)}"
+        )
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x, up, down = (t.to(torch.get_autocast_dtype(device)) for t in (x, up, down))
+    op = expert_mlp_triton if pick_backend(backend, device, x.dtype) == "triton" else expert_mlp_ref
+    return op(x, up, down, expert_ids, expert_weights)
+
+
+# ---- 6. python kernels.py: check every kernel, then time it --------------------------------------------------
 #
 # Other files with kernels check and time theirs with the same functions.
 
@@ -807,6 +1214,7 @@ class Bench(NamedTuple):
     timings: list = []  # sizes
     cost: Callable = None  # *sizes -> (bytes, FLOPs) of a forward at the least: inputs read once, outputs written once
     peers: Callable = lambda: ()  # yields (name, function of the same arguments); an ImportError ends it
+    compiles: bool = True  # whether torch.compile can make something of the definition
     has_backward: bool = True
 
 
@@ -874,7 +1282,7 @@ def allowed_error(reference, low):
 def milliseconds(fn):
     """Returns the median time of fn(), the shorter of eager and replayed from a CUDA graph, the L2 cache flushed."""
     eager = triton.testing.do_bench(fn, warmup=5, rep=40, return_mode="median")
-    if eager > 2:  # the host keeps up
+    if eager > 5:  # the host keeps up
         return eager
     try:
         graph = torch.cuda.CUDAGraph()
@@ -931,7 +1339,8 @@ def measure(benches, path):
         floor = 1e3 * max(n_bytes / BYTES, n_flops / FLOPS)
         ours = partial(bench.op, backend="triton")
         definition = torch.compile(partial(bench.op, backend="torch"))
-        for who, fn in [("triton", ours), ("torch.compile", definition), *installed(bench.peers)]:
+        compiled = [("torch.compile", definition)] if bench.compiles else []
+        for who, fn in [("triton", ours), *compiled, *installed(bench.peers)]:
             try:
                 forward, both, mib = time_one(fn, inputs)
             except Exception as error:  # a peer that does not run here is a row, not the end
@@ -978,6 +1387,18 @@ def projection_inputs(randn, S, C, V):
     return [randn(S, C), randn(V, C) / C**0.5, (1e6 * randn(S)).long() % V]
 
 
+def expert_inputs(randn, S, C, width, E, K, skew=0):
+    """Returns the arguments of `expert_mlp`, at random. skew: how much likelier the last experts are than the first."""
+    ids = (randn(S, E) + skew * torch.linspace(0, 1, E, device=randn.keywords["device"])).topk(K).indices
+    return [
+        randn(S, C),
+        randn(E, width, C) / C**0.5,
+        randn(E, C, width) / width**0.5,
+        ids,
+        randn(S, K).float().sigmoid(),
+    ]
+
+
 def _norm_peers():
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
@@ -1004,6 +1425,21 @@ def _projection_peers():
     yield "cut-cross-entropy", cut
 
 
+def grouped_mm_experts(x, up, down, expert_ids, expert_weights):
+    """Returns `expert_mlp_ref(...)` by torch's grouped product: rows sorted, gathered, multiplied, put back, summed."""
+    (S, K), ids = expert_ids.shape, expert_ids.flatten()
+    order = ids.argsort(stable=True)
+    ends = torch.zeros(len(up), dtype=torch.int32, device=x.device).scatter_add_(0, ids, torch.ones_like(ids).int())
+    ends = ends.cumsum(0, dtype=torch.int32)
+    hidden = F.relu(F.grouped_mm(x[order // K], up.mT, offs=ends)).square()
+    out = F.grouped_mm(hidden, down.mT, offs=ends)[order.argsort()].view(S, K, -1)
+    return (out * expert_weights[:, :, None]).sum(1).to(x.dtype)
+
+
+def _expert_peers():
+    yield "torch.grouped_mm", torch.compile(grouped_mm_experts)
+
+
 BENCHES = [
     Bench(
         rms_norm, _norm_inputs, checks=[(5, 33), (70, 768)], timings=[(65536, 768)],
@@ -1024,6 +1460,12 @@ BENCHES = [
         cost=lambda S, C, V: (2 * (S * C + V * C), 2 * S * C * V), peers=_projection_peers,
     ),
     Bench(linear_logprob, projection_inputs, checks=[(67, 48, 301)]),
+    Bench(
+        expert_mlp, expert_inputs, checks=[(70, 40, 24, 5, 2), (9, 33, 50, 3, 3)],
+        timings=[(16384, 2688, 1856, 128, 6), (16384, 2688, 1856, 128, 6, 3), (32768, 768, 512, 32, 4)],
+        cost=lambda S, C, F, E, K, skew=0: (4 * (S * C + E * F * C), 4 * S * K * F * C),
+        peers=_expert_peers, compiles=False,
+    ),
 ]  # fmt: skip
 
 
