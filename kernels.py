@@ -1058,13 +1058,19 @@ def _combine_kernel(rows_ptr, y_ptr, S, N, stride_y, K: tl.constexpr,
     tl.store(y_ptr + s * stride_y + n, y, mask=mask)
 
 
-def _expert_tiles(R, E, dtype):
-    """Returns the tile of a product: as many rows as an expert has on average, up to 128."""
+def _expert_tiles(R, E, dtype, columns=None):
+    """Returns the tile of a product: as many rows as an expert has on average, up to 128.
+
+    It is 256 columns wide where `columns` are given and fill such tiles: half as many loads of the rows. Square tiles
+    are small enough for two at a time on a multiprocessor, which hides the start and the end of each.
+    """
     rows = 128 if R > 64 * E else 64 if R > 16 * E else 16
     if small_card() or dtype == torch.float32:
         tiles = dict(BLOCK_M=min(64, rows), BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
+    elif columns is not None and -columns % 256 <= columns // 4:
+        tiles = dict(BLOCK_M=rows, BLOCK_N=256, BLOCK_K=64, num_warps=8 if rows > 64 else 4, num_stages=4)
     else:
-        tiles = dict(BLOCK_M=rows, BLOCK_N=256, BLOCK_K=64, num_warps=8 if rows > 64 else 4, num_stages=3)
+        tiles = dict(BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, num_warps=8 if rows > 64 else 4, num_stages=3)
     return tiles | dict(PRECISION=dot_precision())
 
 
@@ -1073,58 +1079,54 @@ def _tensor_blocks(x, *block):
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), list(block))
 
 
-def _column_slices(R, C, h, w):
-    """Yields (slice of columns, room [R, columns] for them); one after the other they cover C columns.
+def _column_slices(R, C, room, like):
+    """Yields (slice of columns, empty [R, columns] for them), which one after the other cover C columns.
 
-    The room takes a quarter of h and the gradients of the weights at most: what there has to be anyway.
+    room: how many numbers may be held at a time.
     """
-    width = min(C, max(256, (h.numel() + 2 * w.numel()) // 4 // R // 256 * 256))
-    room = torch.empty(R * width, dtype=h.dtype, device=h.device)
+    n_slices = -(-C // max(128, room // R))
+    width = -(-C // (128 * n_slices)) * 128  # whole tiles
+    buffer = torch.empty(R * min(C, width), dtype=like.dtype, device=like.device)
     for first in range(0, C, width):
         columns = slice(first, min(C, first + width))
         n = columns.stop - first
-        yield columns, room[: R * n].view(R, n)
+        yield columns, buffer[: R * n].view(R, n)
 
 
-def _rows_and_sum(a, w, k_first, routing, tiles, out):
+def _rows_and_sum(a, w, k_first, routing, room, out):
     """Writes sum_k a w to out [S, C], for a [R, F] and each expert's w [F, C]; k_first: it stands as [C, F]."""
-    (R, width), (S, C) = a.shape, out.shape
-    M, N, K = (tiles[f"BLOCK_{side}"] for side in "MNK")
-    a_desc, w_desc = _tensor_blocks(a, M, K), _tensor_blocks(w, N, K) if k_first else _tensor_blocks(w, K, N)
-    for columns, rows in _column_slices(R, C, a, w):
+    (R, width), (S, C), E = a.shape, out.shape, len(w)
+    for columns, rows in _column_slices(R, C, room, a):
         n = rows.shape[1]
+        tiles = _expert_tiles(R, E, a.dtype, columns=None if k_first else n)
+        M, N, K = (tiles[f"BLOCK_{side}"] for side in "MNK")
         _expert_rows_kernel[(len(routing.tiles) * triton.cdiv(n, N),)](
-            a_desc, w_desc, routing.order, routing.tiles, rows, width, C, columns.start, n, K_FIRST=k_first, **tiles
-        )
+            _tensor_blocks(a, M, K), _tensor_blocks(w, N, K) if k_first else _tensor_blocks(w, K, N),
+            routing.order, routing.tiles, rows, width, C, columns.start, n, K_FIRST=k_first, **tiles,
+        )  # fmt: skip
         block = min(256, triton.next_power_of_2(n))
         _combine_kernel[(triton.cdiv(S, 2048 // block), triton.cdiv(n, block))](
             rows, out[:, columns], S, n, C, K=R // S, BLOCK_S=2048 // block, BLOCK_N=block
         )
 
 
-def _weight_gradient(a, b, routing, out):
+def _weight_gradient(a, b, routing, room, out):
     """Writes sum_r a b[token]^T of each expert to out [E, M, N] (of any strides), for a [R, M] and b [S, N].
 
-    The rows of b are gathered first: a product that gathered them in its loop would run at half the speed.
+    The rows of b are gathered first: a product that gathered them in its loop would take half as long again.
     """
-    (R, M), (S, N), E = a.shape, b.shape, len(out)
-    if small_card() or a.dtype == torch.float32:
-        tiles = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    elif -N % 256 < 128:  # half as many loads from shared memory, unless many of its columns would be empty
-        tiles = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
-    else:
-        tiles = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3)
-    a_desc = _tensor_blocks(a, tiles["BLOCK_K"], tiles["BLOCK_M"])
-    for columns, rows in _column_slices(R, N, a, out):
+    (R, M), (S, C), E = a.shape, b.shape, len(out)
+    tiles = _expert_tiles(128 * R, E, a.dtype)  # as if there were many rows: here they are what is summed over
+    for columns, rows in _column_slices(R, C, room, a):
         n = rows.shape[1]
         block = min(512, triton.next_power_of_2(n))
         _gather_kernel[(triton.cdiv(R, 4096 // block), triton.cdiv(n, block))](
             b[:, columns], routing.order, rows, R, n, b.stride(0), K=R // S, BLOCK_R=4096 // block, BLOCK_N=block
         )
-        b_desc = _tensor_blocks(rows, tiles["BLOCK_K"], tiles["BLOCK_N"])
         _expert_weight_kernel[(triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]), E)](
-            a_desc, b_desc, routing.offsets, out[:, :, columns], M, n, *out.stride(), PRECISION=dot_precision(), **tiles
-        )
+            _tensor_blocks(a, tiles["BLOCK_K"], tiles["BLOCK_M"]), _tensor_blocks(rows, tiles["BLOCK_K"], tiles["BLOCK_N"]),
+            routing.offsets, out[:, :, columns], M, n, *out.stride(), **tiles,
+        )  # fmt: skip
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -1132,7 +1134,7 @@ class _ExpertMLP(torch.autograd.Function):
     def forward(ctx, x, up, down, expert_ids, expert_weights):
         x, up, down, weights = tail_contiguous(x), up.contiguous(), down.contiguous(), expert_weights.contiguous()
         (S, C), (E, width, _), K = x.shape, up.shape, expert_ids.shape[1]
-        tiles = _expert_tiles(S * K, E, x.dtype)
+        tiles = _expert_tiles(S * K, E, x.dtype, columns=width)
         routing = _route(expert_ids, E, tiles["BLOCK_M"])
         h = torch.empty(S * K, width, dtype=x.dtype, device=x.device)
         _expert_up_kernel[(len(routing.tiles) * triton.cdiv(width, tiles["BLOCK_N"]),)](
@@ -1140,7 +1142,9 @@ class _ExpertMLP(torch.autograd.Function):
             width, C, x.stride(0), TINY, K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
         )  # fmt: skip
         y = torch.empty(S, C, dtype=x.dtype, device=x.device)
-        _rows_and_sum(h, down, True, routing, tiles, y)
+        # The rows [R, C] may take a quarter of what has to be there in the end: x, y, up, down, their gradients, and h.
+        ctx.room = x.numel() + up.numel() + h.numel() // 4
+        _rows_and_sum(h, down, True, routing, ctx.room + 2 * x.numel() + 2 * up.numel(), y)  # no gradients yet
         ctx.save_for_backward(x, up, down, weights, h, *routing)
         return y
 
@@ -1150,9 +1154,9 @@ class _ExpertMLP(torch.autograd.Function):
         x, up, down, weights, h, *routing = ctx.saved_tensors
         routing, dy = _Routing(*routing), tail_contiguous(dy)
         (S, C), (E, width, _), K = x.shape, up.shape, weights.shape[1]
-        tiles = _expert_tiles(S * K, E, x.dtype)
         ddown = torch.empty_like(down)
-        _weight_gradient(h, dy, routing, ddown.transpose(1, 2))
+        _weight_gradient(h, dy, routing, ctx.room, ddown.transpose(1, 2))
+        tiles = _expert_tiles(S * K, E, x.dtype, columns=width)
         n_tiles = triton.cdiv(width, tiles["BLOCK_N"])
         dweights = torch.empty(n_tiles, S, K, dtype=torch.float32, device=x.device)
         _expert_hidden_bwd_kernel[(len(routing.tiles) * n_tiles,)](
@@ -1161,8 +1165,8 @@ class _ExpertMLP(torch.autograd.Function):
         )  # fmt: skip
         torch.autograd.graph.increment_version(h)  # a second backward then gets torch's error, not wrong numbers
         du, dup, dx = h, torch.empty_like(up), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _weight_gradient(du, x, routing, dup)
-        _rows_and_sum(du, up, False, routing, tiles, dx)
+        _weight_gradient(du, x, routing, ctx.room, dup)
+        _rows_and_sum(du, up, False, routing, ctx.room, dx)
         return dx, dup, ddown, None, dweights.sum(0).to(weights.dtype)
 
 
