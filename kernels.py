@@ -1,6 +1,6 @@
 """The primitives under every paper in this suite: the few lines of PyTorch that define each, and a Triton kernel.
 
-What is here, and who uses it
+What is here
     rms_norm              the norm in front of every layer
     gated_rms_norm        the norm at the end of a Mamba-2 mixer: gate first, then one RMS per group
     causal_conv1d         the short depthwise convolution at the start of a Mamba-2 mixer
@@ -19,8 +19,9 @@ float32 (float64 for float64 inputs); only the large matrix products run in the 
 
 How the kernels are written. A program (one instance of a kernel) owns a piece of the output and writes it once: there
 are no atomics, so a run repeats bit for bit. A sum over programs is written as partial sums and added up by PyTorch.
-Backwards save only the inputs and compute again what they need. Time and channels may be of any size: loads are masked.
-In a kernel a comment like [ROWS, BLOCK] is the shape of a tile, each side padded to a power of two.
+Backwards save little beside the inputs and compute again what they need; there are no second derivatives. Time and
+channels may be of any size: loads are masked. In a kernel a comment like [ROWS, BLOCK] is the shape of a tile, each
+side padded to a power of two. Tensors must be on the current CUDA device, as for any Triton kernel.
 
 Sources. RMSNorm: Zhang and Sennrich, arXiv:1910.07467. Gated norm and conv: state-spaces/mamba, `Mamba2`. Gradients of
 the loss made in the forward: Liger-Kernel, arXiv:2410.10989.
@@ -57,8 +58,8 @@ jit = triton.jit if triton else lambda kernel: kernel
 def pick_backend(backend="auto", device="cpu", dtype=torch.float32):
     """Returns "triton" or "torch": what an op will run on, for tensors of this device and dtype.
 
-    backend: "auto" takes the environment variable NANO_BACKEND; where that is unset too, Triton on CUDA tensors and
-    PyTorch elsewhere. "triton" asked for by name (here or in NANO_BACKEND) never falls back.
+    backend: "auto" takes the environment variable NANO_BACKEND (it has no say otherwise); where that is unset too,
+    Triton on CUDA tensors and PyTorch elsewhere. "triton" asked for by name (here or in NANO_BACKEND) never falls back.
     Raises ValueError for an unknown name, and for "triton" where it cannot run, saying why.
     """
     choice = BACKEND if backend == "auto" else backend
@@ -79,6 +80,17 @@ def pick_backend(backend="auto", device="cpu", dtype=torch.float32):
 def at_least_float32(x):
     """Returns x in float32, or unchanged if it is float64: what sums, exponentials and states are computed in."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def expect(name, tensor, *shape, hint=""):
+    """Raises ValueError unless `tensor` is None or has this shape: a kernel would read whatever lies behind it."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}{hint}")
+
+
+def number_documents(seq_idx):
+    """Returns seq_idx [B, T] with every document numbered anew, 0, 1, ...: a number that comes again is another one."""
+    return None if seq_idx is None else F.pad(seq_idx.diff(dim=1).ne(0), (1, 0)).cumsum(1)
 
 
 # What the Triton halves share.
@@ -113,7 +125,7 @@ def tail_contiguous(x, dims=1):
 
 def block_of(size):
     """Returns the side of the tile that holds `size`: a power of two, and 16 or more, as matrix units want."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 # ---- 2. norms ---------------------------------------------------------------------------------------------
@@ -145,7 +157,7 @@ def gated_rms_norm_ref(x, gate, weight, group_size, eps=1e-5):
 # A program owns ROWS rows of one group and holds them in registers:
 #
 #       x, gate [S, C]   row |####|    |    |    |      one read of x and gate, one write of y: 6 bytes an element in
-#                        row |####|    |    |    |      bf16. The definition, run op by op, moves about 80.
+#                        row |####|    |    |    |      bf16, 4 without gate. The definition, op by op: 66 and 40.
 #                             group_size
 #
 # Backward, with v = x silu(gate), n = v / rms(v), dn = dy weight:   dv = (dn - n mean(dn n)) / rms(v)
@@ -236,6 +248,7 @@ def norm_backward(x, gate, weight, dy, group_size, eps, dgate=None):
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
     (xs, stride_x), (gates, stride_gate), (dys, stride_dy) = as_rows(x), as_rows(gate), as_rows(dy)
     dgates, stride_dgate = as_rows(dgate)
+    assert dgate is None or dgates.data_ptr() == dgate.data_ptr(), "dgate must be a view that can be written to"
     tiles = _norm_tiles(group_size, 512)
     n_programs = max(1, 4224 // tiles["num_warps"] * group_size // C)  # 32 warps for each of 132 multiprocessors
     n_programs = min(n_programs, triton.cdiv(max(1, len(xs)), tiles["ROWS"]))
@@ -255,6 +268,7 @@ class _GatedNorm(torch.autograd.Function):
         return norm_forward(x, gate, weight, group_size, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, gate, weight = ctx.saved_tensors
         return *norm_backward(x, gate, weight, dy, ctx.group_size, ctx.eps), None, None
@@ -274,7 +288,9 @@ def rms_norm(x, weight, eps=1e-5, backend="auto"):
     """Returns `rms_norm_ref(x, weight, eps)` on the backend asked for; under torch.compile, "auto" is the definition.
 
     A compiler makes as good a kernel of it, and adds what stands before and after (the residual sum) to the same pass.
+    Raises ValueError for a weight of another size.
     """
+    expect("weight", weight, x.shape[-1])
     if backend == "auto" and BACKEND == "auto" and torch.compiler.is_compiling():
         backend = "torch"
     op = rms_norm_triton if pick_backend(backend, x.device, x.dtype) == "triton" else rms_norm_ref
@@ -284,9 +300,11 @@ def rms_norm(x, weight, eps=1e-5, backend="auto"):
 def gated_rms_norm(x, gate, weight, group_size, eps=1e-5, backend="auto"):
     """Returns `gated_rms_norm_ref(x, gate, weight, group_size, eps)` on the backend asked for.
 
-    Raises ValueError if the channels do not divide into groups.
+    Raises ValueError if shapes do not match, or the channels do not divide into groups.
     """
-    if x.shape[-1] % group_size:
+    expect("gate", gate, *x.shape)
+    expect("weight", weight, x.shape[-1])
+    if group_size < 1 or x.shape[-1] % group_size:
         raise ValueError(f"{x.shape[-1]} channels do not divide into groups of group_size={group_size}")
     op = gated_rms_norm_triton if pick_backend(backend, x.device, x.dtype) == "triton" else gated_rms_norm_ref
     return op(x, gate, weight, group_size, eps)
@@ -303,7 +321,7 @@ def causal_conv1d_ref(
     x [B, T, C]; weight [C, W], tap W-1 is the current token; bias [C] or None; initial_state [B, C, W-1], the
     W-1 inputs before x, newest last (None: zeros); activation "silu" or None. With return_final_state, returns
     (out [B, T, C], state [B, C, W-1]): the state to continue from. seq_idx [B, T] int, for several documents packed
-    in one row: its number of each token's document. A token sees its own document only; initial_state is of the first.
+    in one row: the number of each token's document. A token sees its own document only; initial_state is of the first.
     """
     W = weight.shape[1]
     history = _with_history(x, initial_state, W)  # [B, W-1+T, C]
@@ -468,7 +486,7 @@ def _conv_bwd_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, dy_ptr, dx
 
 def _conv_tiles(T, TIME):
     """Returns the tile of a convolution kernel: TIME steps, STEP of them at once, 128 channels."""
-    whole = triton.next_power_of_2(T)
+    whole = triton.next_power_of_2(max(1, T))
     return dict(TIME=min(TIME, whole), STEP=min(4, whole), BLOCK=128, num_warps=1)
 
 
@@ -512,6 +530,7 @@ class _CausalConv(torch.autograd.Function):
         return conv_forward(x, weight, bias, start, seq_idx, silu)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         dx, dweight, dbias, dstart = conv_backward(*ctx.saved_tensors, ctx.silu, dy)
         return dx, dweight, dbias, dstart, None, None
@@ -533,9 +552,18 @@ def causal_conv1d_triton(
 def causal_conv1d(
     x, weight, bias=None, initial_state=None, activation="silu", return_final_state=False, seq_idx=None, backend="auto"
 ):
-    """Returns `causal_conv1d_ref(...)` on the backend asked for. Raises ValueError for an unknown activation."""
+    """Returns `causal_conv1d_ref(...)` on the backend asked for.
+
+    Raises ValueError for an unknown activation, or if shapes do not match.
+    """
     if activation not in ("silu", None):
         raise ValueError(f"unknown activation {activation!r}; use 'silu' or None")
+    (B, T, C), W = x.shape, weight.shape[-1]
+    expect("weight", weight, C, W)
+    expect("bias", bias, C)
+    expect("initial_state", initial_state, B, C, W - 1, hint=" (mamba_ssm keeps W inputs: leave out the oldest)")
+    expect("seq_idx", seq_idx, B, T)
+    seq_idx = number_documents(seq_idx)
     op = causal_conv1d_triton if pick_backend(backend, x.device, x.dtype) == "triton" else causal_conv1d_ref
     return op(x, weight, bias, initial_state, activation, return_final_state, seq_idx)
 
@@ -713,6 +741,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total / n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dhidden, dweight, rest = ctx.saved_tensors
         grads = ((d * (dloss * rest)).to(dtype) for d, dtype in zip((dhidden, dweight), ctx.dtypes))
@@ -731,6 +760,7 @@ class _Logprob(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlogprob, dentropy):
         hidden, weight, targets = ctx.saved_tensors
         dlogprob, dentropy = dlogprob.contiguous(), dentropy.contiguous()  # of a plain sum: one number, expanded
@@ -777,19 +807,39 @@ def linear_logprob_triton(hidden, weight, targets, temperature=1.0):
         return _Logprob.apply(hidden, weight, targets, temperature, dtype)
 
 
+def _expect_projection(hidden, weight, targets):
+    """Raises ValueError unless hidden [S, C], weight [V, C] and targets [S] (int64) belong together."""
+    S, C = hidden.shape if hidden.dim() == 2 else ("S", "C")
+    expect("hidden", hidden, S, C, hint="; flatten batch and time")
+    expect("weight", weight, weight.shape[0], C)
+    expect("targets", targets, S)
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}, expected torch.int64")
+    _product_dtype(hidden, weight)
+
+
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="mean", backend="auto"):
-    """Returns `linear_cross_entropy_ref(...)` on the backend asked for. Raises ValueError for another reduction."""
+    """Returns `linear_cross_entropy_ref(...)` on the backend asked for, float32.
+
+    A target outside [0, V) that is not ignore_index gives nan: nothing waits for the device to look. Under autocast the
+    products run in its dtype. Raises ValueError for another reduction, or if shapes or dtypes do not match.
+    """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; use 'mean', 'sum' or 'none'")
+    _expect_projection(hidden, weight, targets)
     triton_runs = pick_backend(backend, hidden.device, hidden.dtype) == "triton"
     op = linear_cross_entropy_triton if triton_runs else linear_cross_entropy_ref
     return op(hidden, weight, targets, ignore_index, reduction)
 
 
 def linear_logprob(hidden, weight, targets, temperature=1.0, backend="auto"):
-    """Returns `linear_logprob_ref(...)` on the backend asked for. Raises ValueError unless temperature > 0."""
+    """Returns `linear_logprob_ref(...)` on the backend asked for, float32; nan for a target outside [0, V).
+
+    Raises ValueError unless temperature > 0, or if shapes or dtypes do not match.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
+    _expect_projection(hidden, weight, targets)
     op = linear_logprob_triton if pick_backend(backend, hidden.device, hidden.dtype) == "triton" else linear_logprob_ref
     return op(hidden, weight, targets, temperature)
 
@@ -818,13 +868,13 @@ def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
 #       expert_ids [S, K] --count, sum, place--> order [R]      order[r] = token * K + k of sorted row r
 #                                                offsets [E+1]  expert e has the rows offsets[e] ... offsets[e+1] - 1
 #
-#       x [S, C] --gather--> | up product, relu, square, w | h [R, F] | down product |--put back--> [S, K, C] --sum_k--> y
+#       x [S, C] --gather--> | up product, relu^2, w | h [R, F] | down product |--put back--> [S, K, C] --sum_k--> y
 #
 # A program of a product owns a tile [BLOCK_M rows of one expert, BLOCK_N columns]. How many tiles each expert needs is
 # known on the device alone, and the host never asks: it starts as many programs as there could be, R / BLOCK_M + E, and
 # each finds its expert from the offsets, or that there is nothing left to do. A graph can therefore replay it.
 # Weights, and rows that stand together, come in by tensor descriptor: on Hopper one thread asks the copy engine for a
-# whole tile (measured a tenth to a third faster than a pointer for each element; elsewhere Triton makes pointers of it).
+# whole tile (a tenth to a third faster than a pointer for each element; elsewhere Triton makes pointers of it).
 # A tile may reach into the rows of the next expert; what is computed from them is not stored.
 #
 # Backward. For row r of token t with weight w, h = relu(u)^2, y_t += down (w h):
@@ -1123,10 +1173,11 @@ def _weight_gradient(a, b, routing, room, out):
         _gather_kernel[(triton.cdiv(R, 4096 // block), triton.cdiv(n, block))](
             b[:, columns], routing.order, rows, R, n, b.stride(0), K=R // S, BLOCK_R=4096 // block, BLOCK_N=block
         )
+        a_desc = _tensor_blocks(a, tiles["BLOCK_K"], tiles["BLOCK_M"])
+        b_desc = _tensor_blocks(rows, tiles["BLOCK_K"], tiles["BLOCK_N"])
         _expert_weight_kernel[(triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]), E)](
-            _tensor_blocks(a, tiles["BLOCK_K"], tiles["BLOCK_M"]), _tensor_blocks(rows, tiles["BLOCK_K"], tiles["BLOCK_N"]),
-            routing.offsets, out[:, :, columns], M, n, *out.stride(), **tiles,
-        )  # fmt: skip
+            a_desc, b_desc, routing.offsets, out[:, :, columns], M, n, *out.stride(), **tiles
+        )
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -1187,17 +1238,18 @@ def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
     """Returns `expert_mlp_ref(x, up, down, expert_ids, expert_weights)` on the backend asked for.
 
     Under autocast the products run in its dtype. Nothing waits for the device, so an id outside [0, E) is not caught.
-    Raises ValueError for shapes that do not belong together.
+    Raises ValueError if shapes or dtypes do not match.
     """
-    (S, C), (E, width, _) = x.shape, up.shape
-    if up.shape != (E, width, C) or down.shape != (E, C, width) or expert_ids.shape != expert_weights.shape:
-        raise ValueError(
-            f"need x [S, C], up [E, F, C], down [E, C, F], expert_ids and expert_weights [S, K]; got {list(x.shape)}, "
-            f"{list(up.shape)}, {list(down.shape)}, {list(expert_ids.shape)}, {list(expert_weights.shape)}"
-        )
+    (S, C), (E, width), K = x.shape, up.shape[:2], expert_ids.shape[-1]
+    expect("up", up, E, width, C)
+    expect("down", down, E, C, width)
+    expect("expert_ids", expert_ids, S, K)
+    expect("expert_weights", expert_weights, S, K)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x, up, down = (t.to(torch.get_autocast_dtype(device)) for t in (x, up, down))
+    if not x.dtype == up.dtype == down.dtype:
+        raise ValueError(f"x is {x.dtype}, up {up.dtype}, down {down.dtype}; cast them to one, or use torch.autocast")
     op = expert_mlp_triton if pick_backend(backend, device, x.dtype) == "triton" else expert_mlp_ref
     return op(x, up, down, expert_ids, expert_weights)
 
@@ -1206,7 +1258,7 @@ def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
 #
 # Other files with kernels check and time theirs with the same functions.
 
-FLOPS, BYTES = 799e12, 4.25e12  # per second: what an H200 reaches on a large bf16 product and a large copy
+FLOPS, BYTES = 799e12, 4.25e12  # per second: what an H200 reaches on a large bf16 product and a large copy: "the floor"
 
 
 class Bench(NamedTuple):
@@ -1334,7 +1386,7 @@ def check(benches, device):
 
 def measure(benches, path):
     """Prints the times of every kernel, of its definition compiled and of its peers; writes them to `path` as JSON."""
-    print(f"\n{'bf16':60}{'fwd ms':>8}{'of floor':>9}{'f+b ms':>8}{'of floor':>9}{'MiB':>7}")
+    print(f"\n{'bf16 (floor: that of an H200)':60}{'fwd ms':>8}{'of floor':>9}{'f+b ms':>8}{'of floor':>9}{'MiB':>7}")
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
     rows = []
     for bench, sizes in each(benches, "timings"):

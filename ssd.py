@@ -20,8 +20,10 @@ Symbols  code          paper   meaning
          P, N, H, G            channels of a head, state per channel, heads, groups (heads of a group share B and C)
          R = H / G             heads of a group         W            width of the convolution
 Limits   One token per chunk is the recurrence; one chunk is masked attention; dt = 0 leaves the state alone; a text in
-         two pieces is the text at once: tests/test_ssd.py has a test of each name.
-Differs  From the paper's Listing 1: any length, initial and final states, packed documents (`seq_idx`), float32 states.
+         two pieces is the text at once: tests/test_ssd.py tests each.
+Differs  From the paper's Listing 1: any length, initial and final states, packed documents (`seq_idx`). States are
+         summed in float32; those that enter the chunks are kept in x's dtype, the last one in float32. The kernels
+         take chunks of 16, 32 or 64 tokens, whatever chunk_size says (released models: 128).
          From mamba_ssm's kernels: one kernel makes the states of all chunks, walking over time; and the gradient
          of A is summed per chunk from exact pieces (section 4 says why).
 
@@ -36,6 +38,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from kernels import (
     Bench,
@@ -47,10 +50,12 @@ from kernels import (
     conv_forward,
     document_of,
     dot_precision,
+    expect,
     gated_rms_norm,
     jit,
     norm_backward,
     norm_forward,
+    number_documents,
     pick_backend,
     small_card,
     tail_contiguous,
@@ -344,19 +349,25 @@ def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_
         tl.store(y_ptr + (rows * H + head) * P + p[None, :], y, mask=in_p)
 
 
+FULL_GPU = 264  # programs that keep a GPU busy: two to each multiprocessor of an H200
+MIN_SEGMENT = 16  # chunks, at the least, of a segment of time: below that, a second launch costs more than it saves
+MAX_STATE_BYTES = 64 << 10  # of one head, in x's dtype: a larger one does not fit shared memory beside the chunk
+
+
 def _ssd_tiles(x, N, R):
     """Returns chunk, tile and warps of the kernels that own a chunk, and how many heads of a group share a program."""
     B, T, H, P = x.shape
     BLOCK_P, BLOCK_N = block_of(P), block_of(N)
-    wide = x.dtype == torch.float32 or BLOCK_P * BLOCK_N > 64 * 128 or small_card()
-    Q = min(32 if wide else 64, block_of(T))
+    state_bytes = BLOCK_P * BLOCK_N * x.element_size()
+    # Shared memory and registers: 64 tokens beside a 16 KB state (64 x 128 in bfloat16), fewer beside a larger one.
+    # 128 took 1.6 times as long as 64 at P 64, N 128 (measured once, on an H200; no command of ours repeats it).
+    Q = 64 if state_bytes <= 16 << 10 and x.dtype != torch.float32 and not small_card() else 32
+    Q = min(16 if state_bytes >= MAX_STATE_BYTES else Q, block_of(T))
     enough = [d for d in range(min(R, 8), 0, -1) if R % d == 0 and triton.cdiv(T, Q) * B * H // d >= FULL_GPU]
     tiles = dict(Q=Q, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2 if small_card() else 3)
+    if state_bytes >= MAX_STATE_BYTES:
+        tiles["num_stages"] = 1
     return tiles | dict(HEADS=enough[0] if enough else 1)
-
-
-FULL_GPU = 264  # programs that keep a GPU busy: two to each multiprocessor of an H200
-MIN_SEGMENT = 16  # chunks, at the least, of a segment of time
 
 
 def _state_tiles(x, N, Q):
@@ -450,6 +461,12 @@ def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_p
                           stride_otherb, stride_othert, stride_dtb, stride_dtt,
                           REVERSE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
                           Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """out = (L * (u v^T)) other + (weights u) state, summed over heads:
+
+    REVERSE=False  dC: u = dy, v = x, own = C, other = B, state = the one that enters. Also `read` [Q], what hangs on
+                   the entering state: <dy_t, what t read of it>, and at the last token what passed through the chunk
+    REVERSE=True   dB: u = x, v = dy, own = B, other = C, state = g
+    """
     chunk, batch, t, p, n, in_p, in_n = _own_chunk(T, P, N, Q, BLOCK_P, BLOCK_N)
     rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)
     first_head, n_chunks = tl.program_id(1) * HEADS, tl.cdiv(T, Q)
@@ -550,7 +567,9 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
         du = tl.dot(b, tl.trans(g), input_precision=PRECISION) * to_end[:, None]  # [Q, P]
         written = tl.sum(x.to(tl.float32) * du, 1)  # [j], without dt
         du = tl.dot((scores * decay).to(x.dtype), dy, acc=du, input_precision=PRECISION)
-        # a and dt
+        # da_t = sum_{i>=t} (by_reader_i - by_writer_i dt_i)   inside: readers from t on, of writers before t
+        #      + sum_{i>=t} read_i                             from the state that enters, and through
+        #      + sum_{j<t} written_j dt_j                      to the state that leaves
         written_before = tl.cumsum(written * dt, 0) - written * dt
         da = tl.cumsum(by_reader - by_writer * dt + read, 0, reverse=True) + written_before
         tl.store(ddt_ptr + tl.arange(0, Q) * H + head, by_writer + written + A * da, mask=t < T)
@@ -608,6 +627,7 @@ class _SSD(torch.autograd.Function):
         return y, end
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dend):
         return *_backward(*ctx.saved_tensors, dy, dend), None
 
@@ -632,16 +652,28 @@ def ssd(
     x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, seq_idx=None,
     backend="auto",
 ):  # fmt: skip
-    """Returns `ssd_ref(...)` on the backend asked for. Any T >= 1; the chunk size never has to divide it.
+    """Returns `ssd_ref(...)` on the backend asked for: y in x's dtype, the last state in float32.
 
-    Raises ValueError if the heads do not divide into groups, or for T = 0.
+    Any T >= 1; chunk_size never has to divide it, and Triton chooses its own. Raises ValueError if shapes do not match,
+    the heads do not divide into groups, or one head's state is too large for Triton and that was asked for by name.
     """
-    if x.shape[2] % Bmat.shape[2]:
-        raise ValueError(f"{x.shape[2]} heads do not divide into {Bmat.shape[2]} groups")
-    if x.shape[1] == 0 or chunk_size < 1:
-        raise ValueError(f"ssd needs at least one token and chunk_size >= 1; got T={x.shape[1]}, {chunk_size=}")
+    (B, T, H, P), (G, N) = x.shape, Bmat.shape[2:]
+    if T == 0 or chunk_size < 1:
+        raise ValueError(f"ssd needs at least one token and chunk_size >= 1; got T={T}, {chunk_size=}")
+    if H % G:
+        raise ValueError(f"{H} heads do not divide into {G} groups")
+    for name, tensor, shape in (
+        ("dt", dt, (B, T, H)), ("A", A, (H,)), ("D", D, (H,)),
+        ("Bmat", Bmat, (B, T, G, N)), ("Cmat", Cmat, (B, T, G, N)),
+        ("initial_state", initial_state, (B, H, P, N)), ("seq_idx", seq_idx, (B, T)),
+    ):  # fmt: skip
+        expect(name, tensor, *shape)
+    if block_of(P) * block_of(N) * x.element_size() > MAX_STATE_BYTES:
+        if backend == "triton":
+            raise ValueError(f"a state of P={P} x N={N} in {x.dtype} does not fit a kernel; use backend='torch'")
+        backend = "torch"
     op = ssd_triton if pick_backend(backend, x.device, x.dtype) == "triton" else ssd_ref
-    return op(x, dt, A, Bmat, Cmat, D, chunk_size, initial_state, return_final_state, seq_idx)
+    return op(x, dt, A, Bmat, Cmat, D, chunk_size, initial_state, return_final_state, number_documents(seq_idx))
 
 
 # ---- 5. one decoding step ----------------------------------------------------------------------------------------
@@ -676,7 +708,7 @@ def ssd_step_triton(state, x, dt, A, Bmat, Cmat, D=None):
     B, H, P = x.shape
     G, N = Bmat.shape[1:]
     x, Bmat, Cmat, dt = (tail_contiguous(v, d) for v, d in ((x, 2), (Bmat, 2), (Cmat, 2), (dt, 1)))
-    state, A, D = state.contiguous(), A.contiguous(), None if D is None else D.contiguous()
+    state, A, D = state.float().contiguous(), A.contiguous(), None if D is None else D.contiguous()
     y, new = torch.empty(B, H, P, dtype=x.dtype, device=x.device), torch.empty_like(state)
     _ssd_step_kernel[(H, B)](
         state, x, dt, A, Bmat, Cmat, D, y, new, H, H // G, P, N,
@@ -686,11 +718,24 @@ def ssd_step_triton(state, x, dt, A, Bmat, Cmat, D=None):
 
 
 def ssd_step(state, x, dt, A, Bmat, Cmat, D=None, backend="auto"):
-    """Returns `ssd_step_ref(...)` on the backend asked for; where a gradient is wanted, "auto" takes the definition."""
+    """Returns `ssd_step_ref(...)` on the backend asked for; where a gradient is wanted, "auto" takes the definition.
+
+    Raises ValueError if shapes do not match, or for "triton" by name where a gradient is wanted.
+    """
+    (B, H, P), (G, N) = x.shape, Bmat.shape[1:]
+    if H % G:
+        raise ValueError(f"{H} heads do not divide into {G} groups")
+    for name, tensor, shape in (
+        ("state", state, (B, H, P, N)), ("dt", dt, (B, H)), ("A", A, (H,)), ("Bmat", Bmat, (B, G, N)),
+        ("Cmat", Cmat, (B, G, N)), ("D", D, (H,)),
+    ):  # fmt: skip
+        expect(name, tensor, *shape)
     wants_gradient = torch.is_grad_enabled() and any(
         v is not None and v.requires_grad for v in (state, x, dt, A, Bmat, Cmat, D)
     )
-    if backend == "auto" and wants_gradient:
+    if wants_gradient and backend == "triton":
+        raise ValueError("ssd_step has no backward in Triton; use torch.no_grad(), or backend='torch'")
+    if wants_gradient:
         backend = "torch"
     op = ssd_step_triton if pick_backend(backend, x.device, x.dtype) == "triton" else ssd_step_ref
     return op(state, x, dt, A, Bmat, Cmat, D)
@@ -774,13 +819,14 @@ class _Mamba2Inner(torch.autograd.Function):
         return norm_forward(y, z, norm_weight, y.shape[-1] // n_groups, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y, *segments = ctx.saved_tensors
         G, di = ctx.n_groups, y.shape[-1]
         z, xBC, raw, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
             projected, conv_weight, conv_bias, dt_bias, A, norm_weight, G
         )
-        dprojected = torch.empty_like(projected)
+        dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)  # contiguous
         dz, dxBC, draw = _parts(dprojected, conv_weight, norm_weight)
         dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // G, ctx.eps, dgate=dz)
         dx, ddt, dA, dB, dC, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, *segments, dy.view(x.shape))
@@ -811,7 +857,15 @@ def mamba2_inner(
     """Returns `mamba2_inner_ref(...)` on the backend asked for: fused where gradients are wanted and states are not."""
     weights = conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps
     P, N = norm_weight.shape[0] // A.shape[0], (conv_weight.shape[0] - norm_weight.shape[0]) // (2 * n_groups)
-    fusible = state is None and real is None and not return_final_state and P % 8 == 0 and N % 8 == 0
+    fusible = (
+        state is None
+        and conv_bias is not None
+        and projected.shape[1] > 0
+        and real is None
+        and not return_final_state
+        and P % 8 == 0
+        and N % 8 == 0
+    )
     if fusible and torch.is_grad_enabled() and pick_backend(backend, projected.device, projected.dtype) == "triton":
         return mamba2_inner_triton(projected, *weights)
     return mamba2_inner_ref(projected, *weights, chunk_size, state, real, return_final_state, backend)

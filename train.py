@@ -22,7 +22,7 @@ log.jsonl has one row per step:
     loss          nats per token of this step's batches, mean over all processes
     grad_norm     norm of the whole gradient before clipping
     lr            learning rate of the step
-    tokens_per_s  over all processes, from the batch to the optimiser's step (the first one compiles)
+    tokens_per_s  over all processes, from the end of the step before to the end of this one (the first one compiles)
     mfu           model FLOPs utilisation: FLOPs the model needs / time / the GPU's dense bf16 peak; known GPUs only
     skipped       steps left out so far because loss or gradient was not finite
     val_loss      nats per token of the validation text, where it was evaluated
@@ -339,6 +339,8 @@ def restore(run, saved):
     set_model_state_dict(run.model, saved["model"], options=WHOLE)
     set_optimizer_state_dict(run.model, run.optimizer, saved["optimizer"], options=WHOLE)
     run.optimizer.param_groups[0]["weight_decay"] = run.config.weight_decay  # it may have been given anew
+    for group in run.optimizer.param_groups:
+        group["fused"] = run.optimizer.defaults["fused"]  # the run may come from another kind of device
     run.scaler.load_state_dict(saved["scaler"])
     run.step, run.skipped = saved["step"], saved["skipped"]
 
@@ -419,10 +421,11 @@ def schedule(step, config):
     return min(1, (step + 1) / max(1, config.warmup)) * (1 - math.sqrt(max(0, progress)))
 
 
-def gradients(run):
-    """Returns (loss, gradient norm, metrics) over all processes, and leaves the clipped gradients in the model.
+def gradients(run, interrupt):
+    """Returns (loss, gradient norm, whether a process was interrupted, metrics) over all processes, as tensors, and
+    leaves the clipped gradients in the model.
 
-    They are tensors, and nothing here waits for them: the host prepares the next step while the device is at work.
+    Nothing here waits for the device: the host prepares the next step while it is at work.
     """
     config, total = run.config, torch.zeros((), device=run.device)
     for micro in range(config.grad_accum):
@@ -435,11 +438,12 @@ def gradients(run):
         total += loss.detach() / config.grad_accum
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+    noted = torch.full_like(total, float(interrupt.noted))
     if run.world_size > 1:
-        norm = norm.full_tensor()
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
-        total /= run.world_size
-    return total, norm, {k: v for k, v in metrics.items() if k != "loss"}
+        norm, sums = norm.full_tensor(), torch.stack([total / run.world_size, noted])
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM)
+        total, noted = sums
+    return total, norm, noted, {k: v for k, v in metrics.items() if k != "loss"}
 
 
 def optimizer_step(run, loss, norm):
@@ -467,8 +471,8 @@ def evaluate(run):
 class Interrupt:
     """Notes Ctrl-C (or a SIGTERM) so that the step can end; a second one ends the program at once."""
 
-    def __init__(self, run):
-        self.run, self.noted = run, False
+    def __init__(self):
+        self.noted = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
 
@@ -478,87 +482,121 @@ class Interrupt:
             raise KeyboardInterrupt
         self.noted = True
 
-    def seen(self):
-        """Returns whether any process was interrupted: all must stop at the same step."""
-        if self.run.world_size == 1:
-            return self.noted
-        noted = torch.tensor(float(self.noted), device=self.run.device)
-        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
-        return bool(noted)
-
 
 def train(run):
-    """Runs the loop to its end. Returns the exit status: 0, 1 if it gave up, 130 after Ctrl-C."""
-    config, interrupt, began = run.config, Interrupt(run), time.perf_counter()
+    """Runs the loop to its end. Returns the exit status: 0, 1 if it gave up, 130 after Ctrl-C.
+
+    Numbers of a step are copied to the host right behind it, and asked for when the next step is on its way: only then
+    does asking not leave the device idle. All processes read the same numbers, and so stop together.
+    """
+    config, interrupt, began = run.config, Interrupt(), time.perf_counter()
     log = Log(run) if run.rank == 0 else None
     bar = progress_bar(run)
     report = Report(run, bar)
-    waiting = []  # steps whose numbers the host has not asked for: asking waits for the device
-    ahead = run.device.type == "cuda"  # elsewhere a step is done when its calls return
+    waiting = []  # steps whose numbers the host has not asked for
     run.model.train()
     while run.step < config.steps:
         torch.manual_seed(hash((config.seed, run.step, run.rank)))  # dropout, and whatever a rollout samples
         lr = config.lr * schedule(run.step, config)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        numbers = gradients(run)
-        optimizer_step(run, *numbers[:2])
+        loss, norm, noted, metrics = gradients(run, interrupt)
+        optimizer_step(run, loss, norm)
         run.step += 1
-        waiting.append((run.step, lr, *numbers))
+        waiting.append(StepNumbers(run, lr, loss=loss, grad_norm=norm, noted=noted, **metrics))
 
-        last, stop = run.step == config.steps, interrupt.seen()
+        last = run.step == config.steps
         evaluates = run.step % config.eval_every == 0 or last
-        saves = run.step % config.save_every == 0 or last or stop
-        ask = waiting[:-1] if ahead and not (evaluates or saves) else waiting  # the newest goes on meanwhile
-        rows, waiting = [report(*numbers) for numbers in ask], waiting[len(ask) :]
+        saves = run.step % config.save_every == 0 or last
+        keep = 0 if evaluates or saves or run.device.type != "cuda" else 1  # elsewhere a call returns when it is done
+        rows = [report(waiting.pop(0)) for _ in range(len(waiting) - keep)]
+        stop = report.stop and not last
+        if stop:
+            rows += [report(step) for step in waiting]
+        if evaluates:
+            rows[-1] |= evaluate(run)
+        for row in rows if log else []:
+            log.add(**row)
         if report.bad >= MAX_BAD_STEPS:
             bar.close()
             run.say(f"stopped: loss or gradient was not finite {report.bad} steps in a row. {run.directory} keeps its "
                     "last checkpoint, if it had come to one; try a smaller --lr, or --dtype=float32")  # fmt: skip
             return 1
-        if evaluates:
-            rows[-1] |= evaluate(run)
-        for row in rows if log else []:
-            log.add(**row)
-        if saves:
+        if saves or stop:
             save_checkpoint(run)
-        if stop and not last:
+        if stop:
             bar.close()
             run.say(f"interrupted, and saved at step {run.step}. To go on:\n"
                     f"  python train.py --resume --run={run.directory.name}")  # fmt: skip
             return 130
         if evaluates or saves:
-            report.began = time.perf_counter()
+            report.end_of_last = Moment(run.device)
     bar.close()
     if log:
         finish(run, log, time.perf_counter() - began)
     return 0
 
 
+class Moment:
+    """Now: on a GPU, when it will have done what it was given so far; elsewhere by the clock."""
+
+    def __init__(self, device):
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self.clock = None if self.event else time.perf_counter()
+        if self.event:
+            self.event.record()
+
+    def wait(self):
+        """Returns when the moment has come."""
+        if self.event:
+            self.event.synchronize()
+
+    def seconds_since(self, earlier):
+        """Returns the time between two moments that have come."""
+        return earlier.event.elapsed_time(self.event) / 1000 if self.event else self.clock - earlier.clock
+
+
+class StepNumbers:
+    """The numbers of a step, on their way to the host: copied right behind the step, so that nobody waits for more."""
+
+    def __init__(self, run, lr, **numbers):
+        self.step, self.lr, self.names = run.step, lr, list(numbers)
+        values = torch.stack([v.detach().float() for v in numbers.values()])
+        on_gpu = run.device.type == "cuda"
+        self.values = torch.empty(values.shape, pin_memory=on_gpu).copy_(values, non_blocking=on_gpu)
+        self.end = Moment(run.device)
+
+    def get(self):
+        """Returns name -> float, when the step is done."""
+        self.end.wait()
+        return dict(zip(self.names, self.values.tolist()))
+
+
 class Report:
-    """Asks the device for the numbers of a step, shows them, and counts the steps that were left out."""
+    """Asks for the numbers of a step, shows them, and counts the steps that were left out."""
 
     def __init__(self, run, bar):
-        self.run, self.bar, self.began, self.bad = run, bar, time.perf_counter(), 0
+        self.run, self.bar, self.bad, self.stop = run, bar, 0, False
+        self.end_of_last = Moment(run.device)
         self.flops, self.peak = run.model.flops_per_token(run.config.context), peak_flops(run.device)
 
-    def __call__(self, step, lr, loss, norm, metrics):
-        """Returns the row of the log. Waits until the device has done the step."""
-        run = self.run
-        loss, norm = torch.stack([loss, norm]).tolist()
+    def __call__(self, step):
+        """Returns the row of the log for a StepNumbers. Waits until the device has done the step."""
+        run, numbers = self.run, step.get()
+        self.stop |= numbers.pop("noted") > 0
+        loss, norm = numbers["loss"], numbers["grad_norm"]
         self.bad = 0 if math.isfinite(loss) and math.isfinite(norm) else self.bad + 1
         run.skipped += self.bad > 0
-        now = time.perf_counter()
-        speed = run.tokens_per_step / (now - self.began)
-        self.began = now
-        row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed, skipped=run.skipped)
+        speed = run.tokens_per_step / max(1e-9, step.end.seconds_since(self.end_of_last))
+        self.end_of_last = step.end
+        row = dict(step=step.step, lr=step.lr, tokens_per_s=speed, skipped=run.skipped) | numbers
         shown = f"loss {loss:.3f}, {speed:,.0f} tok/s"
         if self.peak:
             row["mfu"] = speed * self.flops / self.peak / run.world_size
             shown += f", MFU {row['mfu']:.1%}"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
-        return row | {name: float(value) for name, value in metrics.items()}
+        return row
 
 
 def progress_bar(run):

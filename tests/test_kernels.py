@@ -161,3 +161,69 @@ def test_backend_switch_is_loud(monkeypatch):
     monkeypatch.setattr(kernels, "BACKEND", "triton")  # what NANO_BACKEND=triton sets
     with pytest.raises(ValueError, match="triton is not installed"):
         kernels.rms_norm(draw(2, 4), draw(4))
+
+
+# ---- experts ----
+
+
+def expert_inputs(S=6, C=4, width=3, E=5, K=2, seed=0):
+    """x, up, down, ids and weights, the floating ones leaves that want their gradient."""
+    ids = torch.rand(S, E, generator=torch.Generator().manual_seed(seed)).topk(K).indices
+    leaves = draw(S, C, grad=True), draw(E, width, C, seed=1, grad=True), draw(E, C, width, seed=2, grad=True)
+    return *leaves, ids, draw(S, K, seed=3, grad=True)
+
+
+def test_all_experts_with_their_weights_are_a_dense_sum():
+    x, up, down, _, _ = expert_inputs()
+    ids, weights = torch.arange(5).expand(6, 5), draw(6, 5, seed=4)
+    hidden = torch.einsum("sc,efc->sef", x, up).relu().square()
+    dense = torch.einsum("sef,ecf,se->sc", hidden, down, weights)
+    assert_same(kernels.expert_mlp(x, up, down, ids, weights), dense)
+
+
+def test_one_expert_of_weight_one_is_an_mlp():
+    x, up, down, _, _ = expert_inputs(E=1, K=1)
+    y = kernels.expert_mlp(x, up, down, torch.zeros(6, 1).long(), torch.ones(6, 1).double())
+    assert_same(y, F.linear(F.linear(x, up[0]).relu().square(), down[0]))
+
+
+def test_expert_mlp_gradients():
+    x, up, down, ids, weights = expert_inputs()
+    f = lambda x, up, down, weights: kernels.expert_mlp(x, up, down, ids, weights)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (x, up, down, weights))
+
+
+def test_an_expert_listed_twice_counts_twice():
+    x, up, down, _, _ = expert_inputs()
+    twice = kernels.expert_mlp(x, up, down, torch.full((6, 2), 3), torch.full((6, 2), 0.5).double())
+    once = kernels.expert_mlp(x, up, down, torch.full((6, 1), 3), torch.ones(6, 1).double())
+    assert_same(twice, once)
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    "call, wrong",
+    [
+        (lambda: kernels.rms_norm(draw(2, 8), draw(7)), "weight"),
+        (lambda: kernels.gated_rms_norm(draw(2, 8), draw(1, 8), draw(8), 4), "gate"),
+        (lambda: kernels.gated_rms_norm(draw(2, 8), draw(2, 8), draw(8), 0), "group_size"),
+        (lambda: kernels.causal_conv1d(draw(1, 5, 4), draw(3, 4)), "weight"),
+        (lambda: kernels.causal_conv1d(draw(1, 5, 4), draw(4, 4), initial_state=draw(1, 4, 4)), "leave out the oldest"),
+        (lambda: kernels.linear_cross_entropy(draw(1, 2, 8), draw(5, 8), torch.zeros(2).long()), "flatten"),
+        (lambda: kernels.linear_cross_entropy(draw(2, 8), draw(5, 8), torch.zeros(2).int()), "int64"),
+        (lambda: kernels.linear_logprob(draw(2, 8), draw(5, 8), torch.zeros(3).long()), "targets"),
+        (
+            lambda: kernels.expert_mlp(draw(2, 8), draw(3, 4, 8), draw(3, 4, 8), torch.zeros(2, 1).long(), draw(2, 1)),
+            "down",
+        ),
+        (
+            lambda: kernels.expert_mlp(draw(2, 8), draw(3, 4, 8), draw(3, 8, 4), torch.zeros(2, 2).long(), draw(2, 1)),
+            "weights",
+        ),
+    ],
+)
+def test_shapes_that_do_not_match_are_named(call, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        call()

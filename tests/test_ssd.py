@@ -106,3 +106,27 @@ def test_ssd_says_what_does_not_fit():
         ssd.ssd(x, dt, A, Bm[:, :, :1].expand(-1, -1, 3, -1), Cm, D)
     with pytest.raises(ValueError, match="at least one token"):
         ssd.ssd(x[:, :0], dt[:, :0], A, Bm[:, :0], Cm[:, :0], D)
+
+
+@pytest.mark.parametrize(
+    "name, index, shape",
+    [("dt", 1, (2, 10, 1)), ("A", 2, (1,)), ("Bmat", 3, (2, 9, 2, 5)), ("Cmat", 4, (2, 10, 2, 4)), ("D", 5, (3,))],
+)
+def test_shapes_that_do_not_match_are_named(name, index, shape):
+    inputs = [t.detach() for t in ssd_inputs()[:6]]
+    inputs[index] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=name):
+        ssd.ssd(*inputs)
+
+
+def test_a_document_number_that_comes_again_is_another_document():
+    *inputs, _ = ssd_inputs(T=12)
+    again = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]).expand(2, 12)
+    anew = torch.arange(12).expand(2, 12) // 4
+    assert_same(ssd.ssd(*inputs, chunk_size=16, seq_idx=again), ssd.ssd(*inputs, chunk_size=16, seq_idx=anew))
+
+
+def test_a_step_asked_of_triton_by_name_does_not_drop_gradients(monkeypatch):
+    x, dt, A, Bm, Cm, D, state = ssd_inputs(T=1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="no backward"):
+        ssd.ssd_step(state, x[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0], D, backend="triton")

@@ -230,3 +230,78 @@ def test_inputs_need_not_be_contiguous():
 def test_small_cards_get_small_tiles(monkeypatch):
     monkeypatch.setattr(ssd, "small_card", lambda: True)
     compare(ssd.ssd, ssd_inputs(T=70), ssd_dtypes(torch.float16), torch.float16, return_final_state=True)
+
+
+def experts(S, C, width, E, K, skew=0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.rand(S, E, generator=generator) + skew * torch.arange(E)).topk(K).indices
+    shapes = (S, C), (E, width, C), (E, C, width), (S, K)
+    x, up, down, weights = (draw(*shape, seed=seed + k) for k, shape in enumerate(shapes))
+    return [x, up / C**0.5, down / width**0.5, ids, weights]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "S, C, width, E, K, skew",
+    [
+        (1, 16, 8, 40, 20, 0),  # one token
+        (37, 40, 24, 5, 2, 0),  # sizes that are no multiples of a tile
+        (70, 33, 50, 3, 1, 9),  # all tokens to one expert, odd widths
+        (200, 16, 70, 2, 2, 0),  # more rows than a tile
+        (40, 136, 16, 4, 1, 0),  # more than one slice of columns
+    ],
+)
+def test_expert_mlp(S, C, width, E, K, skew, dtype, monkeypatch):
+    if C > 128:
+        slices = kernels._column_slices
+        monkeypatch.setattr(kernels, "_column_slices", lambda R, C, room, like: slices(R, C, 0, like))
+    compare(kernels.expert_mlp, experts(S, C, width, E, K, skew), [dtype, dtype, dtype, None, torch.float32], dtype)
+
+
+def test_no_tokens_give_no_output_and_gradients_of_zero():
+    x, up, down, ids, weights = (t.to(DEVICE) for t in experts(0, 8, 16, 3, 2))
+    up = up.float().requires_grad_()
+    y = kernels.expert_mlp(x.float(), up, down.float(), ids, weights.float(), backend="triton")
+    y.sum().backward()
+    assert y.shape == (0, 8) and not up.grad.any()
+
+
+def test_an_expert_weight_of_zero_gets_its_gradient():
+    x, up, down, ids, weights = (t.to(DEVICE) for t in experts(9, 16, 8, 4, 2))
+    grads = []
+    for backend in ("torch", "triton"):
+        w = torch.zeros_like(weights).float().requires_grad_()
+        y = kernels.expert_mlp(x.float(), up.float(), down.float(), ids, w, backend)
+        (grad,) = torch.autograd.grad(y.sum(), w)
+        grads.append(grad)
+        assert y.abs().max() < 1e-20
+    assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm()
+
+
+def test_a_second_backward_through_the_experts_is_refused():
+    x, up, down, ids, weights = (t.to(DEVICE) for t in experts(9, 16, 8, 4, 2))
+    y = kernels.expert_mlp(x.float().requires_grad_(), up.float(), down.float(), ids, weights.float(), "triton").sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels first"])
+def test_the_fused_layer_takes_any_layout(layout):
+    H, P, G, N = 4, 8, 2, 8
+    di, conv_size = H * P, H * P + 2 * G * N
+    weights = [draw(conv_size, 4), draw(conv_size), draw(H) - 2, -torch.exp(draw(H)), draw(H), draw(di)]
+    weights = [w.float().to(DEVICE) for w in weights]
+    projected = draw(2, 20, di + conv_size + H).float().to(DEVICE)
+    other = dict(transposed=(0, 1), **{"channels first": (1, 2)})[layout]
+    grads = []
+    for p in (projected, projected.transpose(*other).contiguous().transpose(*other)):
+        p = p.detach().requires_grad_()
+        out = ssd.mamba2_inner(p, *weights, G, backend="triton")
+        grads.append(torch.autograd.grad((out * torch.arange(di, device=DEVICE)).sum(), p)[0])
+    assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[0].norm()
+
+
+def test_a_convolution_of_no_tokens():
+    x = torch.zeros(2, 0, 5, device=DEVICE)
+    assert kernels.causal_conv1d(x, torch.ones(5, 4, device=DEVICE), backend="triton").shape == (2, 0, 5)
