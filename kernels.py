@@ -1254,7 +1254,7 @@ def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
     return op(x, up, down, expert_ids, expert_weights)
 
 
-# ---- 6. python kernels.py: check every kernel, then time it --------------------------------------------------
+# ---- 6. python kernels.py [op ...]: check every kernel, or those named, then time it -----------------------------
 #
 # Other files with kernels check and time theirs with the same functions.
 
@@ -1385,10 +1385,14 @@ def check(benches, device):
 
 
 def measure(benches, path):
-    """Prints the times of every kernel, of its definition compiled and of its peers; writes them to `path` as JSON."""
+    """Prints the times of every kernel, of its definition compiled and of its peers; writes them to `path` as JSON.
+
+    Rows of other ops that the file has already stay there.
+    """
     print(f"\n{'bf16 (floor: that of an H200)':60}{'fwd ms':>8}{'of floor':>9}{'f+b ms':>8}{'of floor':>9}{'MiB':>7}")
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
-    rows = []
+    names = {bench.op.__name__ for bench in benches}
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["op"] not in names] if path.exists() else []
     for bench, sizes in each(benches, "timings"):
         inputs = [in_low(t, torch.bfloat16) for t in bench.inputs(normal("cuda"), *sizes)]
         n_bytes, n_flops = bench.cost(*sizes)
@@ -1403,13 +1407,13 @@ def measure(benches, path):
                 print(f"{bench.op.__name__} {sizes} {who}: {type(error).__name__} {str(error)[:80]}")
                 continue
             found = dict(fwd_ms=forward, fwd_bwd_ms=both, extra_mib=mib, floor_fwd_ms=floor)
-            rows.append(dict(op=bench.op.__name__, sizes=sizes, who=who, **found))
+            rows.append(dict(op=bench.op.__name__, sizes=sizes, who=who, **found, machine=machine))
             print(
                 f"{bench.op.__name__} {sizes} {who}"[:59].ljust(60)
                 + f"{forward:8.3f}{floor / forward:9.0%}{both:8.3f}{3 * floor / both:9.0%}{mib:7.0f}"
             )
         torch.compiler.reset()
-        path.write_text(json.dumps(dict(command=f"python {path.stem}.py", machine=machine, rows=rows), indent=1) + "\n")
+        path.write_text(json.dumps(dict(command=f"python {path.stem}.py", rows=rows), indent=1) + "\n")
 
 
 def check_and_time(benches, name):
@@ -1526,4 +1530,7 @@ BENCHES = [
 
 
 if __name__ == "__main__":
-    check_and_time(BENCHES, "kernels")
+    known = {bench.op.__name__ for bench in BENCHES}
+    if unknown := set(sys.argv[1:]) - known:
+        raise SystemExit(f"unknown op {min(unknown)!r}; usage: python kernels.py [{'] ['.join(sorted(known))}]")
+    check_and_time([bench for bench in BENCHES if bench.op.__name__ in (sys.argv[1:] or known)], "kernels")

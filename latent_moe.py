@@ -1,6 +1,6 @@
 """Mixture of experts, and LatentMoE: the same layer with its experts in a narrower space, and more of them.
 
-Papers   LatentMoE, arXiv:2601.18089; Nemotron 3 Nano and Super, arXiv:2512.20848 and 2604.12374 (the layers, the recipe);
+Papers   LatentMoE, arXiv:2601.18089; Nemotron 3 Nano and Super, arXiv:2512.20848 and 2604.12374 (layers, recipe);
          "Auxiliary-Loss-Free Load Balancing", arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437 (the sequence-wise loss).
 Idea     An MLP of which each token uses a few parts of many. What such a layer costs, apart from arithmetic, is width:
          the rows sent to the experts and the expert weights read are as wide as the model. LatentMoE projects a token
@@ -10,7 +10,7 @@ Picture  S tokens, C wide, E experts of width F, K for each token; l is the late
 
          x [S,C] --router (C wide)--> scores [S,E] --+ bias, top K--> ids, weights [S,K]
             |                                                            |
-            |---- fc1 ----> [S,l] --> sum_k w_k down relu(up .)^2 <------'   fc1, fc2: LatentMoE only; without them l = C
+            |---- fc1 ----> [S,l] --> sum_k w_k down relu(up .)^2 <------'   fc1, fc2: LatentMoE only, else l = C
             |                             '--> [S,l] -- fc2 --> [S,C] --.
             '---- shared expert: one MLP that every token uses ---------+--> y [S,C]
 
@@ -26,6 +26,7 @@ Differs  The paper writes softmax scores. The released models, and so this file,
 """
 
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import at_least_float32, expert_mlp
+from kernels import Bench, at_least_float32, check_and_time, expert_inputs, expert_mlp, grouped_mm_experts
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
 
@@ -121,7 +122,7 @@ def update_bias(bias, counts, rate=1e-3):
 def sequence_balance_loss(scores, top_k):
     """Returns E sum_i f_i p_i, mean over the sequences; 1 when every expert has an equal share. scores [B, T, E].
 
-    f_i = share of the sequence's top-k choices that fall on expert i (of the scores without bias, and without gradient);
+    f_i = share of the sequence's top-k choices that fall on expert i (of the scores without bias; no gradient);
     p_i = mean over the sequence of expert i's share of a token's scores. Source: DeepSeek-V3, equations (17) to (20);
     the top-k without bias as in Megatron-LM.
     """
@@ -170,8 +171,8 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, width, size = config.n_routed_experts, config.moe_intermediate_size, config.expert_size
-        self.up_proj = nn.Parameter(torch.empty(E, width, size))
-        self.down_proj = nn.Parameter(torch.empty(E, size, width))
+        self.up_proj = nn.Parameter(0.02 * torch.randn(E, width, size))
+        self.down_proj = nn.Parameter(0.02 * torch.randn(E, size, width))
 
 
 class Router(nn.Module):
@@ -179,9 +180,10 @@ class Router(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.weight = nn.Parameter(0.02 * torch.randn(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
-        self.register_buffer("counts", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("counts", None, persistent=False)  # [E] int64, tokens sent to each expert
+        self.reset_counts()
 
     def _apply(self, fn, recurse=True):
         """Moves the module as asked, but keeps the bias in float32 where the model is cast to 16 bits."""
@@ -191,6 +193,10 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
         return self
 
+    def reset_counts(self):
+        """Begins to count anew."""
+        self.counts = torch.zeros_like(self.e_score_correction_bias, dtype=torch.int64)
+
     def forward(self, x):
         """Returns scores [..., E] in (0, 1), float32, for x [..., C]."""
         with torch.autocast(x.device.type, enabled=False):
@@ -198,9 +204,9 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """A mixture of experts; with config.latent_size, a LatentMoE. Parameter names are those of `transformers`' NemotronH.
+    """A mixture of experts; with config.latent_size, a LatentMoE. Parameter names: those of `transformers`' NemotronH.
 
-    In training mode each forward adds to `gate.counts` the tokens sent to each expert, and leaves `balance_loss`
+    In training each forward adds to `gate.counts` the tokens sent to each expert, and leaves `balance_loss`
     (`sequence_balance_loss`) and `metrics` (`load_metrics`) of its batch for whoever sums up the loss.
     """
 
@@ -214,20 +220,12 @@ class MoE(nn.Module):
             self.fc1_latent_proj = nn.Linear(config.hidden_size, config.latent_size, bias=False)
             self.fc2_latent_proj = nn.Linear(config.latent_size, config.hidden_size, bias=False)
         self.balance_loss, self.metrics = None, {}
-        self.init_weights(0.02)
-
-    @torch.no_grad()
-    def init_weights(self, std, depth=1):
-        """Draws all matrices normal(0, std); those that write to the residual stream get std / sqrt(depth)."""
-        for name, p in self.named_parameters():
-            if not p.is_meta:
-                p.normal_(0, std / depth**0.5 if "down_proj" in name or "fc2_latent" in name else std)
 
     def forward(self, x):
         """Returns y [B, T, C] of x [B, T, C]."""
         scores = self.gate(x)  # [B, T, E]
         ids, weights = choose_experts(scores.flatten(0, -2), self.gate.e_score_correction_bias, self.config)  # [S, K]
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.observe(scores, ids)
         latent = self.config.latent_size is not None
         u = self.fc1_latent_proj(x) if latent else x  # [B, T, l]
@@ -237,7 +235,9 @@ class MoE(nn.Module):
     def observe(self, scores, ids):
         """Notes the load of a batch: scores [B, T, E], ids [S, K]."""
         ids = ids.flatten()
-        counts = torch.zeros_like(self.gate.counts).scatter_add_(0, ids, torch.ones_like(ids))  # [E]; no host wait
+        counts = torch.zeros_like(self.gate.counts).scatter_add_(
+            0, ids, torch.ones_like(ids)
+        )  # [E]; bincount would wait
         self.gate.counts += counts
         self.balance_loss = sequence_balance_loss(scores, self.config.num_experts_per_tok)
         self.metrics = load_metrics(counts, scores)
@@ -288,14 +288,14 @@ def layer_cost(config, bytes_per_number=2):
 
 # ---- 6. python latent_moe.py: the paper's claim, small ------------------------------------------------------
 #
-# A small Transformer whose MLPs are mixtures of experts, trained with the standard layer and with its LatentMoE twins of
-# equal active parameters: the same data in the same order, seed by seed.
+# A small Transformer whose MLPs are mixtures of experts, trained with the standard layer and with its LatentMoE twins
+# of equal active parameters: the same data in the same order, seed by seed.
 
-OURS = dict(  # what of it fits: two minutes on two CPU cores; as long on one GPU
-    cpu=dict(tokenizer="bytes", context=128, batch_size=8, steps=60, n_layers=2, head_dim=32, lr=3e-3, val_batches=16,
-             moe=MoEConfig(128, 8, 2, 128, 256)),
-    cuda=dict(tokenizer="python4k", context=512, batch_size=64, steps=300, n_layers=6, head_dim=64, lr=2e-3, val_batches=99,
-              moe=MoEConfig(512, 16, 4, 512, 1024)),
+SETTINGS = dict(  # what fits in two minutes, on two CPU cores and on one GPU
+    cpu=dict(tokenizer="bytes", context=128, batch_size=8, steps=60, n_layers=2, head_dim=32, lr=3e-3,
+             val_batches=16, moe=MoEConfig(128, 8, 2, 128, 256)),
+    cuda=dict(tokenizer="python4k", context=512, batch_size=64, steps=300, n_layers=6, head_dim=64, lr=2e-3,
+              val_batches=99, moe=MoEConfig(512, 16, 4, 512, 1024)),
 )  # fmt: skip
 SEEDS = range(3)
 
@@ -372,7 +372,7 @@ def train_one(config, seed, corpus, setting, device):
         optimizer.zero_grad()
         for layer in model.layers:
             update_bias(layer.moe.gate.e_score_correction_bias, layer.moe.gate.counts)
-            layer.moe.gate.counts.zero_()
+            layer.moe.gate.reset_counts()
     load = sum(layer.moe.metrics["load_max"].item() for layer in model.layers) / len(model.layers)  # waits for the GPU
     seconds = (time.perf_counter() - began) / (steps - first)
     model.eval()
@@ -387,7 +387,7 @@ def demo():
     from data import load_corpus
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = OURS[device]
+    setting = SETTINGS[device]
     corpus, standard = load_corpus("python", setting["tokenizer"], setting["context"]), setting["moe"]
     variants = {"standard": (standard, "the baseline")}
     for alpha, claim in ((2, "better"), (4, "better"), (8, "worse again than alpha 4")):
@@ -396,9 +396,7 @@ def demo():
     variants["alpha 4, experts not multiplied"] = (fewer, "worse")
 
     print_paper_counts()
-    print(
-        f"\n{setting['n_layers']} layers on {device}, {setting['steps']} steps, seeds {list(SEEDS)}: validation loss in nats"
-    )
+    print(f"\n{setting['n_layers']} layers on {device}, {setting['steps']} steps, {len(SEEDS)} seeds, loss in nats")
     print(f"{'':32}{'E':>4}{'K':>4}{'l':>5}{'active':>8}{'stored':>8}{'loss':>8}{'std':>7}{'vs standard':>17}"
           f"{'ms/step':>9}{'load':>6}  paper")  # fmt: skip
     results = {}
@@ -411,17 +409,15 @@ def demo():
               f"{cost['active'] / 1e6:7.2f}M{cost['total'] / 1e6:7.2f}M{losses.mean():8.4f}{losses.std():7.4f}"
               f"{gap.mean():+10.4f}±{gap.std():.4f}{1e3 * min(seconds):9.1f}{max(loads):6.2f}  {claim}")  # fmt: skip
     if device == "cpu":
-        print(f"{setting['steps']} steps show that every layer learns, at what cost and how evenly it is loaded. Which is better, they "
-              "cannot show:\nthe difference takes more steps than two minutes hold. Run this on a GPU.")  # fmt: skip
+        print(f"{setting['steps']} steps show that every layer learns, at what cost, and how evenly it is loaded.")
+        print("Which is better they cannot show: that takes more steps than two minutes hold. Run this on a GPU.")
     draw(results, Path("out/latent_moe.png"))
 
 
 def print_paper_counts():
     """Prints what the paper's layer and its LatentMoE twin store, use, send and read."""
     standard = MoEConfig(4096, 128, 6, 2688, 5376)
-    print(
-        f"{'the paper: C 4096, F 2688':32}{'routed':>8}{'active':>9}{'MB sent':>9}{'MB read':>9}   for one token and layer"
-    )
+    print(f"{'the paper: C 4096, F 2688':32}{'routed':>8}{'active':>9}{'MB sent':>9}{'MB read':>9}  per token, layer")
     for name, config in (("N 128, K 6", standard), ("alpha 4: N 512, K 22, l 1024", latent_twin(standard, 4))):
         cost = layer_cost(config)
         print(f"{name:32}{cost['routed'] / 1e9:7.2f}G{cost['active'] / 1e6:8.1f}M{cost['dispatched_bytes'] / 1e6:9.3f}"
@@ -454,5 +450,38 @@ def draw(results, path):
     print(f"plot: {path}")
 
 
+# ---- 7. python latent_moe.py bench: the time of the routed path ---------------------------------------------
+
+
+def latent_experts(x, fc1, up, down, fc2, expert_ids, expert_weights, backend="auto"):
+    """Returns the routed path of a LatentMoE for x [S, C]: down to [S, l], through the experts, up to [S, C]."""
+    return expert_mlp(x @ fc1.T, up, down, expert_ids, expert_weights, backend) @ fc2.T
+
+
+def _latent_inputs(randn, S, C, size, width, E, K):
+    u, up, down, ids, weights = expert_inputs(randn, S, size, width, E, K)
+    return [randn(S, C), randn(size, C) / C**0.5, up, down, randn(C, size) / size**0.5, ids, weights]
+
+
+def _latent_peers():
+    @torch.compile
+    def grouped_mm(x, fc1, up, down, fc2, expert_ids, expert_weights):
+        return grouped_mm_experts(x @ fc1.T, up, down, expert_ids, expert_weights) @ fc2.T
+
+    yield "torch.grouped_mm", grouped_mm
+
+
+BENCHES = [
+    Bench(
+        latent_experts, _latent_inputs, checks=[(70, 40, 16, 24, 12, 5), (9, 33, 10, 50, 3, 3)],
+        timings=[(16384, 2688, 672, 1856, 512, 24)],
+        cost=lambda S, C, l, F, E, K: (4 * (S * C + E * F * l + C * l), 4 * S * K * F * l + 4 * S * C * l),
+        peers=_latent_peers, compiles=False,
+    ),
+]  # fmt: skip
+
+
 if __name__ == "__main__":
-    demo()
+    if sys.argv[1:] not in ([], ["bench"]):
+        raise SystemExit("usage: python latent_moe.py [bench]")
+    check_and_time(BENCHES, "latent_moe") if sys.argv[1:] else demo()

@@ -1,6 +1,7 @@
 """Nemotron-H: a language model that is mostly Mamba-2, with a few attention layers and squared-ReLU MLPs.
 
-Papers   Nemotron-H, arXiv:2504.03624; NVIDIA Nemotron Nano 2 (12B-v2, 9B-v2), arXiv:2508.14444;
+Papers   Nemotron-H, arXiv:2504.03624; NVIDIA Nemotron Nano 2 (12B-v2, 9B-v2), arXiv:2508.14444; Nemotron 3, where
+         mixtures of experts take the place of the MLPs: Nano, Super, Ultra, arXiv:2512.20848, 2604.12374, 2606.15007;
          the Mamba-2 mixer: Dao and Gu, "Transformers are SSMs", arXiv:2405.21060.
 Idea     Attention remembers every token exactly and pays for it: its cache grows with the text. A Mamba-2 layer
          keeps one state of fixed size instead. About one layer in twelve as attention is enough to look things up
@@ -12,6 +13,7 @@ Picture  One letter of the pattern string is one residual layer with one mixer, 
                                     x <- x + mixer(rms_norm(x))        M  Mamba-2
                                     |                                  *  grouped-query attention, no positions
                                     |                                  -  down(relu(up x)^2)
+                                    |                                  E  mixture of experts: latent_moe.py
                                     rms_norm -> lm_head -> logits [B,T,V]
 
          Mamba-2    x -> in_proj -> z | x B C | dt        C -> 2 di + 2 G N + H,  di = H P
@@ -35,23 +37,26 @@ Differs  From `transformers` 5: dt is not clamped below at time_step_min (neithe
 import json
 import math
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
+from latent_moe import MLP, Experts, MoE, MoEConfig, Router, update_bias
 from ssd import mamba2_inner
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
 
 
-LETTERS = "M*-"  # the layers there are: section 3
+LETTERS = "M*-E"  # the layers there are: section 3
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class HybridConfig:
 
     vocab_size: int = 4096  # V, tokens
     hidden_size: int = 128  # C, width of the residual stream
-    hybrid_override_pattern: str = "M-M*-M-"  # layers: M Mamba-2, * attention, - MLP
+    hybrid_override_pattern: str = "M-M*-M-"  # layers: M Mamba-2, * attention, - MLP, E mixture of experts
     tie_word_embeddings: bool = False  # one matrix for embeddings and lm_head
     num_attention_heads: int = 2  # query heads of an attention layer
     num_key_value_heads: int = 1  # key/value heads, each shared by a group of query heads
@@ -78,13 +83,24 @@ class HybridConfig:
     layer_norm_epsilon: float = 1e-5  # eps of every RMSNorm
     initializer_range: float = 0.04  # std of the initial weights; the released models use sqrt(0.8 / hidden_size)
     hidden_dropout: float = 0.0  # dropout on the embeddings and on what each layer adds to them
+    n_routed_experts: int = 8  # E, experts of a mixture
+    num_experts_per_tok: int = 2  # K, experts that a token uses
+    moe_intermediate_size: int = 128  # hidden units of an expert
+    moe_shared_expert_intermediate_size: int = 256  # hidden units of the expert that every token uses
+    moe_latent_size: int | None = None  # l, width the experts work in (LatentMoE); default: hidden_size
+    n_group: int = 1  # groups of experts (n_groups, with an s, is Mamba's)
+    topk_group: int = 1  # groups a token may choose its experts from
+    norm_topk_prob: bool = True  # divide the weights of a token's experts by their sum
+    routed_scaling_factor: float = 1.0  # then multiply them by this
+    router_aux_loss_coef: float = 1e-4  # weight of the sequence-wise balance loss
+    router_bias_update_rate: float = 1e-3  # step of the bias that balances the load
 
     def __post_init__(self):
         unknown = sorted(set(self.hybrid_override_pattern) - set(LETTERS))
         if unknown or not self.hybrid_override_pattern:
             raise ValueError(
                 f"hybrid_override_pattern={self.hybrid_override_pattern!r} has {unknown or 'no layers'}; "
-                "write one letter per layer: M (Mamba-2), * (attention), - (MLP)"
+                "write one letter per layer: M (Mamba-2), * (attention), - (MLP), E (mixture of experts)"
             )
         for name in (f.name for f in fields(self) if f.type in (int, "int")):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
@@ -94,11 +110,18 @@ class HybridConfig:
                 raise ValueError(f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
+        if "E" in self.hybrid_override_pattern:
+            self.moe()  # raises ValueError for a mixture that cannot be built
 
     @property
     def mamba_size(self):
         """Width of the Mamba mixer, di = H * P. It need not be 2 * hidden_size, whatever `expand` in old files says."""
         return self.mamba_num_heads * self.mamba_head_dim
+
+    def moe(self):
+        """Returns the MoEConfig of the mixtures of experts."""
+        same = {f.name: getattr(self, f.name) for f in fields(MoEConfig) if f.name != "latent_size"}
+        return MoEConfig(**same, latent_size=self.moe_latent_size)
 
     @property
     def conv_size(self):
@@ -107,18 +130,39 @@ class HybridConfig:
 
 
 # fmt: off
+_SMALL = dict(
+    vocab_size=50304, hidden_size=768, tie_word_embeddings=True, num_attention_heads=12, num_key_value_heads=12,
+    head_dim=64, intermediate_size=3072, mamba_num_heads=24, mamba_head_dim=64, ssm_state_size=128, n_groups=8,
+    chunk_size=128, initializer_range=0.02,
+)
+_NANO3_TINY = dict(
+    hybrid_override_pattern="MEM*EME", num_experts_per_tok=4, n_routed_experts=16, moe_intermediate_size=64,
+    moe_shared_expert_intermediate_size=256, routed_scaling_factor=2.5,
+)
+_NANO3_SMALL = dict(  # 4 x 512 + 1,024 hidden units for a token: as many as the MLP of `small` has
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEME", num_experts_per_tok=4, n_routed_experts=32, moe_intermediate_size=512,
+    moe_shared_expert_intermediate_size=1024, routed_scaling_factor=2.5,
+)
 _RELEASED = dict(  # what NVIDIA's released Nano 2 models have in common
     vocab_size=131072, num_attention_heads=40, num_key_value_heads=8, head_dim=128, mamba_num_heads=128,
     mamba_head_dim=80, ssm_state_size=128, n_groups=8, chunk_size=128,
+)
+_NEMOTRON_3 = dict(
+    vocab_size=131072, num_key_value_heads=2, head_dim=128, mamba_head_dim=64, ssm_state_size=128, n_groups=8,
+    chunk_size=128,
 )
 PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     # 1.8M parameters with the shipped vocabulary: minutes on a laptop's CPU.
     "tiny": HybridConfig(),
     # 122M with GPT-2's vocabulary, to stand beside GPT-2's 124M; 87M with the shipped one.
-    "small": HybridConfig(
-        vocab_size=50304, hidden_size=768, hybrid_override_pattern="M-M-M*-M-M-M*-M-M-", tie_word_embeddings=True,
-        num_attention_heads=12, num_key_value_heads=12, head_dim=64, intermediate_size=3072, mamba_num_heads=24,
-        mamba_head_dim=64, ssm_state_size=128, n_groups=8, chunk_size=128, initializer_range=0.02,
+    "small": HybridConfig(**_SMALL, hybrid_override_pattern="M-M-M*-M-M-M*-M-M-"),
+    # The same with a mixture of experts for each MLP, of as many active parameters: Nemotron 3 Nano, arXiv:2512.20848.
+    "nano3-tiny": HybridConfig(**_NANO3_TINY),
+    "nano3": HybridConfig(**_SMALL, **_NANO3_SMALL),
+    # And with LatentMoE, alpha 4 (`latent_moe.latent_twin` of those): Nemotron 3 Super, arXiv:2604.12374.
+    "super3-tiny": HybridConfig(**_NANO3_TINY | dict(moe_latent_size=32, n_routed_experts=64, num_experts_per_tok=12)),
+    "super3": HybridConfig(
+        **_SMALL, **_NANO3_SMALL | dict(moe_latent_size=192, n_routed_experts=128, num_experts_per_tok=14)
     ),
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
     "nano-12b-v2": HybridConfig(
@@ -128,6 +172,25 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     "nano-9b-v2": HybridConfig(
         **_RELEASED, hidden_size=4480, intermediate_size=15680, initializer_range=0.0134,
         hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    ),
+    # Nemotron 3 (arXiv:2512.20848, 2604.12374, 2606.15007): 31.58 B, 3.58 B active; 120.67 B, 12.77 B; 549.3 B, 56.1 B.
+    "nano-3-30b-a3b": HybridConfig(
+        **_NEMOTRON_3, hidden_size=2688, num_attention_heads=32, mamba_num_heads=64, n_routed_experts=128,
+        num_experts_per_tok=6, moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712,
+        routed_scaling_factor=2.5, initializer_range=0.0173,
+        hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    ),
+    "super-3-120b-a12b": HybridConfig(
+        **_NEMOTRON_3, hidden_size=4096, num_attention_heads=32, mamba_num_heads=128, n_routed_experts=512,
+        num_experts_per_tok=22, moe_intermediate_size=2688, moe_shared_expert_intermediate_size=5376,
+        moe_latent_size=1024, routed_scaling_factor=5.0, initializer_range=0.014,
+        hybrid_override_pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+    ),
+    "ultra-3-550b-a55b": HybridConfig(
+        **_NEMOTRON_3, hidden_size=8192, num_attention_heads=64, mamba_num_heads=256, n_routed_experts=512,
+        num_experts_per_tok=22, moe_intermediate_size=5120, moe_shared_expert_intermediate_size=10240,
+        moe_latent_size=2048, routed_scaling_factor=5.0, initializer_range=0.0099,
+        hybrid_override_pattern="MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
     ),
 }
 # fmt: on
@@ -159,7 +222,7 @@ class Cache:
     a padded position writes nothing to any state and is never looked at.
     """
 
-    layers: list  # one MambaState, KVState or None per layer; None before the first token, and always for an MLP
+    layers: list  # one MambaState, KVState or None per layer; None before the first token, and for one without memory
     length: int = 0  # T, positions read so far, padding included
     pad: torch.Tensor | None = None  # [B] int64, padded positions at the start of each row; None: no padding
     longest_pad: int = 0  # the largest of them
@@ -257,21 +320,20 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """down(relu(up x)^2), no gate and no bias. It remembers nothing."""
-
-    def __init__(self, config, index):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x, cache=None):
-        """Returns [B, T, C]."""
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+def mixer_of(config, index):
+    """Returns the mixer of layer `index`. An MLP and a mixture of experts (latent_moe.py) remember nothing."""
+    letter = config.hybrid_override_pattern[index]
+    if letter in "M*":
+        return (Mamba2 if letter == "M" else Attention)(config, index)
+    return MoE(config.moe()) if letter == "E" else MLP(config.hidden_size, config.intermediate_size)
 
 
-MIXERS = dict(zip(LETTERS, (Mamba2, Attention, MLP)))
-OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj")  # what a layer adds to the residual stream comes from these
+OUTPUT_PROJECTIONS = (
+    "out_proj",
+    "o_proj",
+    "down_proj",
+    "fc2_latent_proj",
+)  # what a layer adds to the residual stream comes from these
 
 # ---- 4. the model -----------------------------------------------------------------------------------------------
 
@@ -282,12 +344,13 @@ class Block(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = MIXERS[config.hybrid_override_pattern[index]](config, index)
+        self.mixer, self.remembers = mixer_of(config, index), config.hybrid_override_pattern[index] in "M*"
         self.dropout = config.hidden_dropout
 
     def forward(self, x, cache=None):
         """Returns x [B, T, C] with the mixer's part added."""
-        return x + F.dropout(self.mixer(self.norm(x), cache), self.dropout, self.training)
+        added = self.mixer(self.norm(x), cache) if self.remembers else self.mixer(self.norm(x))
+        return x + F.dropout(added, self.dropout, self.training)
 
 
 class Backbone(nn.Module):
@@ -333,9 +396,12 @@ class Hybrid(nn.Module):
         """
         std = self.config.initializer_range
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding | nn.Linear):
-                is_output = name.split(".")[-1] in OUTPUT_PROJECTIONS
-                module.weight.normal_(0, std / math.sqrt(len(self.model.layers)) if is_output else std)
+            output_std = std / math.sqrt(len(self.model.layers))
+            if isinstance(module, nn.Embedding | nn.Linear | Router):
+                module.weight.normal_(0, output_std if name.split(".")[-1] in OUTPUT_PROJECTIONS else std)
+            elif isinstance(module, Experts):
+                module.up_proj.normal_(0, std)
+                module.down_proj.normal_(0, output_std)
             elif isinstance(module, Mamba2):
                 bound = 1 / math.sqrt(self.config.conv_kernel)
                 module.conv1d.weight.uniform_(-bound, bound)
@@ -364,10 +430,37 @@ class Hybrid(nn.Module):
         return at_least_float32(self.lm_head(self.model(ids, cache)))
 
     def loss(self, ids, targets):
-        """Returns (mean next-token cross-entropy in nats, metrics). ids, targets [B, T]; targets -100 are left out."""
+        """Returns (loss, metrics). ids, targets [B, T] int64; targets -100 are left out.
+
+        The loss is the mean next-token cross-entropy in nats (metrics["loss"]); in training, mixtures of experts add
+        router_aux_loss_coef times their `sequence_balance_loss`, and their `load_metrics` (the worst layer's load_max,
+        else the mean over the layers) join the metrics.
+        """
         hidden = self.model(ids).flatten(0, 1)  # [S, C]
         loss = self.cross_entropy(hidden, self.lm_head.weight, targets.flatten())
-        return loss, {"loss": loss.detach()}
+        metrics, mixtures = {"loss": loss.detach()}, self.mixtures()
+        if mixtures and self.training and torch.is_grad_enabled():
+            loss = loss + self.config.router_aux_loss_coef * sum(moe.balance_loss for moe in mixtures)
+            for name in mixtures[0].metrics:
+                values = torch.stack([moe.metrics[name] for moe in mixtures])
+                metrics[name] = values.max() if name == "load_max" else values.mean()
+        return loss, metrics
+
+    def mixtures(self):
+        """Returns the MoE layers."""
+        return [layer.mixer for layer in self.model.layers if isinstance(layer.mixer, MoE)]
+
+    @torch.no_grad()
+    def balance_routers(self):
+        """Moves each router's bias towards an even load, by the tokens counted since the last call, in all processes.
+
+        The part of a training step that has no gradient: to be called after the optimiser's.
+        """
+        for gate in (moe.gate for moe in self.mixtures()):
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(gate.counts)
+            update_bias(gate.e_score_correction_bias, gate.counts, self.config.router_bias_update_rate)
+            gate.reset_counts()
 
     def logprobs(self, ids, mask=None, temperature=1.0):
         """Returns (logprob, entropy), each [B, T-1], of tokens ids[:, 1:] given what is before them.
@@ -380,9 +473,11 @@ class Hybrid(nn.Module):
         found = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
         return tuple(f.new_zeros(mask.shape).masked_scatter(mask, f) for f in found)
 
-    def num_parameters(self):
-        """Returns how many numbers are trained; a tied matrix counts once."""
-        return sum(p.numel() for p in self.parameters())
+    def num_parameters(self, active=False):
+        """Returns how many numbers are trained; a tied matrix counts once. active: those that one token uses."""
+        c, total = self.config, sum(p.numel() for p in self.parameters())
+        experts = sum(p.numel() for moe in self.mixtures() for p in moe.experts.parameters())
+        return total - experts + experts * c.num_experts_per_tok // c.n_routed_experts if active else total
 
     def flops_per_token(self, context):
         """Returns the floating-point operations to train on one token: 6 per matrix weight, plus what mixes tokens.
@@ -392,6 +487,8 @@ class Hybrid(nn.Module):
         """
         c, pattern = self.config, self.config.hybrid_override_pattern
         matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embeddings" not in n)
+        experts = sum(p.numel() for moe in self.mixtures() for p in moe.experts.parameters())
+        matrices += experts * c.num_experts_per_tok / c.n_routed_experts
         if c.tie_word_embeddings:
             matrices += c.vocab_size * c.hidden_size
         attention = 2 * context / 2 * c.num_attention_heads * c.head_dim
@@ -441,10 +538,7 @@ class Hybrid(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         config = asdict(self.config) | {"num_hidden_layers": len(self.config.hybrid_override_pattern)} | extra
         config = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"} | config
-        tensors = {
-            name.replace("model.", "backbone.", 1): tensor.detach().cpu().contiguous().clone()
-            for name, tensor in (state_dict or self.state_dict()).items()
-        }
+        tensors = to_disk_names(state_dict or self.state_dict())
         with replacing(directory / "config.json") as path:
             path.write_text(json.dumps(config, indent=2) + "\n")
         with replacing(directory / "model.safetensors") as path:
@@ -467,7 +561,7 @@ class Hybrid(nn.Module):
             raise ValueError(f"{weights} is damaged or not a safetensors file ({error}); copy it again") from None
         with torch.device("meta"):
             model = cls(config)
-        model.load_weights({name.replace("backbone.", "model.", 1): t for name, t in tensors.items()}, weights)
+        model.load_weights(from_disk_names(tensors), weights)
         return model
 
     def load_weights(self, tensors, source):
@@ -481,6 +575,8 @@ class Hybrid(nn.Module):
         if wrong:
             raise ValueError(f"{source} does not fit its config: {wrong[0]}, the first of {len(wrong)}")
         self.load_state_dict(tensors, assign=True)
+        for moe in self.mixtures():
+            moe.gate.reset_counts()  # not in the file
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight
 
@@ -536,6 +632,35 @@ def read_config(directory):
         config = config if isinstance(config, dict) else {}
         raise ValueError(f"{path} has model_type={config.get('model_type')!r}; this file knows 'nemotron_h' only")
     return config
+
+
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
+
+
+def to_disk_names(state_dict):
+    """Returns the weights as NVIDIA's releases name them: "backbone." for "model.", and one matrix per expert."""
+    tensors = {}
+    for name, tensor in state_dict.items():
+        name, tensor = name.replace("model.", "backbone.", 1), tensor.detach().cpu()
+        if name.endswith((".experts.up_proj", ".experts.down_proj")):
+            layer, matrix = name.rsplit(".", 1)
+            tensors |= {f"{layer}.{e}.{matrix}.weight": one.clone() for e, one in enumerate(tensor)}
+        else:
+            tensors[name] = tensor.contiguous().clone()
+    return tensors
+
+
+def from_disk_names(tensors):
+    """Returns the weights as the model names them, from either spelling: the inverse of `to_disk_names`."""
+    state_dict, stacks = {}, {}
+    for name, tensor in tensors.items():
+        name = name.replace("backbone.", "model.", 1)
+        if match := EXPERT.fullmatch(name):
+            layer, expert, matrix = match.groups()
+            stacks.setdefault(f"{layer}.{matrix}", {})[int(expert)] = tensor
+        else:
+            state_dict[name] = tensor
+    return state_dict | {name: torch.stack([stack[e] for e in sorted(stack)]) for name, stack in stacks.items()}
 
 
 # transformers 5 writes the layers as a list of words: its own, or those of newer releases

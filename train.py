@@ -25,6 +25,7 @@ log.jsonl has one row per step:
     tokens_per_s  over all processes, from the end of the step before to the end of this one (the first one compiles)
     mfu           model FLOPs utilisation: FLOPs the model needs / time / the GPU's dense bf16 peak; known GPUs only
     skipped       steps left out so far because loss or gradient was not finite
+    load_max, dead_experts, router_entropy   of mixtures of experts: see latent_moe.load_metrics
     val_loss      nats per token of the validation text, where it was evaluated
     val_bpb       bits per byte of that text: comparable across tokenizers, and with compressors
 """
@@ -104,12 +105,12 @@ class Recipe:
     gpu: dict
 
 
+_CPU = dict(context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250)
+_GPU = dict(context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250)
 RECIPES = {
-    "hybrid": Recipe(
-        NextToken,
-        cpu=dict(preset="tiny", context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250),
-        gpu=dict(preset="small", context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250),
-    ),
+    "hybrid": Recipe(NextToken, cpu=dict(preset="tiny", **_CPU), gpu=dict(preset="small", **_GPU)),
+    "nano3": Recipe(NextToken, cpu=dict(preset="nano3-tiny", **_CPU), gpu=dict(preset="nano3", **_GPU)),
+    "super3": Recipe(NextToken, cpu=dict(preset="super3-tiny", **_CPU), gpu=dict(preset="super3", **_GPU)),
 }
 
 # A model that reads a text more than MAX_FRESH_EPOCHS times learns it by heart unless it is held back (Muennighoff et
@@ -195,9 +196,12 @@ def set_up(argv):
     if saved:
         restore(run, saved)
 
+    parameters = f"{model.num_parameters() / 1e6:.2f}M parameters"
+    if model.mixtures():
+        parameters += f" ({model.num_parameters(active=True) / 1e6:.2f}M active)"
     run.say(f"run: {directory}, {'resumed at' if saved else 'from'} step {run.step} of {config.steps}")
     run.say(
-        f"model: {model_config.hybrid_override_pattern}, {model.num_parameters() / 1e6:.2f}M parameters on "
+        f"model: {model_config.hybrid_override_pattern}, {parameters} on "
         f"{world_size} x {device.type}, {str(dtype)[6:]} ({reason}), backend {pick_backend(device=device)}, "
         f"compile={config.compile}"
     )
@@ -331,7 +335,7 @@ def load_checkpoint(directory):
 def restore(run, saved):
     """Puts a loaded checkpoint into the run. Raises ValueError if the command line asked for another shape."""
     asked, was = asdict(run.model.config), saved["model_config"]
-    changed = [k for k in asked if asked[k] != was[k] and k not in ("hidden_dropout", "chunk_size")]
+    changed = [k for k in asked if asked[k] != was.get(k, asked[k]) and k not in ("hidden_dropout", "chunk_size")]
     if changed:
         raise ValueError(
             f"--{changed[0]}={asked[changed[0]]}: the run was begun with {was[changed[0]]}; start a new run"
@@ -456,6 +460,7 @@ def optimizer_step(run, loss, norm):
         run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
+    run.model.balance_routers()
 
 
 def evaluate(run):

@@ -17,6 +17,13 @@ def build(dtype=torch.float32, seed=0, **changes):
     return scramble(Hybrid(HybridConfig(**(TINY | changes))), seed).to(dtype).eval()
 
 
+MOE = dict(
+    hybrid_override_pattern="ME*E", n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=12,
+    moe_shared_expert_intermediate_size=20, routed_scaling_factor=2.5,
+)  # fmt: skip
+MIXTURES = {"standard": MOE, "grouped": MOE | dict(n_group=4, topk_group=2), "latent": MOE | dict(moe_latent_size=8)}
+
+
 def draw_ids(B, T, seed=0):
     return torch.randint(TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
 
@@ -63,27 +70,81 @@ def test_a_checkpoint_of_transformers_opens_here(tmp_path):
     assert torch.equal(again(draw_ids(1, 9)), model(draw_ids(1, 9)))
 
 
-def test_parameter_names_are_those_of_transformers():
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_of_experts_is_that_of_transformers(kind, tmp_path):
+    model = build(**MIXTURES[kind])
+    for moe in model.mixtures():
+        moe.gate.e_score_correction_bias.uniform_(-0.2, 0.2)
+    theirs = oracle(model, tmp_path / "ours")
+    ids = draw_ids(2, 11)
+    expected = theirs(ids, use_cache=False).logits
+    assert (model(ids) - expected).norm() < 1e-5 * expected.norm()
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = Hybrid.from_pretrained(tmp_path / "theirs").to(torch.float64).to(torch.float32).eval()
+    assert torch.equal(again(ids), model(ids))
+
+
+@pytest.mark.parametrize("changes", [{}, MOE, MOE | dict(moe_latent_size=8)])
+def test_parameter_names_are_those_of_transformers(changes):
     transformers = pytest.importorskip("transformers")
-    shape = {k: v for k, v in TINY.items()}
+    shape = TINY | changes
     with torch.device("meta"):
         theirs = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**shape)).state_dict()
-        ours = Hybrid(HybridConfig(**TINY)).state_dict()
+        ours = Hybrid(HybridConfig(**shape)).state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 @pytest.mark.parametrize(
-    ("preset", "millions"), [("nano-12b-v2", 12310), ("nano-9b-v2", 8890), ("small", 122.3), ("tiny", 1.844)]
-)
-def test_presets_have_the_published_sizes(preset, millions):
+    ("preset", "millions", "active"),
+    [
+        ("nano-12b-v2", 12310, 12310), ("nano-9b-v2", 8890, 8890), ("nano-3-30b-a3b", 31580, 3580),
+        ("super-3-120b-a12b", 120670, 12770), ("ultra-3-550b-a55b", 549300, 56100),
+        ("small", 122.3, 122.3), ("nano3", 298.7, 122.5), ("super3", 301.6, 122.3), ("tiny", 1.844, 1.844),
+    ],
+)  # fmt: skip
+def test_presets_have_the_published_sizes(preset, millions, active):
     with torch.device("meta"):
         model = Hybrid(PRESETS[preset])
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert model.num_parameters(active=True) / 1e6 == pytest.approx(active, rel=1e-3)
 
 
-@pytest.mark.parametrize(("preset", "counts"), [("nano-12b-v2", (28, 6, 28)), ("nano-9b-v2", (27, 4, 25))])
+@pytest.mark.parametrize(
+    ("preset", "counts"),
+    [
+        ("nano-12b-v2", (28, 6, 28, 0)), ("nano-9b-v2", (27, 4, 25, 0)), ("nano-3-30b-a3b", (23, 6, 0, 23)),
+        ("super-3-120b-a12b", (40, 8, 0, 40)), ("ultra-3-550b-a55b", (48, 12, 0, 48)),
+    ],
+)  # fmt: skip
 def test_presets_have_the_published_layers(preset, counts):
-    assert tuple(map(PRESETS[preset].hybrid_override_pattern.count, "M*-")) == counts
+    assert tuple(map(PRESETS[preset].hybrid_override_pattern.count, "M*-E")) == counts
+
+
+# ---- mixtures of experts in training ----
+
+
+def test_the_loss_of_mixtures_has_their_balance_and_their_routers_move():
+    model, ids = build(**MOE, router_aux_loss_coef=0.5, router_bias_update_rate=0.1), draw_ids(2, 20)
+    plain, _ = model.loss(ids[:, :-1], ids[:, 1:])
+    model.train()
+    loss, metrics = model.loss(ids[:, :-1], ids[:, 1:])
+    balance = sum(moe.balance_loss for moe in model.mixtures())
+    assert loss.item() == pytest.approx(plain.item() + 0.5 * balance.item(), rel=1e-5)
+    assert metrics["loss"].item() == pytest.approx(plain.item(), rel=1e-5)
+    assert metrics["load_max"] >= 1 and 0 <= metrics["dead_experts"] < 1 and 0 < metrics["router_entropy"] <= 1
+    gates = [moe.gate for moe in model.mixtures()]
+    busiest = [gate.counts.argmax() for gate in gates]
+    model.balance_routers()
+    for gate, expert in zip(gates, busiest):
+        assert gate.e_score_correction_bias[expert] == pytest.approx(-0.1) and not gate.counts.any()
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_cache_of_mixtures_goes_on_where_it_was(kind):
+    model, ids = build(**MIXTURES[kind]), draw_ids(2, 12)
+    cache = model.new_cache()
+    parts = torch.cat([model(ids[:, :5], cache), model(ids[:, 5:6], cache), model(ids[:, 6:], cache)], dim=1)
+    assert torch.allclose(parts, model(ids), atol=1e-4)
 
 
 # ---- initialisation, loss ----

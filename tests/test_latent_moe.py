@@ -1,0 +1,269 @@
+"""latent_moe.py: parity with transformers' NemotronHMoE, limit cases, balancing, the paper's counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from latent_moe import (
+    MLP,
+    MoE,
+    MoEConfig,
+    choose_experts,
+    latent_twin,
+    layer_cost,
+    load_metrics,
+    sequence_balance_loss,
+    update_bias,
+)
+from nano_hybrid import PRESETS
+
+SMALL = MoEConfig(24, 8, 3, 10, 14, routed_scaling_factor=2.5)
+KINDS = {
+    "standard": SMALL,
+    "grouped": replace(SMALL, n_group=4, topk_group=2),
+    "latent": replace(SMALL, latent_size=6),
+    "not normalised": replace(SMALL, norm_topk_prob=False),
+}
+
+
+def build(config, dtype=torch.float32, seed=0):
+    """A layer whose every part matters: large weights, and a correction bias that changes the choice."""
+    torch.manual_seed(seed)
+    layer = MoE(config)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(0, 1.3 / p.shape[-1] ** 0.5)
+        layer.gate.e_score_correction_bias.uniform_(-0.2, 0.2)
+    return layer.to(dtype)
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def plain(layer, x):
+    """The layer for one token after the other, expert by expert, from the equations."""
+    c, ys = layer.config, []
+    for token in x.flatten(0, -2):
+        s = torch.sigmoid(layer.gate.weight @ token)
+        biased = s + layer.gate.e_score_correction_bias
+        if c.n_group > 1:
+            groups = biased.view(c.n_group, -1)
+            best = groups.topk(2).values.sum(-1).topk(c.topk_group).indices.tolist()
+            for g in set(range(c.n_group)) - set(best):
+                biased = torch.where(torch.arange(len(s)) // groups.shape[1] == g, -torch.inf, biased)
+        chosen = biased.topk(c.num_experts_per_tok).indices.tolist()
+        total = sum(s[e] for e in chosen) if c.norm_topk_prob else 1
+        u = layer.fc1_latent_proj(token) if c.latent_size else token
+        experts = layer.experts
+        o = sum(s[e] / total * (experts.down_proj[e] @ (experts.up_proj[e] @ u).relu() ** 2) for e in chosen)
+        o = c.routed_scaling_factor * o
+        shared = layer.shared_experts
+        ys.append((layer.fc2_latent_proj(o) if c.latent_size else o) + shared(token))
+    return torch.stack(ys).view(x.shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layer_is_its_equations_with_every_gradient(kind):
+    layer, x = build(KINDS[kind], torch.float64), draw(2, 5, 24, dtype=torch.float64).requires_grad_()
+    weights = draw(2, 5, 24, seed=1, dtype=torch.float64)
+    wanted = [x, *layer.parameters()]
+    got, expected = layer(x), plain(layer, x)
+    assert torch.allclose(got, expected, atol=1e-12)
+    pairs = zip(*(torch.autograd.grad((y * weights).sum(), wanted) for y in (got, expected)))
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layer_is_that_of_transformers(kind):
+    modeling = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    from transformers import NemotronHConfig
+
+    c, layer = KINDS[kind], build(KINDS[kind])
+    config = NemotronHConfig(
+        hidden_size=24, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=10, moe_latent_size=c.latent_size,
+        moe_shared_expert_intermediate_size=14, n_group=c.n_group, topk_group=c.topk_group,
+        norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=2.5,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    theirs = modeling.NemotronHMoE(config)
+    theirs.load_state_dict(layer.state_dict())  # the same names
+    x = draw(2, 7, 24)
+    expected = theirs(x)
+    assert (layer(x) - expected).norm() < 1e-5 * expected.norm()
+    grads = [torch.autograd.grad(f(x).square().sum(), list(f.parameters())) for f in (layer, theirs)]
+    names = [dict(f.named_parameters()).keys() for f in (layer, theirs)]
+    ours, others = (dict(zip(n, g)) for n, g in zip(names, grads))
+    for name, grad in others.items():
+        assert (ours[name] - grad).norm() < 1e-5 * grad.norm(), name
+
+
+# ---- limit cases ----
+
+
+def test_one_expert_is_two_mlps():
+    layer, x = (
+        build(replace(SMALL, n_routed_experts=1, num_experts_per_tok=1, routed_scaling_factor=1.0)),
+        draw(3, 2, 24),
+    )
+    expert = MLP(24, 10)
+    expert.load_state_dict({"up_proj.weight": layer.experts.up_proj[0], "down_proj.weight": layer.experts.down_proj[0]})
+    assert torch.allclose(layer(x), expert(x) + layer.shared_experts(x), atol=1e-5)
+
+
+def test_a_latent_space_of_full_width_is_the_standard_layer():
+    layer, x = build(SMALL), draw(2, 3, 24)
+    latent = MoE(replace(SMALL, latent_size=24))
+    latent.load_state_dict(
+        layer.state_dict() | {f"fc{i}_latent_proj.weight": torch.eye(24) for i in (1, 2)}, strict=True
+    )
+    assert torch.allclose(latent(x), layer(x), atol=1e-5)
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    scores = torch.tensor([[0.9, 0.5, 0.1]])
+    ids, weights = choose_experts(scores, torch.tensor([0.0, 0.0, 2.0]), MoEConfig(4, 3, 2, 4, 4))
+    assert set(ids[0].tolist()) == {2, 0}
+    assert weights[ids == 2].item() == pytest.approx(0.1 / (0.1 + 0.9))
+
+
+def test_no_tokens():
+    assert build(SMALL)(torch.zeros(2, 0, 24)).shape == (2, 0, 24)
+
+
+# ---- balancing ----
+
+
+def test_the_balance_loss_is_one_when_even_and_grows_to_E_over_K_when_not():
+    even = torch.full((2, 8, 4), 0.5) + 1e-3 * torch.eye(4).repeat(
+        2, 2, 1
+    )  # each expert is best for every fourth token
+    assert sequence_balance_loss(even, 1).item() == pytest.approx(1, rel=1e-3)
+    skewed = torch.tensor([1.0, 1e-9, 1e-9, 1e-9]).expand(2, 8, 4)
+    assert sequence_balance_loss(skewed, 1).item() == pytest.approx(4, rel=1e-3)
+
+
+def test_the_balance_loss_is_its_equation_sequence_by_sequence():
+    scores, top_k = draw(3, 7, 6, dtype=torch.float64).sigmoid().requires_grad_(), 2
+    expected = 0
+    for sequence in scores:
+        f = torch.bincount(sequence.topk(top_k).indices.flatten(), minlength=6) / (top_k * 7)
+        p = (sequence / sequence.sum(-1, keepdim=True)).mean(0)
+        expected = expected + 6 * (f * p).sum() / 3
+    got = sequence_balance_loss(scores, top_k)
+    assert torch.allclose(got, expected)
+    grads = [torch.autograd.grad(loss, scores, retain_graph=True)[0] for loss in (got, expected)]
+    assert torch.allclose(*grads)
+
+
+def test_the_bias_moves_by_its_rate_towards_the_experts_with_too_few():
+    bias = torch.zeros(4)
+    update_bias(bias, torch.tensor([9, 3, 1, 3]), rate=0.5)  # mean 4
+    assert bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
+    update_bias(bias, torch.tensor([2, 2, 2, 2]), rate=0.5)
+    assert bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
+
+
+def test_the_bias_alone_evens_out_a_badly_skewed_router():
+    layer = build(MoEConfig(16, 16, 2, 8, 8))
+    with torch.no_grad():
+        layer.gate.weight[:, 0] = torch.linspace(-2, 2, 16)  # on tokens whose first channel is 1: some always win
+    loads = []
+    for step in range(400):
+        x = draw(1, 512, 16, seed=step)
+        x[..., 0] = 1
+        layer(x)
+        loads.append(layer.metrics["load_max"].item())
+        update_bias(layer.gate.e_score_correction_bias, layer.gate.counts, rate=5e-3)
+        layer.gate.counts.zero_()
+    assert loads[0] > 3 and max(loads[-20:]) < 1.5
+
+
+def test_counts_add_up_over_micro_batches_and_only_in_training():
+    layer = build(SMALL)
+    layer(draw(2, 5, 24)), layer(draw(1, 5, 24))
+    assert layer.gate.counts.sum() == 15 * 3
+    layer.eval()(draw(2, 5, 24))
+    with torch.no_grad():
+        layer.train()(draw(2, 5, 24))
+    assert layer.gate.counts.sum() == 15 * 3
+
+
+def test_load_metrics():
+    even, collapsed = torch.full((5, 4), 0.5), torch.tensor([1.0, 0, 0, 0]).expand(5, 4)
+    found = load_metrics(torch.tensor([5, 5, 5, 5]), even)
+    assert {k: v.item() for k, v in found.items()} == pytest.approx(dict(load_max=1, dead_experts=0, router_entropy=1))
+    found = load_metrics(torch.tensor([20, 0, 0, 0]), collapsed)
+    assert {k: v.item() for k, v in found.items()} == pytest.approx(
+        dict(load_max=4, dead_experts=0.75, router_entropy=0)
+    )
+
+
+# ---- precision ----
+
+
+def test_router_and_bias_stay_in_float32_when_the_model_does_not():
+    layer = build(SMALL)
+    bias = layer.gate.e_score_correction_bias.clone()
+    layer = layer.to(torch.bfloat16)
+    assert torch.equal(layer.gate.e_score_correction_bias, bias)
+    assert layer(draw(1, 4, 24).bfloat16()).dtype == torch.bfloat16
+    assert layer.gate(draw(1, 4, 24).bfloat16()).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.gate(draw(1, 4, 24)).dtype == torch.float32
+
+
+# ---- costs ----
+
+
+def test_the_twin_of_the_paper_s_layer_has_the_paper_s_counts():
+    standard = MoEConfig(4096, 128, 6, 2688, 5376)
+    twin = latent_twin(standard, 4)
+    assert (twin.latent_size, twin.n_routed_experts, twin.num_experts_per_tok) == (1024, 512, 22)
+    ours, theirs = layer_cost(standard), layer_cost(twin)
+    assert ours["routed"] == theirs["routed"] == 2 * 4096 * 2688 * 128
+    assert 0.99 < theirs["active"] / ours["active"] <= 1
+    assert theirs["dispatched_bytes"] / ours["dispatched_bytes"] == pytest.approx(22 / 24)
+    assert theirs["read_bytes"] / ours["read_bytes"] == pytest.approx(22 / 24)
+    assert latent_twin(standard, 4, more_experts=False).n_routed_experts == 128
+
+
+@pytest.mark.parametrize("config", [SMALL, KINDS["latent"]])
+def test_layer_cost_counts_the_parameters(config):
+    assert layer_cost(config)["total"] == sum(p.numel() for p in MoE(config).parameters())
+
+
+@pytest.mark.parametrize("size", ["", "-tiny"])
+def test_super3_is_the_twin_of_nano3(size):
+    twin = latent_twin(PRESETS["nano3" + size].moe(), 4)
+    assert PRESETS["super3" + size].moe() == twin
+
+
+@pytest.mark.parametrize(
+    "changes, wrong",
+    [
+        (dict(num_experts_per_tok=9), "num_experts_per_tok=9"),
+        (dict(n_group=3), "multiple of n_group=3"),
+        (dict(n_group=8), "n_group=8 leaves 1"),
+        (dict(n_group=4, topk_group=1), "choose from 2 experts"),
+        (dict(latent_size=0), "at least 1"),
+    ],
+)
+def test_impossible_layers_are_refused(changes, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        replace(SMALL, **changes)
+
+
+def test_impossible_twins_are_refused():
+    with pytest.raises(ValueError, match="multiple of alpha=5"):
+        latent_twin(SMALL, 5)
+    with pytest.raises(ValueError, match="alpha=1"):
+        latent_twin(replace(SMALL, num_experts_per_tok=1), 1)
+
+
+def test_dense_gradients_reach_the_router_only_through_the_weights():
+    layer = build(replace(SMALL, num_experts_per_tok=1))  # one expert, normalised: its weight is 1 whatever the score
+    grad = torch.autograd.grad(F.mse_loss(layer(draw(1, 6, 24)), draw(1, 6, 24, seed=1)), layer.gate.weight)[0]
+    assert grad.abs().max() < 1e-6
