@@ -1134,9 +1134,8 @@ def _column_slices(R, C, room, like):
 
     room: how many numbers may be held at a time.
     """
-    n_slices = -(-C // max(128, room // R))
-    width = -(-C // (128 * n_slices)) * 128  # whole tiles
-    buffer = torch.empty(R * min(C, width), dtype=like.dtype, device=like.device)
+    width = min(C, max(128, room // R // 256 * 256))  # whole tiles
+    buffer = torch.empty(R * width, dtype=like.dtype, device=like.device)
     for first in range(0, C, width):
         columns = slice(first, min(C, first + width))
         n = columns.stop - first
@@ -1160,15 +1159,26 @@ def _rows_and_sum(a, w, k_first, routing, room, out):
         )
 
 
+def _weight_tiles(columns, dtype):
+    """Returns the tile of a gradient of the weights. The sum is over rows: BLOCK_K of them at a time."""
+    if small_card() or dtype == torch.float32:
+        tiles = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
+    elif 2 * triton.cdiv(columns, 256) == triton.cdiv(columns, 128):  # no more empty columns than with 128
+        tiles = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=32, num_warps=8, num_stages=5)
+    else:
+        tiles = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    return tiles | dict(PRECISION=dot_precision())
+
+
 def _weight_gradient(a, b, routing, room, out):
     """Writes sum_r a b[token]^T of each expert to out [E, M, N] (of any strides), for a [R, M] and b [S, N].
 
     The rows of b are gathered first: a product that gathered them in its loop would take half as long again.
     """
     (R, M), (S, C), E = a.shape, b.shape, len(out)
-    tiles = _expert_tiles(128 * R, E, a.dtype)  # as if there were many rows: here they are what is summed over
     for columns, rows in _column_slices(R, C, room, a):
         n = rows.shape[1]
+        tiles = _weight_tiles(n, a.dtype)
         block = min(512, triton.next_power_of_2(n))
         _gather_kernel[(triton.cdiv(R, 4096 // block), triton.cdiv(n, block))](
             b[:, columns], routing.order, rows, R, n, b.stride(0), K=R // S, BLOCK_R=4096 // block, BLOCK_N=block
@@ -1206,7 +1216,7 @@ class _ExpertMLP(torch.autograd.Function):
         routing, dy = _Routing(*routing), tail_contiguous(dy)
         (S, C), (E, width, _), K = x.shape, up.shape, weights.shape[1]
         ddown = torch.empty_like(down)
-        _weight_gradient(h, dy, routing, ctx.room, ddown.transpose(1, 2))
+        _weight_gradient(h, dy, routing, ctx.room + x.numel() + up.numel(), ddown.transpose(1, 2))  # no dx, dup yet
         tiles = _expert_tiles(S * K, E, x.dtype, columns=width)
         n_tiles = triton.cdiv(width, tiles["BLOCK_N"])
         dweights = torch.empty(n_tiles, S, K, dtype=torch.float32, device=x.device)
@@ -1215,8 +1225,9 @@ class _ExpertMLP(torch.autograd.Function):
             dweights, width, C, S * K, dy.stride(0), TINY, K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
         )  # fmt: skip
         torch.autograd.graph.increment_version(h)  # a second backward then gets torch's error, not wrong numbers
-        du, dup, dx = h, torch.empty_like(up), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _weight_gradient(du, x, routing, ctx.room, dup)
+        du, dup = h, torch.empty_like(up)
+        _weight_gradient(du, x, routing, ctx.room + x.numel(), dup)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _rows_and_sum(du, up, False, routing, ctx.room, dx)
         return dx, dup, ddown, None, dweights.sum(0).to(weights.dtype)
 

@@ -475,7 +475,7 @@ BENCHES = [
     Bench(
         latent_experts, _latent_inputs, checks=[(70, 40, 16, 24, 12, 5), (9, 33, 10, 50, 3, 3)],
         timings=[(16384, 2688, 672, 1856, 512, 24)],
-        cost=lambda S, C, l, F, E, K: (4 * (S * C + E * F * l + C * l), 4 * S * K * F * l + 4 * S * C * l),
+        cost=lambda S, C, size, F, E, K: (4 * (S * C + E * F * size + C * size), 4 * S * size * (K * F + C)),
         peers=_latent_peers, compiles=False,
     ),
 ]  # fmt: skip

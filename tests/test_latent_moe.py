@@ -83,9 +83,9 @@ def test_the_layer_is_that_of_transformers(kind):
 
     c, layer = KINDS[kind], build(KINDS[kind])
     config = NemotronHConfig(
-        hidden_size=24, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=10, moe_latent_size=c.latent_size,
-        moe_shared_expert_intermediate_size=14, n_group=c.n_group, topk_group=c.topk_group,
-        norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=2.5,
+        hidden_size=24, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=10,
+        moe_latent_size=c.latent_size, moe_shared_expert_intermediate_size=14, n_group=c.n_group,
+        topk_group=c.topk_group, norm_topk_prob=c.norm_topk_prob, routed_scaling_factor=2.5,
     )  # fmt: skip
     config._experts_implementation = "eager"
     theirs = modeling.NemotronHMoE(config)

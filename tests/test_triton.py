@@ -305,3 +305,49 @@ def test_the_fused_layer_takes_any_layout(layout):
 def test_a_convolution_of_no_tokens():
     x = torch.zeros(2, 0, 5, device=DEVICE)
     assert kernels.causal_conv1d(x, torch.ones(5, 4, device=DEVICE), backend="triton").shape == (2, 0, 5)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_experts_replay_from_a_cuda_graph_and_repeat_bit_for_bit():
+    x, up, down, ids, weights = (t.to(DEVICE) for t in experts(500, 64, 48, 8, 2))
+    leaves = [t.bfloat16().requires_grad_() for t in (x, up, down)]
+
+    def step():
+        y = kernels.expert_mlp(*leaves, ids, weights.float(), backend="triton")
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = [t.clone() for t in step()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for skew in (0, 5):  # other experts, the same graph
+        ids.copy_(experts(500, 64, 48, 8, 2, skew=skew, seed=3)[3])
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b, c in zip(replayed, step(), step()):
+            assert torch.equal(a, b) and torch.equal(b, c)
+    assert not torch.equal(expected[0], replayed[0])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "S, C, width, E, K", [(16384, 768, 512, 32, 4), (8192, 384, 512, 64, 16), (4096, 1024, 768, 64, 6)]
+)
+def test_experts_take_a_quarter_more_memory_than_they_must(S, C, width, E, K):
+    """They must: inputs, outputs and gradients, and one [S K, F] of activations."""
+    tensors = [t.to(DEVICE) for t in experts(S, C, width, E, K)]
+    leaves = [t.bfloat16().requires_grad_() for t in tensors[:3]] + [tensors[3], tensors[4].float().requires_grad_()]
+    wanted = [t for t in leaves if t.requires_grad]
+    dy = torch.ones(S, C, dtype=torch.bfloat16, device=DEVICE)
+    del tensors
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    must = size(leaves) + size(wanted) + 2 * size([dy]) + 2 * S * K * width
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated() - size(leaves) - size([dy])
+    y = kernels.expert_mlp(*leaves, backend="triton")
+    torch.autograd.grad(y, wanted, dy)
+    assert torch.cuda.max_memory_allocated() - others <= 1.25 * must
