@@ -1401,9 +1401,13 @@ def measure(benches, path):
     Rows of other ops that the file has already stay there.
     """
     print(f"\n{'bf16 (floor: that of an H200)':60}{'fwd ms':>8}{'of floor':>9}{'f+b ms':>8}{'of floor':>9}{'MiB':>7}")
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+    command, machine = (
+        f"python {' '.join([path.stem + '.py', *sys.argv[1:]])}",
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}",
+    )
     names = {bench.op.__name__ for bench in benches}
-    rows = [row for row in json.loads(path.read_text())["rows"] if row["op"] not in names] if path.exists() else []
+    record = json.loads(path.read_text()) if path.exists() else dict(rows=[])
+    rows = [row for row in record["rows"] if row["op"] not in names]
     for bench, sizes in each(benches, "timings"):
         inputs = [in_low(t, torch.bfloat16) for t in bench.inputs(normal("cuda"), *sizes)]
         n_bytes, n_flops = bench.cost(*sizes)
@@ -1418,13 +1422,13 @@ def measure(benches, path):
                 print(f"{bench.op.__name__} {sizes} {who}: {type(error).__name__} {str(error)[:80]}")
                 continue
             found = dict(fwd_ms=forward, fwd_bwd_ms=both, extra_mib=mib, floor_fwd_ms=floor)
-            rows.append(dict(op=bench.op.__name__, sizes=sizes, who=who, **found, machine=machine))
+            rows.append(dict(op=bench.op.__name__, sizes=sizes, who=who, **found, command=command, machine=machine))
             print(
                 f"{bench.op.__name__} {sizes} {who}"[:59].ljust(60)
                 + f"{forward:8.3f}{floor / forward:9.0%}{both:8.3f}{3 * floor / both:9.0%}{mib:7.0f}"
             )
         torch.compiler.reset()
-        path.write_text(json.dumps(dict(command=f"python {path.stem}.py", rows=rows), indent=1) + "\n")
+        path.write_text(json.dumps(record | dict(rows=rows), indent=1) + "\n")
 
 
 def check_and_time(benches, name):
