@@ -54,6 +54,7 @@ class MoEConfig:
     topk_group: int = 1  # groups a token may choose from
     norm_topk_prob: bool = True  # whether a token's weights are divided by their sum
     routed_scaling_factor: float = 1.0  # then multiplied by this
+    mlp_bias: bool = False  # biases in the shared expert and the latent projections; the experts never have any
 
     def __post_init__(self):
         sizes = [self.hidden_size, self.n_routed_experts, self.num_experts_per_tok, self.moe_intermediate_size,
@@ -153,12 +154,12 @@ def load_metrics(counts, scores):
 
 
 class MLP(nn.Module):
-    """down(relu(up x)^2), no gate and no bias."""
+    """down(relu(up x)^2), no gate."""
 
-    def __init__(self, hidden_size, intermediate_size):
+    def __init__(self, hidden_size, intermediate_size, bias=False):
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x):
         """Returns [..., hidden_size] of x [..., hidden_size]."""
@@ -215,10 +216,11 @@ class MoE(nn.Module):
         self.config = config
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size)
+        C, bias = config.hidden_size, config.mlp_bias
+        self.shared_experts = MLP(C, config.moe_shared_expert_intermediate_size, bias)
         if config.latent_size is not None:
-            self.fc1_latent_proj = nn.Linear(config.hidden_size, config.latent_size, bias=False)
-            self.fc2_latent_proj = nn.Linear(config.latent_size, config.hidden_size, bias=False)
+            self.fc1_latent_proj = nn.Linear(C, config.latent_size, bias)
+            self.fc2_latent_proj = nn.Linear(config.latent_size, C, bias)
         self.balance_loss, self.metrics = None, {}
 
     def forward(self, x):

@@ -46,8 +46,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
 from latent_moe import MLP, Experts, MoE, MoEConfig, Router, update_bias
@@ -83,6 +83,9 @@ class HybridConfig:
     layer_norm_epsilon: float = 1e-5  # eps of every RMSNorm
     initializer_range: float = 0.04  # std of the initial weights; the released models use sqrt(0.8 / hidden_size)
     hidden_dropout: float = 0.0  # dropout on the embeddings and on what each layer adds to them
+    use_bias: bool = False  # biases in a Mamba layer's in_proj and out_proj
+    use_conv_bias: bool = True  # bias in its convolution
+    mlp_bias: bool = False  # biases in MLPs, shared experts and latent projections
     n_routed_experts: int = 8  # E, experts of a mixture
     num_experts_per_tok: int = 2  # K, experts that a token uses
     moe_intermediate_size: int = 128  # hidden units of an expert
@@ -261,13 +264,14 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         H, di = config.mamba_num_heads, config.mamba_size
-        self.in_proj = nn.Linear(config.hidden_size, di + config.conv_size + H, bias=False)  # z | x B C | dt
-        self.conv1d = nn.Conv1d(config.conv_size, config.conv_size, config.conv_kernel, groups=config.conv_size)
+        self.in_proj = nn.Linear(config.hidden_size, di + config.conv_size + H, bias=config.use_bias)  # z | x B C | dt
+        channels = config.conv_size
+        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(H))
         self.D = nn.Parameter(torch.empty(H))
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.norm = RMSNorm(di, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(di, config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(di, config.hidden_size, bias=config.use_bias)
 
     def forward(self, u, cache=None):
         """Returns [B, T, C]: in_proj, then the inside of the layer (ssd.py, section 6), then out_proj."""
@@ -325,7 +329,7 @@ def mixer_of(config, index):
     letter = config.hybrid_override_pattern[index]
     if letter in "M*":
         return (Mamba2 if letter == "M" else Attention)(config, index)
-    return MoE(config.moe()) if letter == "E" else MLP(config.hidden_size, config.intermediate_size)
+    return MoE(config.moe()) if letter == "E" else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
 
 OUTPUT_PROJECTIONS = (
@@ -399,13 +403,16 @@ class Hybrid(nn.Module):
             output_std = std / math.sqrt(len(self.model.layers))
             if isinstance(module, nn.Embedding | nn.Linear | Router):
                 module.weight.normal_(0, output_std if name.split(".")[-1] in OUTPUT_PROJECTIONS else std)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
             elif isinstance(module, Experts):
                 module.up_proj.normal_(0, std)
                 module.down_proj.normal_(0, output_std)
             elif isinstance(module, Mamba2):
                 bound = 1 / math.sqrt(self.config.conv_kernel)
                 module.conv1d.weight.uniform_(-bound, bound)
-                module.conv1d.bias.uniform_(-bound, bound)
+                if module.conv1d.bias is not None:
+                    module.conv1d.bias.uniform_(-bound, bound)
                 module.A_log.uniform_(1, 16).log_()
                 module.D.fill_(1)
                 dt = module.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
@@ -546,22 +553,15 @@ class Hybrid(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, **overrides):
-        """Returns the model saved in `directory`. overrides: config fields to change (chunk_size, hidden_dropout).
+        """Returns the model saved in `directory`: by `save_pretrained`, by `transformers`, or one of NVIDIA's releases.
 
-        Raises FileNotFoundError or ValueError, saying which file is missing, damaged or does not fit.
+        overrides: config fields to change (chunk_size, hidden_dropout). Weights keep the dtype they were saved in.
+        Raises FileNotFoundError or ValueError, saying which file is missing, damaged, quantised or does not fit.
         """
-        directory = Path(directory)
         config = HybridConfig(**(config_fields(read_config(directory)) | overrides))
-        weights = directory / "model.safetensors"
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights} is missing; a checkpoint is config.json and model.safetensors")
-        try:
-            tensors = load_file(weights)
-        except SafetensorError as error:
-            raise ValueError(f"{weights} is damaged or not a safetensors file ({error}); copy it again") from None
         with torch.device("meta"):
             model = cls(config)
-        model.load_weights(from_disk_names(tensors), weights)
+        model.load_weights(read_weights(directory, config.n_routed_experts), directory)
         return model
 
     def load_weights(self, tensors, source):
@@ -628,8 +628,11 @@ def read_config(directory):
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("model_type") != "nemotron_h":
-        config = config if isinstance(config, dict) else {}
+    config = config if isinstance(config, dict) else {}
+    inner = [part for part in config.values() if isinstance(part, dict) and part.get("model_type") == "nemotron_h"]
+    if config.get("model_type") != "nemotron_h" and inner:
+        config = inner[0]  # the language model of a multimodal one
+    if config.get("model_type") != "nemotron_h":
         raise ValueError(f"{path} has model_type={config.get('model_type')!r}; this file knows 'nemotron_h' only")
     return config
 
@@ -650,32 +653,76 @@ def to_disk_names(state_dict):
     return tensors
 
 
-def from_disk_names(tensors):
-    """Returns the weights as the model names them, from either spelling: the inverse of `to_disk_names`."""
-    state_dict, stacks = {}, {}
-    for name, tensor in tensors.items():
-        name = name.replace("backbone.", "model.", 1)
-        if match := EXPERT.fullmatch(name):
-            layer, expert, matrix = match.groups()
-            stacks.setdefault(f"{layer}.{matrix}", {})[int(expert)] = tensor
+def checkpoint_tensors(directory):
+    """Yields (name, tensor) for every tensor of a checkpoint, in one file or several, one at a time."""
+    index = directory / "model.safetensors.index.json"
+    files = [directory / "model.safetensors"]
+    if index.is_file():
+        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing; a checkpoint is config.json and model.safetensors, or its parts"
+            )
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file ({error}); copy it again") from None
+
+
+def read_weights(directory, n_experts):
+    """Returns the state_dict of a checkpoint in any spelling: the inverse of `to_disk_names`.
+
+    Each tensor goes to its place as it is read, so that there is never more in memory than the weights and one of them.
+    """
+    state_dict, missing = {}, {}
+    for name, tensor in checkpoint_tensors(Path(directory)):
+        if name.endswith("_scale") or tensor.dtype in (torch.uint8, torch.int8, torch.float8_e4m3fn):
+            raise ValueError(f"{directory} is quantised ({name} is {tensor.dtype}); take the BF16 release of the model")
+        name = name.removeprefix("language_model.").replace("backbone.", "model.", 1)
+        match = EXPERT.fullmatch(name)
+        if match and int(match[2]) < n_experts:
+            stack, expert = f"{match[1]}.{match[3]}", int(match[2])
+            if stack not in state_dict:
+                state_dict[stack], missing[stack] = tensor.new_empty(n_experts, *tensor.shape), set(range(n_experts))
+            state_dict[stack][expert] = tensor
+            missing[stack].discard(expert)
+        elif name.endswith("e_score_correction_bias"):
+            state_dict[name] = tensor.float()  # its steps are finer than 16 bits
         else:
             state_dict[name] = tensor
-    return state_dict | {name: torch.stack([stack[e] for e in sorted(stack)]) for name, stack in stacks.items()}
+    for stack, experts in missing.items():
+        if experts:
+            raise ValueError(f"{directory} lacks expert {min(experts)} of {stack}; a part of it is missing")
+    return state_dict
 
 
 # transformers 5 writes the layers as a list of words: its own, or those of newer releases
 LETTER_OF = dict(linear_attention="M", mamba="M", full_attention="*", attention="*", mlp="-", moe="E")
+OLD_NAMES = dict(attention_head_dim="head_dim", norm_eps="layer_norm_epsilon", rms_norm_eps="layer_norm_epsilon",
+                 mamba_proj_bias="use_bias")  # fmt: skip
+ALWAYS = dict(
+    mlp_hidden_act="relu2", mamba_hidden_act="silu", attention_bias=False
+)  # what this file builds, whatever else there could be
 
 
 def config_fields(config):
-    """Returns the part of a config.json dict that HybridConfig has fields for.
+    """Returns the part of a config.json dict that HybridConfig has fields for, in whichever of its spellings.
 
-    Raises ValueError for a model with biases that this file does not build.
+    Raises ValueError for a model that this file does not build: quantised, other activations, a limit on dt.
     """
-    expected = dict(use_bias=False, mlp_bias=False, attention_bias=False, mamba_proj_bias=False, use_conv_bias=True)
-    for name, value in expected.items():
+    for name, value in ALWAYS.items():
         if config.get(name, value) != value:
-            raise ValueError(f"config.json sets {name}={config[name]}; this model is built with {value}, as released")
+            raise ValueError(f"config.json sets {name}={config[name]!r}; this file builds {value!r} only")
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise ValueError("config.json describes quantised weights; take the BF16 release of the model")
+    low, high = config.get("time_step_limit") or (0.0, math.inf)
+    high = float(high["__float__"]) if isinstance(high, dict) else high  # transformers 5 writes infinity so
+    if low > 0 or high < math.inf:
+        raise ValueError(f"config.json limits dt to [{low}, {high}]; this file builds [0, inf), as released")
+    config = {OLD_NAMES[name]: value for name, value in config.items() if name in OLD_NAMES} | config
     if "hybrid_override_pattern" not in config and "layers_block_type" in config:
         pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["layers_block_type"])
         config = config | {"hybrid_override_pattern": pattern}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from conftest import TINY, scramble
 from nano_hybrid import PRESETS, Hybrid, HybridConfig, sample
@@ -82,6 +83,67 @@ def test_a_mixture_of_experts_is_that_of_transformers(kind, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     again = Hybrid.from_pretrained(tmp_path / "theirs").to(torch.float64).to(torch.float32).eval()
     assert torch.equal(again(ids), model(ids))
+
+
+def test_biases_are_those_of_transformers(tmp_path):
+    model = build(**MOE | dict(moe_latent_size=8, hybrid_override_pattern="M-*E"), use_bias=True,
+                  mlp_bias=True, use_conv_bias=False)  # fmt: skip
+    ids, theirs = draw_ids(2, 11), oracle(model, tmp_path)
+    expected = theirs(ids, use_cache=False).logits
+    assert (model(ids) - expected).norm() < 1e-5 * expected.norm()
+    cache = model.new_cache(torch.tensor([0, 3]))  # left padding is exact although in_proj has a bias
+    padded = torch.cat([ids[1:, :3] * 0, ids[1:, :8]], dim=1)
+    got = model(torch.cat([ids[:1], padded]), cache)[1, 3:]
+    assert torch.allclose(got, model(ids[1:, :8])[0], atol=1e-4)
+
+
+def spell_as_a_release(folder):
+    """Rewrites a checkpoint as NVIDIA's are: parts with an index, other spellings, a multimodal model's prefix."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, parts = sorted(tensors), 3
+    weight_map = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        mine = {f"language_model.{n}": tensors[n].bfloat16() for n in names[part::parts]}
+        save_file(mine, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(mine, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = json.loads((folder / "config.json").read_text())
+    words = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+    config["layers_block_type"] = [words[letter] for letter in config.pop("hybrid_override_pattern")]
+    config |= {"attention_head_dim": config.pop("head_dim"), "norm_eps": config.pop("layer_norm_epsilon")}
+    text = json.dumps({"model_type": "a_vision_model", "text_config": config | {"time_step_limit": [0.0, math.inf]}})
+    (folder / "config.json").write_text(text)
+
+
+def test_a_release_opens(tmp_path):
+    model = build(**MIXTURES["latent"])
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()
+    model.save_pretrained(tmp_path)
+    spell_as_a_release(tmp_path)
+    again = Hybrid.from_pretrained(tmp_path)
+    assert again.lm_head.weight.dtype == torch.bfloat16  # as saved
+    assert all(moe.gate.e_score_correction_bias.dtype == torch.float32 for moe in again.mixtures())
+    assert torch.equal(again.float().eval()(draw_ids(1, 9)), model(draw_ids(1, 9)))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    (tmp_path / index["language_model.lm_head.weight"]).unlink()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        Hybrid.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change, wrong", [("no expert 2", "lacks expert 2"), ("a scale", "quantised")])
+def test_a_checkpoint_with_a_part_missing_or_quantised_is_named(change, wrong, tmp_path):
+    build(**MOE).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if change == "no expert 2":
+        tensors = {n: t for n, t in tensors.items() if not n.endswith("layers.1.mixer.experts.2.up_proj.weight")}
+    else:
+        tensors["backbone.layers.1.mixer.experts.2.up_proj.weight_scale"] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=wrong):
+        Hybrid.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{}, MOE, MOE | dict(moe_latent_size=8)])
@@ -381,8 +443,12 @@ def damage(path, how):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 48}))
     elif how == "other pattern":
         path.write_text(json.dumps(json.loads(path.read_text()) | {"hybrid_override_pattern": "M-X"}))
-    elif how == "biases":
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_bias": True}))
+    elif how == "activation":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_hidden_act": "gelu"}))
+    elif how == "dt limit":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"time_step_limit": [0.001, 0.1]}))
+    elif how == "quantised":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_algo": "FP8"}}))
 
 
 @pytest.mark.parametrize(
@@ -394,7 +460,9 @@ def damage(path, how):
         ("config.json", "foreign", ValueError, "model_type='llama'"),
         ("config.json", "other pattern", ValueError, "'X'"),
         ("config.json", "other shape", ValueError, "does not fit its config"),
-        ("config.json", "biases", ValueError, "mlp_bias"),
+        ("config.json", "activation", ValueError, "mlp_hidden_act"),
+        ("config.json", "dt limit", ValueError, "limits dt"),
+        ("config.json", "quantised", ValueError, "BF16 release"),
         ("model.safetensors", "gone", FileNotFoundError, "model.safetensors is missing"),
         ("model.safetensors", "truncated", ValueError, "damaged or not a safetensors file"),
         ("model.safetensors", "nonsense", ValueError, "damaged or not a safetensors file"),
