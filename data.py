@@ -132,6 +132,40 @@ class Tokenizer:
         return b"".join(self.vocabulary[i] for i in ids.tolist())
 
 
+class ReleasedTokenizer:
+    """Text <-> token ids by the tokenizer.json of a released model, with the methods of `Tokenizer` that writing needs.
+
+    Raises ValueError if the package `tokenizers` is not installed, or cannot read the file.
+    """
+
+    def __init__(self, path, end_of_text):
+        try:
+            from tokenizers import Tokenizer as FromFile
+            from tokenizers.decoders import DecodeStream
+        except ImportError:
+            raise ValueError(f"{path} is read by a package that is not installed: pip install tokenizers") from None
+        try:
+            self.tokenizer = FromFile.from_file(str(path))
+        except Exception as error:  # the package raises bare Exceptions
+            raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
+        self.name, self.end_of_text, self.new_stream = str(path), end_of_text, DecodeStream
+        self.n_vocab = self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text):
+        """Returns the token ids of `text`, without a start token."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Returns the text of token ids; special tokens stay visible."""
+        return self.tokenizer.decode([i for i in ids if 0 <= i < self.n_vocab], skip_special_tokens=False)
+
+    def stream(self, ids):
+        """Yields text as ids come in: a character that spans two tokens is held back until it is whole."""
+        stream = self.new_stream(skip_special_tokens=False)
+        for i in ids:
+            yield stream.step(self.tokenizer, i) or ""
+
+
 def train_tokenizer(path, vocab_size=4096):
     """Trains the shipped BPE on the python corpus and writes it in tiktoken's format: one "base64 rank" per line."""
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers

@@ -34,12 +34,14 @@ Differs  From `transformers` 5: dt is not clamped below at time_step_min (neithe
          published time_step_limit of [0, inf) does that), and A starts uniform in [1, 16] as in Megatron-LM, not 1..H.
 """
 
+import itertools
 import json
 import math
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,6 +99,10 @@ class HybridConfig:
     routed_scaling_factor: float = 1.0  # then multiply them by this
     router_aux_loss_coef: float = 1e-4  # weight of the sequence-wise balance loss
     router_bias_update_rate: float = 1e-3  # step of the bias that balances the load
+    num_nextn_predict_layers: int = 0  # 1: a block that predicts tokens further ahead (multi-token prediction)
+    mtp_hybrid_override_pattern: str = "*E"  # its layers: *, E or -
+    mtp_depths: int = 2  # how many further tokens it is trained on, by being applied to its own output
+    mtp_loss_weight: float = 0.3  # weight of their mean loss
 
     def __post_init__(self):
         unknown = sorted(set(self.hybrid_override_pattern) - set(LETTERS))
@@ -105,15 +111,21 @@ class HybridConfig:
                 f"hybrid_override_pattern={self.hybrid_override_pattern!r} has {unknown or 'no layers'}; "
                 "write one letter per layer: M (Mamba-2), * (attention), - (MLP), E (mixture of experts)"
             )
-        for name in (f.name for f in fields(self) if f.type in (int, "int")):
+        for name in (f.name for f in fields(self) if f.type in (int, "int") and f.name != "num_nextn_predict_layers"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
+        pattern = self.mtp_hybrid_override_pattern
+        if self.num_nextn_predict_layers not in (0, 1) or not pattern or set(pattern) - set("*E-"):
+            raise ValueError(
+                f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1 (one block, applied to its "
+                f"own output), and mtp_hybrid_override_pattern={pattern!r} made of *, E and -"
+            )
         for many, few in (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups")):
             if getattr(self, many) % getattr(self, few):
                 raise ValueError(f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
-        if "E" in self.hybrid_override_pattern:
+        if "E" in self.hybrid_override_pattern or (self.num_nextn_predict_layers and "E" in pattern):
             self.moe()  # raises ValueError for a mixture that cannot be built
 
     @property
@@ -162,10 +174,14 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     # The same with a mixture of experts for each MLP, of as many active parameters: Nemotron 3 Nano, arXiv:2512.20848.
     "nano3-tiny": HybridConfig(**_NANO3_TINY),
     "nano3": HybridConfig(**_SMALL, **_NANO3_SMALL),
-    # And with LatentMoE, alpha 4 (`latent_moe.latent_twin` of those): Nemotron 3 Super, arXiv:2604.12374.
-    "super3-tiny": HybridConfig(**_NANO3_TINY | dict(moe_latent_size=32, n_routed_experts=64, num_experts_per_tok=12)),
+    # And with LatentMoE, alpha 4 (`latent_moe.latent_twin` of those), and multi-token prediction: Nemotron 3 Super.
+    "super3-tiny": HybridConfig(
+        **_NANO3_TINY | dict(moe_latent_size=32, n_routed_experts=64, num_experts_per_tok=12),
+        num_nextn_predict_layers=1,
+    ),
     "super3": HybridConfig(
-        **_SMALL, **_NANO3_SMALL | dict(moe_latent_size=192, n_routed_experts=128, num_experts_per_tok=14)
+        **_SMALL, num_nextn_predict_layers=1,
+        **_NANO3_SMALL | dict(moe_latent_size=192, n_routed_experts=128, num_experts_per_tok=14),
     ),
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
     "nano-12b-v2": HybridConfig(
@@ -186,13 +202,13 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     "super-3-120b-a12b": HybridConfig(
         **_NEMOTRON_3, hidden_size=4096, num_attention_heads=32, mamba_num_heads=128, n_routed_experts=512,
         num_experts_per_tok=22, moe_intermediate_size=2688, moe_shared_expert_intermediate_size=5376,
-        moe_latent_size=1024, routed_scaling_factor=5.0, initializer_range=0.014,
+        moe_latent_size=1024, num_nextn_predict_layers=1, routed_scaling_factor=5.0, initializer_range=0.014,
         hybrid_override_pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
     ),
     "ultra-3-550b-a55b": HybridConfig(
         **_NEMOTRON_3, hidden_size=8192, num_attention_heads=64, mamba_num_heads=256, n_routed_experts=512,
         num_experts_per_tok=22, moe_intermediate_size=5120, moe_shared_expert_intermediate_size=10240,
-        moe_latent_size=2048, routed_scaling_factor=5.0, initializer_range=0.0099,
+        moe_latent_size=2048, num_nextn_predict_layers=1, routed_scaling_factor=5.0, initializer_range=0.0099,
         hybrid_override_pattern="MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
     ),
 }
@@ -229,6 +245,10 @@ class Cache:
     length: int = 0  # T, positions read so far, padding included
     pad: torch.Tensor | None = None  # [B] int64, padded positions at the start of each row; None: no padding
     longest_pad: int = 0  # the largest of them
+
+    def copy(self):
+        """Returns another cache that remembers the same: `forward` puts new states in place of old, and alters none."""
+        return replace(self, layers=list(self.layers))
 
     def real(self, T):
         """Returns a bool [B, T]: which of the next T positions are tokens, not padding; None if all are."""
@@ -324,9 +344,8 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-def mixer_of(config, index):
-    """Returns the mixer of layer `index`. An MLP and a mixture of experts (latent_moe.py) remember nothing."""
-    letter = config.hybrid_override_pattern[index]
+def mixer_of(config, letter, index):
+    """Returns the mixer for a letter. An MLP and a mixture of experts (latent_moe.py) remember nothing."""
     if letter in "M*":
         return (Mamba2 if letter == "M" else Attention)(config, index)
     return MoE(config.moe()) if letter == "E" else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
@@ -343,12 +362,12 @@ OUTPUT_PROJECTIONS = (
 
 
 class Block(nn.Module):
-    """One letter of the pattern: x + dropout(mixer(norm(x)))."""
+    """One letter of a pattern: x + dropout(mixer(norm(x))). index: its place in the pattern, and in a cache."""
 
-    def __init__(self, config, index):
+    def __init__(self, config, letter, index):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer, self.remembers = mixer_of(config, index), config.hybrid_override_pattern[index] in "M*"
+        self.mixer, self.remembers = mixer_of(config, letter, index), letter in "M*"
         self.dropout = config.hidden_dropout
 
     def forward(self, x, cache=None):
@@ -363,7 +382,8 @@ class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(len(config.hybrid_override_pattern)))
+        pattern = config.hybrid_override_pattern
+        self.layers = nn.ModuleList(Block(config, letter, index) for index, letter in enumerate(pattern))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.dropout = config.hidden_dropout
 
@@ -377,6 +397,37 @@ class Backbone(nn.Module):
         return self.norm_f(x)
 
 
+class MultiTokenPredictor(nn.Module):
+    """Goes one token further: what the model knew at a token, and the token after it -> what it would know there.
+
+    It is applied to its own output to go further still, with the same weights. Parameter names are those of the
+    released models: the norms and the projection belong to its first layer, the final norm to its last. Source:
+    DeepSeek-V3, section 2.2; Nemotron 3 Super, arXiv:2604.12374.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, eps, pattern = config.hidden_size, config.layer_norm_epsilon, config.mtp_hybrid_override_pattern
+        self.layers = nn.ModuleList(Block(config, letter, index) for index, letter in enumerate(pattern))
+        first, last = self.layers[0], self.layers[-1]
+        first.enorm, first.hnorm = RMSNorm(C, eps), RMSNorm(C, eps)
+        first.eh_proj = nn.Linear(2 * C, C, bias=False)
+        last.final_layernorm = RMSNorm(C, eps)
+
+    def forward(self, embedded, hidden, cache=None):
+        """Returns hidden states [B, T, C] for `lm_head`, one token further than `hidden`.
+
+        embedded [B, T, C]: of the token after each; hidden [B, T, C]: after the model's final norm, or from here.
+        """
+        first, last = self.layers[0], self.layers[-1]
+        g = first.eh_proj(torch.cat([first.enorm(embedded), first.hnorm(hidden)], dim=-1))  # [B, T, C]
+        for layer in self.layers:
+            g = layer(g, cache)
+        if cache:
+            cache.length += g.shape[1]
+        return last.final_layernorm(g)
+
+
 class Hybrid(nn.Module):
     """The language model. Parameter names are those of `transformers`' NemotronHForCausalLM."""
 
@@ -385,6 +436,7 @@ class Hybrid(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = MultiTokenPredictor(config) if config.num_nextn_predict_layers else None
         self.cross_entropy = linear_cross_entropy  # `compile` swaps in a compiled one
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight
@@ -423,9 +475,13 @@ class Hybrid(nn.Module):
 
         Layers of a kind share their graph, so a deep model compiles as fast as a shallow one.
         """
-        for layer in self.model.layers:
+        for layer in self.blocks():
             layer.compile(**options)
         self.cross_entropy = torch.compile(linear_cross_entropy, **options)
+
+    def blocks(self):
+        """Returns all residual layers, those of the multi-token predictor too."""
+        return [*self.model.layers, *(self.mtp.layers if self.mtp else ())]
 
     def new_cache(self, pad=None):
         """Returns an empty Cache. pad [B] int64: how many positions at the start of each row are padding."""
@@ -441,21 +497,44 @@ class Hybrid(nn.Module):
 
         The loss is the mean next-token cross-entropy in nats (metrics["loss"]); in training, mixtures of experts add
         router_aux_loss_coef times their `sequence_balance_loss`, and their `load_metrics` (the worst layer's load_max,
-        else the mean over the layers) join the metrics.
+        else the mean over the layers) join the metrics; multi-token prediction adds `loss_further_ahead`.
         """
-        hidden = self.model(ids).flatten(0, 1)  # [S, C]
-        loss = self.cross_entropy(hidden, self.lm_head.weight, targets.flatten())
+        hidden = self.model(ids)  # [B, T, C]
+        loss = self.cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
         metrics, mixtures = {"loss": loss.detach()}, self.mixtures()
-        if mixtures and self.training and torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled():
+            return loss, metrics
+        if self.mtp:
+            further, found = self.loss_further_ahead(ids, targets, hidden)
+            loss, metrics = loss + self.config.mtp_loss_weight * further, metrics | found
+        if mixtures:
             loss = loss + self.config.router_aux_loss_coef * sum(moe.balance_loss for moe in mixtures)
             for name in mixtures[0].metrics:
                 values = torch.stack([moe.metrics[name] for moe in mixtures])
                 metrics[name] = values.max() if name == "load_max" else values.mean()
         return loss, metrics
 
+    def loss_further_ahead(self, ids, targets, hidden):
+        """Returns (mean cross-entropy over the depths of multi-token prediction, metrics). hidden [B, T, C].
+
+        Depth j predicts, at token t, token t + j + 1, and is given all tokens up to t + j. Metrics, for each depth: its
+        loss, and how often its likeliest token is right (on the first 512 predictions): what drafting will live on.
+        """
+        losses, metrics = [], {}
+        for depth in range(1, min(self.config.mtp_depths, ids.shape[1] - 1) + 1):
+            embedded = self.model.embeddings(ids[:, depth:])  # [B, T - depth, C]
+            hidden = self.mtp(embedded, hidden[:, :-1])  # [B, T - depth, C]
+            flat, wanted = hidden.flatten(0, 1), targets[:, depth:].flatten()
+            losses.append(self.cross_entropy(flat, self.lm_head.weight, wanted))
+            with torch.no_grad():
+                metrics[f"mtp{depth}_loss"] = losses[-1].detach()
+                right = self.lm_head(flat[:512]).argmax(-1) == wanted[:512]
+                metrics[f"mtp{depth}_accuracy"] = right.sum() / (wanted[:512] != -100).sum().clamp(min=1)
+        return sum(losses) / max(1, len(losses)), metrics
+
     def mixtures(self):
         """Returns the MoE layers."""
-        return [layer.mixer for layer in self.model.layers if isinstance(layer.mixer, MoE)]
+        return [layer.mixer for layer in self.blocks() if isinstance(layer.mixer, MoE)]
 
     @torch.no_grad()
     def balance_routers(self):
@@ -481,57 +560,142 @@ class Hybrid(nn.Module):
         return tuple(f.new_zeros(mask.shape).masked_scatter(mask, f) for f in found)
 
     def num_parameters(self, active=False):
-        """Returns how many numbers are trained; a tied matrix counts once. active: those that one token uses."""
-        c, total = self.config, sum(p.numel() for p in self.parameters())
-        experts = sum(p.numel() for moe in self.mixtures() for p in moe.experts.parameters())
-        return total - experts + experts * c.num_experts_per_tok // c.n_routed_experts if active else total
+        """Returns how many numbers are trained; a tied matrix counts once. active: those that one token uses.
+
+        Without the multi-token predictor, as in the published figures.
+        """
+        return sum(self._size(p, n, active) for n, p in self.named_parameters() if not n.startswith("mtp."))
+
+    def _size(self, p, name, active):
+        """Returns how many numbers a parameter has; of stacked experts, if `active`, those that one token uses."""
+        c = self.config
+        return p.numel() * c.num_experts_per_tok // c.n_routed_experts if active and ".experts." in name else p.numel()
 
     def flops_per_token(self, context):
         """Returns the floating-point operations to train on one token: 6 per matrix weight, plus what mixes tokens.
 
         Forward counts 2 per weight, backward twice that. Attention: scores and values over half the context (causal).
-        SSD: the chunked algorithm, causal half of a chunk, with C.B once per group.
+        SSD: the chunked algorithm, causal half of a chunk, with C.B once per group. Multi-token prediction: block and
+        projection for each depth.
         """
         c, pattern = self.config, self.config.hybrid_override_pattern
-        matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embeddings" not in n)
-        experts = sum(p.numel() for moe in self.mixtures() for p in moe.experts.parameters())
-        matrices += experts * c.num_experts_per_tok / c.n_routed_experts
+        matrices = [
+            (n, p) for n, p in self.named_parameters() if p.dim() >= 2 and "embed" not in n and "conv1d" not in n
+        ]
+        main = sum(self._size(p, n, True) for n, p in matrices if not n.startswith("mtp."))
+        further = sum(self._size(p, n, True) for n, p in matrices if n.startswith("mtp."))
         if c.tie_word_embeddings:
-            matrices += c.vocab_size * c.hidden_size
+            main += c.vocab_size * c.hidden_size
         attention = 2 * context / 2 * c.num_attention_heads * c.head_dim
         Q = min(c.chunk_size, context)
         scan = Q / 2 * (c.ssm_state_size * c.n_groups + c.mamba_size) + 2 * c.mamba_size * c.ssm_state_size
-        return 6 * (matrices + pattern.count("*") * attention + pattern.count("M") * scan)
+        main += pattern.count("*") * attention + pattern.count("M") * scan
+        if self.mtp:
+            again = further + c.mtp_hybrid_override_pattern.count("*") * attention + c.vocab_size * c.hidden_size
+            main += c.mtp_depths * again
+        return 6 * main
 
     @torch.inference_mode()
-    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None):
+    def generate(
+        self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None,
+        budget=None, draft=0, drafts=None, prefill_size=8192,
+    ):  # fmt: skip
         """Yields one int64 tensor [B] per step: the next token of every row, -1 for a row that has stopped.
 
         ids [B, T] int64, or a list of B lists of different lengths (padded on the left here). temperature 0 is greedy;
         top_k keeps the k most likely tokens, top_p the fewest that hold that much probability. stop: token ids that
-        end a row (the stop token itself is yielded). Ends when every row has stopped. Raises ValueError for an empty
-        prompt or a setting out of range. Call eval() first if the model has dropout.
+        end a row (the stop token itself is yielded). Ends when every row has stopped. Call eval() first if the model
+        has dropout.
+
+        budget: a ThinkingBudget. draft: tokens to guess ahead by multi-token prediction, for one row: the text is the
+        same (sampled: equally distributed), in fewer forwards; drafts: a DraftStats to count in. prefill_size: tokens
+        of the prompt to read at a time, which bounds the memory that takes.
+
+        Raises ValueError for an empty prompt, a setting out of range, or drafts where there can be none.
         """
         if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise ValueError(f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
         if any(len(row) == 0 for row in ids) or len(ids) == 0:
             raise ValueError("cannot go on from an empty prompt; give at least one token per row")
+        if draft and (self.mtp is None or len(ids) > 1 or budget):
+            raise ValueError(
+                f"draft={draft} needs a model trained with num_nextn_predict_layers=1 (--recipe=super3 is), "
+                f"one row (here {len(ids)}) and no thinking budget"
+            )
         device = self.lm_head.weight.device
         T = max(len(row) for row in ids)
         pad = torch.tensor([T - len(row) for row in ids], device=device)
         ids = torch.stack([F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in ids])  # [B, T]
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
+        choose = partial(token_probs, temperature=temperature, top_k=top_k, top_p=top_p)
+        if draft:
+            steps = self._steps_with_drafts(ids, draft, choose, generator, drafts or DraftStats(), prefill_size)
+        else:
+            steps = self._steps(ids, pad, choose, generator, budget, prefill_size)
         done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        cache = self.new_cache(pad)
-        for _ in range(max_new_tokens):
-            hidden = self.model(ids, cache)[:, -1]  # [B, C]; only the last position needs logits
-            logits = at_least_float32(self.lm_head(hidden))  # [B, V]
-            token = sample(logits, temperature, top_k, top_p, generator)  # [B]
+        for token in itertools.islice(steps, max_new_tokens):
             yield torch.where(done, -1, token)
-            done |= torch.isin(token, stop)
+            done |= torch.isin(token, stop)  # a row that has stopped goes on unseen, so that the batch keeps its shape
             if done.all():
                 return
-            ids = token[:, None]  # a row that has stopped goes on unseen, so that the batch keeps its shape
+
+    def _read(self, ids, cache, size):
+        """Returns hidden states [B, T, C] of ids [B, T] after what the cache holds, read `size` tokens at a time."""
+        return torch.cat([self.model(part, cache) for part in ids.split(size, dim=1)], dim=1)
+
+    def _steps(self, ids, pad, choose, generator, budget, prefill_size):
+        """Yields the next token [B] of every row, without end."""
+        cache = self.new_cache(pad)
+        control = budget and BudgetControl(budget, ids)
+        for part in ids.split(prefill_size, dim=1):
+            hidden = self.model(part, cache)
+        while True:
+            token = draw(choose(self._logits(hidden[:, -1])), generator)  # [B]; only the last position needs logits
+            token = control(token) if control else token
+            yield token
+            hidden = self.model(token[:, None], cache)
+
+    def _logits(self, hidden):
+        return at_least_float32(self.lm_head(hidden))
+
+    def _steps_with_drafts(self, ids, n, choose, generator, stats, prefill_size):
+        """Yields the next token [1], without end: several for each forward of the model, where its guesses are right.
+
+        A guess is right with the probability that keeps the distribution (`accept`). What the model remembers of a
+        wrong one has to be taken back. Keys and values could be cut off; a Mamba state cannot, so the memory from
+        before is kept, and the tokens that were right are read again together with the next guesses.
+        """
+        cache, memory = self.new_cache(), Cache([None] * len(self.mtp.layers))
+        hidden = self._read(ids, cache, prefill_size)
+        token = draw(choose(self._logits(hidden[:, -1])), generator)  # [1]
+        yield token
+        unread = token[:, None]  # [1, U] accepted tokens that the cache does not hold
+        following = torch.cat([ids[:, 1:], unread], dim=1)  # the token after each whose hidden state is new
+        while True:
+            # guess: first with what the model knew, then with what the predictor made of it
+            h = self.mtp(self.model.embeddings(following), hidden, memory)[:, -1:]  # [1, 1, C]
+            ahead, guesses, q = memory.copy(), [], []
+            for depth in range(n):
+                q.append(choose(self._logits(h[:, 0])))  # [1, V]
+                guesses.append(draw(q[-1], generator))
+                if depth < n - 1:
+                    h = self.mtp(self.model.embeddings(guesses[-1][:, None]), h, ahead)
+            guesses = torch.stack(guesses, dim=1)  # [1, n]
+            # check them all in one forward
+            trial, U = cache.copy(), unread.shape[1]
+            hidden = self.model(torch.cat([unread, guesses], dim=1), trial)[:, U - 1 :]  # [1, 1 + n, C]
+            right, token = accept(choose(self._logits(hidden[0])), torch.cat(q), guesses[0], generator)
+            stats.count(right, n)
+            following = torch.cat([guesses[:, :right], token[:, None]], dim=1)  # [1, right + 1]
+            yield from following.unbind(1)
+            hidden = hidden[:, : right + 1]
+            if right == n:
+                cache, unread = trial, token[:, None]
+            else:
+                unread = torch.cat([unread, following], dim=1)
+            if unread.shape[1] > 4 * n:  # rather than read ever more again
+                self.model(unread[:, :-1], cache)
+                unread, stats.forwards = unread[:, -1:], stats.forwards + 1
 
     def save_pretrained(self, directory, state_dict=None, **extra):
         """Writes config.json (with `extra` keys added) and model.safetensors, which `transformers` opens too.
@@ -559,9 +723,12 @@ class Hybrid(nn.Module):
         Raises FileNotFoundError or ValueError, saying which file is missing, damaged, quantised or does not fit.
         """
         config = HybridConfig(**(config_fields(read_config(directory)) | overrides))
+        weights = read_weights(directory, config.n_routed_experts)
+        if not any(name.startswith("mtp.") for name in weights):
+            config = replace(config, num_nextn_predict_layers=0)  # transformers leaves the predictor out when it saves
         with torch.device("meta"):
             model = cls(config)
-        model.load_weights(read_weights(directory, config.n_routed_experts), directory)
+        model.load_weights(weights, directory)
         return model
 
     def load_weights(self, tensors, source):
@@ -584,10 +751,10 @@ class Hybrid(nn.Module):
 # ---- 5. choosing the next token -----------------------------------------------------------------------------------
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Returns one token [B] int64 per row of logits [B, V], with the settings of `generate`."""
+def token_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """Returns the probabilities [B, V] that the next token is drawn by, from logits [B, V], as `generate` explains."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]  # [B, 1]
@@ -597,7 +764,86 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         sorted_probs, order = probs.sort(descending=True)
         before = sorted_probs.cumsum(-1) - sorted_probs  # probability of all likelier tokens
         probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0))
+    return probs
+
+
+def draw(probs, generator=None):
+    """Returns one token [B] int64 per row of probs [B, V], which need not sum to 1."""
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+def accept(p, q, guesses, generator=None):
+    """Returns (how many guesses to keep, the token [1] after them), so that the text is distributed as by p alone.
+
+    p [n+1, V]: the model's probabilities after 0, 1, ... n of the guesses [n]; q [n, V]: those each was drawn by. A
+    guess is kept with probability min(1, p / q); in place of the first that is not, a token is drawn by max(0, p - q),
+    which is what p has more than was given by keeping. Source: Leviathan et al., arXiv:2211.17192, Alg. 1.
+    """
+    at = torch.arange(len(guesses), device=p.device)
+    keep = torch.rand(len(guesses), generator=generator, device=p.device) * q[at, guesses] < p[at, guesses]
+    kept = int(keep.long().cumprod(0).sum())
+    rest = (p[kept] - q[kept]).clamp(min=0) if kept < len(guesses) else p[kept]
+    return kept, draw(rest[None], generator)
+
+
+@dataclass
+class DraftStats:
+    """What came of drafting."""
+
+    forwards: int = 0  # of the model, the prompt's aside
+    tokens: int = 0  # that they gave
+    drafted: list = field(default_factory=list)  # by depth: how often a guess was made after right ones only
+    accepted: list = field(default_factory=list)  # by depth: how often it was right
+
+    def count(self, right, n):
+        """Notes that of n guesses the first `right` were kept."""
+        self.forwards += 1
+        self.tokens += right + 1
+        for counts, many in ((self.drafted, min(n, right + 1)), (self.accepted, right)):
+            counts.extend([0] * (n - len(counts)))
+            for depth in range(many):
+                counts[depth] += 1
+
+
+@dataclass
+class ThinkingBudget:
+    """A cap on the tokens a model thinks for before it answers. It is never told: its thinking is closed for it.
+
+    From `tokens` on, the thinking ends at the next line break, or after `grace` more tokens if there is none: then `end`
+    is inserted, and the answer goes on. Source: Nemotron Nano 2, arXiv:2508.14444, section 3.4.
+    """
+
+    tokens: int  # to think for
+    end: list  # the tokens that close the thinking, "</think>" for one
+    line_breaks: list = ()  # tokens that end a line
+    grace: int = 500  # tokens to wait for one
+
+
+class BudgetControl:
+    """Watches the rows of a batch think, and closes what takes too long."""
+
+    def __init__(self, budget, ids):
+        B, device = len(ids), ids.device
+        self.budget, self.count = budget, 0
+        self.end = torch.tensor(budget.end, device=device)
+        self.line_breaks = torch.tensor(list(budget.line_breaks), dtype=torch.int64, device=device)
+        self.recent = torch.full((B, len(budget.end)), -1, device=device)  # the last tokens of each row
+        self.closed = torch.zeros(B, dtype=torch.bool, device=device)  # by the model or by us
+        self.inserted = torch.full((B,), -1, device=device)  # tokens of `end` so far; -1: not begun
+        self.inserted += int(budget.tokens + budget.grace == 0)
+
+    def __call__(self, token):
+        """Returns the next token [B] of every row, given the one [B] that the model chose."""
+        inserting = (self.inserted >= 0) & ~self.closed
+        token = torch.where(inserting, self.end[self.inserted.clamp(0, len(self.end) - 1)], token)
+        self.inserted += inserting.long()
+        self.recent = torch.cat([self.recent[:, 1:], token[:, None]], dim=1)
+        self.closed |= (self.recent == self.end).all(1)
+        self.count += 1
+        over = self.count >= self.budget.tokens
+        due = (torch.isin(token, self.line_breaks) & over) | (self.count >= self.budget.tokens + self.budget.grace)
+        self.inserted = torch.where(due & ~self.closed & (self.inserted < 0), 0, self.inserted)
+        return token
 
 
 # ---- 6. files of a checkpoint -------------------------------------------------------------------------------------
@@ -726,6 +972,9 @@ def config_fields(config):
     if "hybrid_override_pattern" not in config and "layers_block_type" in config:
         pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["layers_block_type"])
         config = config | {"hybrid_override_pattern": pattern}
+    if "mtp_hybrid_override_pattern" not in config and config.get("mtp_layers_block_type"):
+        pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["mtp_layers_block_type"])
+        config = config | {"mtp_hybrid_override_pattern": pattern}
     return {f.name: config[f.name] for f in fields(HybridConfig) if f.name in config}
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, scramble
-from nano_hybrid import PRESETS, Hybrid, HybridConfig, sample
+from nano_hybrid import PRESETS, DraftStats, Hybrid, HybridConfig, ThinkingBudget, accept, draw, token_probs
 
 
 def build(dtype=torch.float32, seed=0, **changes):
@@ -383,7 +383,7 @@ def test_sampling_follows_the_distribution_that_was_asked_for():
     generator = torch.Generator().manual_seed(0)
 
     def frequencies(**kwargs):
-        return torch.bincount(sample(logits, generator=generator, **kwargs), minlength=4) / 20_000
+        return torch.bincount(draw(token_probs(logits, **kwargs), generator), minlength=4) / 20_000
 
     for kwargs, expected in [
         (dict(), probs),
@@ -490,3 +490,181 @@ def test_a_bad_checkpoint_is_named(file, how, error, message, tmp_path):
 def test_a_shape_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         HybridConfig(**(TINY | changes))
+
+
+# ---- multi-token prediction ----
+
+MTP = dict(num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*-", tie_word_embeddings=True)
+
+
+def test_the_loss_further_ahead_is_its_equation():
+    model, ids = build(torch.float64, **MTP).train(), draw_ids(2, 12)
+    ids, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[0, :4] = -100
+    loss, metrics = model.loss(ids, targets)
+    h, total = model.model(ids), 0
+    first, last = model.mtp.layers[0], model.mtp.layers[-1]
+    for depth in (1, 2):
+        pairs = []
+        for t in range(11 - depth):
+            pairs.append(torch.cat([first.enorm(model.model.embeddings(ids[:, t + depth])), first.hnorm(h[:, t])], -1))
+        g = first.eh_proj(torch.stack(pairs, dim=1))
+        for layer in model.mtp.layers:
+            g = layer(g)
+        h = last.final_layernorm(g)
+        logits = model.lm_head(h)  # position t predicts token t + depth + 1
+        expected = F.cross_entropy(logits.flatten(0, 1), targets[:, depth:].flatten())
+        assert torch.allclose(metrics[f"mtp{depth}_loss"], expected)
+        total = total + expected / 2
+    assert torch.allclose(loss, metrics["loss"] + 0.3 * total)
+
+
+def test_a_depth_sees_no_token_that_it_is_to_predict():
+    model, ids = build(**MTP), draw_ids(1, 10)
+    other = ids.clone()
+    other[0, 6:] = (other[0, 6:] + 1) % TINY["vocab_size"]
+    h = [model.mtp(model.model.embeddings(i[:, 1:]), model.model(i)[:, :-1]) for i in (ids, other)]
+    assert torch.equal(h[0][:, :5], h[1][:, :5])  # positions 0 to 4 are given tokens up to 5
+    assert not torch.equal(h[0][:, 5], h[1][:, 5])
+
+
+def test_a_checkpoint_with_a_predictor_opens_everywhere(tmp_path):
+    model, ids = build(**MOE | MTP | dict(mtp_hybrid_override_pattern="*E", tie_word_embeddings=False)), draw_ids(1, 9)
+    theirs = oracle(model, tmp_path / "ours")  # transformers leaves the predictor out
+    expected = theirs(ids, use_cache=False).logits
+    assert (model(ids) - expected).norm() < 1e-5 * expected.norm()
+    again = Hybrid.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert Hybrid.from_pretrained(tmp_path / "theirs").mtp is None
+
+
+def trained_predictor():
+    """A model that has learnt a periodic text, and so guesses well, but not always."""
+    torch.manual_seed(0)
+    model = Hybrid(HybridConfig(**(TINY | MTP | dict(vocab_size=16))))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        start = torch.randint(16, (8, 1), generator=generator)
+        ids = (start + torch.arange(33)) % 16
+        ids = torch.where(
+            torch.rand(8, 33, generator=generator) < 0.1, torch.randint(16, (8, 33), generator=generator), ids
+        )
+        loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return trained_predictor()
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("prefill_size", [4, 8192])
+def test_greedy_text_is_the_same_with_drafts(predictor, n, prefill_size):
+    prompt, stats = [[3, 4, 9, 6, 7, 8, 9]], DraftStats()
+    plain = torch.stack(list(predictor.generate(prompt, 50, temperature=0)))
+    drafted = predictor.generate(prompt, 50, temperature=0, draft=n, drafts=stats, prefill_size=prefill_size)
+    assert torch.equal(torch.stack(list(drafted)), plain)
+    assert stats.tokens / stats.forwards > 1.5 and stats.accepted[0] > 0.5 * stats.drafted[0]
+
+
+def test_greedy_text_is_the_same_when_the_drafts_are_bad():
+    model, stats = build(**MTP), DraftStats()  # never trained: nearly every guess is wrong
+    plain = torch.stack(list(model.generate(draw_ids(1, 9), 40, temperature=0)))
+    drafted = torch.stack(list(model.generate(draw_ids(1, 9), 40, temperature=0, draft=3, drafts=stats)))
+    assert torch.equal(plain, drafted) and stats.accepted[0] < 0.5 * stats.drafted[0]
+
+
+def test_stop_ends_a_text_with_drafts_too(predictor):
+    tokens = [t.item() for t in predictor.generate([[3, 4, 5, 6]], 50, temperature=0, draft=3, stop=[12])]
+    assert tokens.count(12) == 1 and tokens[-1] == 12
+
+
+def test_kept_and_replaced_guesses_are_distributed_as_the_model_s_tokens():
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.rand(k, 5, generator=generator).softmax(-1) ** 3 for k in (3, 2))
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    counts, trials = torch.zeros(3, 5), 6000
+    for _ in range(trials):
+        guesses = draw(q, generator)
+        kept, token = accept(p, q, guesses, generator)
+        for depth, t in enumerate([*guesses[:kept].tolist(), token.item()]):
+            counts[depth, t] += 1
+    for depth in range(3):  # the guess at one depth does not change p at the next here
+        expected = p[depth] * counts[depth].sum()
+        chi2 = ((counts[depth] - expected) ** 2 / expected).sum()
+        assert chi2 < 18.5, (depth, chi2)  # 4 degrees of freedom: p = 0.001
+
+
+def test_sampled_text_with_drafts_is_distributed_as_without(predictor):
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(2, 16)
+    for row, draft in enumerate((0, 2)):
+        for _ in range(250):
+            steps = predictor.generate([[5, 6]], 4, temperature=2.0, generator=generator, draft=draft)
+            counts[row, list(steps)[-1]] += 1
+    expected = counts.mean(0)
+    chi2 = ((counts - expected) ** 2 / expected.clamp(min=1)).sum()
+    assert chi2 < 37.7, chi2  # 15 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize(
+    "changes, prompt, options",
+    [({}, [[1]], {}), (MTP, [[1], [2]], {}), (MTP, [[1]], dict(budget=ThinkingBudget(3, [1])))],
+)
+def test_drafts_that_cannot_be_are_refused(changes, prompt, options):
+    with pytest.raises(ValueError, match="draft=2 needs"):
+        next(build(**changes).generate(prompt, 4, draft=2, **options))
+
+
+def test_a_prompt_read_in_parts_is_the_prompt_at_once():
+    model, prompts = build(), [draw_ids(1, 21)[0].tolist(), draw_ids(1, 13, seed=1)[0].tolist()]
+    texts = [torch.stack(list(model.generate(prompts, 12, 0, prefill_size=size))) for size in (5, 8, 8192)]
+    assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[2])
+
+
+# ---- thinking budget ----
+
+BREAK, END = 7, [60, 61]
+
+
+def think(thoughts, budget, steps=14):
+    """What becomes of rows that would say `thoughts`, a list of lists, with a budget."""
+    from nano_hybrid import BudgetControl
+
+    control = BudgetControl(budget, torch.zeros(len(thoughts), 1, dtype=torch.int64))
+    rows = [[] for _ in thoughts]
+    for step in range(steps):
+        for row, token in zip(rows, control(torch.tensor([t[step] for t in thoughts])).tolist()):
+            row.append(token)
+    return rows
+
+
+def test_thinking_is_closed_at_the_next_line_break_or_after_the_grace():
+    breaks = [1, BREAK, 2, 3, BREAK, 4, 5, 6, 8, 9, 10, 11, 12, 13]
+    none = list(range(20, 34))
+    rows = think([breaks, none], ThinkingBudget(3, END, [BREAK], grace=4))
+    assert rows[0] == [1, BREAK, 2, 3, BREAK, *END, 6, 8, 9, 10, 11, 12, 13]
+    assert rows[1] == [*none[:7], *END, *none[9:]]
+
+
+def test_thinking_that_ends_by_itself_is_left_alone():
+    early = [1, *END, BREAK, 2, 3, BREAK, 4, 5, 6, 8, 9, 10, 11]
+    assert think([early], ThinkingBudget(3, END, [BREAK], grace=4)) == [early]
+
+
+def test_a_budget_of_nothing_closes_at_once():
+    assert think([list(range(20, 34))], ThinkingBudget(0, END, grace=0))[0][:4] == [*END, 22, 23]
+
+
+def test_a_budget_in_generate():
+    model, prompt = build(), draw_ids(2, 5)
+    rows = torch.stack(list(model.generate(prompt, 12, 0, budget=ThinkingBudget(4, END, grace=2))), dim=1)
+    free = torch.stack(list(model.generate(prompt, 6, 0)), dim=1)
+    assert torch.equal(rows[:, :6], free) and rows[:, 6:8].tolist() == [END, END]
+    after = model.generate(torch.cat([prompt, rows[:, :8]], dim=1), 4, 0)  # the answer is what the model says next
+    assert torch.equal(rows[:, 8:], torch.stack(list(after), dim=1))

@@ -40,7 +40,7 @@ def test_a_stream_is_the_same_text(run, capsys):
 def test_half_precision_keeps_the_vectors_in_float32(run, capsys):
     text = make(capsys, "--prompt=def ", "--temperature=0")
     assert make(capsys, "--prompt=def ", "--temperature=0", "--dtype=bfloat16")[:6] == text[:6]
-    model, _, _ = sample.load(sample.SampleConfig(dtype="bfloat16", device="cpu"))
+    model, *_ = sample.load(sample.SampleConfig(dtype="bfloat16", device="cpu"))
     assert {p.dtype for p in model.parameters() if p.dim() > 1} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.dim() == 1} == {torch.float32}
 
@@ -70,7 +70,7 @@ def test_a_prompt_from_a_file_and_a_run_by_path(run, capsys):
         (["--tempreture=1"], None, "unrecognized arguments"),
         ([], "weights", "model.safetensors is damaged or not a safetensors file"),
         ([], "config", "config.json is not valid JSON"),
-        ([], "tokenizer", "does not name the tokenizer"),
+        ([], "tokenizer", "names no tokenizer"),
         ([], "vocabulary", "320 tokens in the model, 4096 in python4k"),
     ],
 )
@@ -99,3 +99,35 @@ def test_transformers_opens_what_was_trained(run):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(run)
     assert model.config.hybrid_override_pattern == TINY["hybrid_override_pattern"]
+
+
+def test_drafts_give_the_same_greedy_text(run, capsys):
+    changes = dict(vocab_size=320, num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*-")
+    scramble(Hybrid(HybridConfig(**(TINY | changes)))).save_pretrained(run, nanopapers={"tokenizer": "bytes"})
+    texts = [make(capsys, "--prompt=def ", "--temperature=0", *draft) for draft in ([], ["--draft=3"])]
+    assert texts[0] == texts[1]
+    assert sample.main(["--prompt=def ", "--draft=3", "--max_new_tokens=9"]) == 0
+    assert "tokens a forward; guesses right: " in capsys.readouterr().err
+
+
+def test_a_model_without_a_predictor_says_what_drafts_need(run, capsys):
+    assert sample.main(["--draft=3"]) == 2
+    assert "num_nextn_predict_layers=1" in capsys.readouterr().err
+
+
+def test_a_released_checkpoint_is_written_with_its_own_tokenizer(run, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        ["def f(x): return x", "été 🙂"], vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"]
+    )
+    tokenizer.save(str(run / "tokenizer.json"))
+    config = json.loads((run / "config.json").read_text())
+    del config["nanopapers"]
+    (run / "config.json").write_text(json.dumps(config | {"bos_token_id": 1, "eos_token_id": [2, 11]}))
+    texts = [make(capsys, "--prompt=été 🙂", f"--stream={stream}", "--seed=3") for stream in ("true", "false")]
+    assert texts[0] == texts[1] and texts[0].startswith("été 🙂")
+    _, _, prompt, stop = sample.load(sample.SampleConfig(prompt="def", device="cpu"))
+    assert prompt[0] == 1 and stop == [2, 11]
+    (run / "tokenizer.json").write_text("{}")
+    assert sample.main([]) == 2 and "not a tokenizer.json" in capsys.readouterr().err
