@@ -809,8 +809,8 @@ class DraftStats:
 class ThinkingBudget:
     """A cap on the tokens a model thinks for before it answers. It is never told: its thinking is closed for it.
 
-    From `tokens` on, the thinking ends at the next line break, or after `grace` more tokens if there is none: then `end`
-    is inserted, and the answer goes on. Source: Nemotron Nano 2, arXiv:2508.14444, section 3.4.
+    From `tokens` on, the thinking ends at the next line break, or after `grace` more tokens if there is none: then
+    `end` is inserted, and the answer goes on. Source: Nemotron Nano 2, arXiv:2508.14444, section 3.4.
     """
 
     tokens: int  # to think for

@@ -56,7 +56,10 @@ def find_checkpoint(run):
 
 
 def load(config):
-    """Returns (model, tokenizer, prompt ids, ids that end a text). Raises ValueError or OSError with what is wrong in one line."""
+    """Returns (model, tokenizer, prompt ids, ids that end a text).
+
+    Raises ValueError or OSError with what is wrong in one line.
+    """
     if config.prompt is not None and config.prompt_file is not None:
         raise ValueError("--prompt and --prompt_file were both given; choose one")
     if config.max_new_tokens < 1 or config.num_samples < 1:

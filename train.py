@@ -25,6 +25,7 @@ log.jsonl has one row per step:
     tokens_per_s  over all processes, from the end of the step before to the end of this one (the first one compiles)
     mfu           model FLOPs utilisation: FLOPs the model needs / time / the GPU's dense bf16 peak; known GPUs only
     skipped       steps left out so far because loss or gradient was not finite
+    mtp1_loss, mtp1_accuracy, ...            of multi-token prediction, by depth: see Hybrid.loss_further_ahead
     load_max, dead_experts, router_entropy   of mixtures of experts: see latent_moe.load_metrics
     val_loss      nats per token of the validation text, where it was evaluated
     val_bpb       bits per byte of that text: comparable across tokenizers, and with compressors
@@ -439,7 +440,9 @@ def gradients(run, interrupt):
         with run.autocast():
             loss, metrics = run.objective.loss(run.model, batch)
         run.scaler.scale(loss / config.grad_accum).backward()
-        total += loss.detach() / config.grad_accum
+        total += (
+            metrics.get("loss", loss).detach() / config.grad_accum
+        )  # without what is added for balance and the like
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     noted = torch.full_like(total, float(interrupt.noted))
