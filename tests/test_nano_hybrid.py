@@ -10,7 +10,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, scramble
-from nano_hybrid import PRESETS, DraftStats, Hybrid, HybridConfig, ThinkingBudget, accept, draw, token_probs
+from nano_hybrid import (
+    PRESETS,
+    BudgetControl,
+    DraftStats,
+    Hybrid,
+    HybridConfig,
+    ThinkingBudget,
+    accept,
+    attention_twin,
+    draw,
+    memory_per_text,
+    token_probs,
+)
 
 
 def build(dtype=torch.float32, seed=0, **changes):
@@ -634,8 +646,6 @@ BREAK, END = 7, [60, 61]
 
 def think(thoughts, budget, steps=14):
     """What becomes of rows that would say `thoughts`, a list of lists, with a budget."""
-    from nano_hybrid import BudgetControl
-
     control = BudgetControl(budget, torch.zeros(len(thoughts), 1, dtype=torch.int64))
     rows = [[] for _ in thoughts]
     for step in range(steps):
@@ -668,3 +678,32 @@ def test_a_budget_in_generate():
     assert torch.equal(rows[:, :6], free) and rows[:, 6:8].tolist() == [END, END]
     after = model.generate(torch.cat([prompt, rows[:, :8]], dim=1), 4, 0)  # the answer is what the model says next
     assert torch.equal(rows[:, 8:], torch.stack(list(after), dim=1))
+
+
+# ---- what it remembers with ----
+
+
+@pytest.mark.parametrize("T", [1, 9, 40])
+def test_the_cache_is_as_large_as_its_pattern_says(T):
+    model, cache = build(), Hybrid(HybridConfig(**TINY)).new_cache()
+    with torch.no_grad():
+        for part in draw_ids(3, T).split(4, dim=1):
+            model(part, cache)
+    assert cache.size() == 3 * memory_per_text(model.config, T, 4)
+
+
+def test_the_attention_only_twin_has_as_many_parameters():
+    config = replace(PRESETS["small"], vocab_size=4096)
+    with torch.device("meta"):
+        ours, twin = Hybrid(config).num_parameters(), Hybrid(attention_twin(config)).num_parameters()
+    assert twin == pytest.approx(ours, rel=1e-3) and "M" not in attention_twin(config).hybrid_override_pattern
+
+
+def test_a_copied_cache_goes_on_another_way():
+    model, ids = build(), draw_ids(1, 30)
+    with torch.no_grad():
+        cache = model.new_cache()
+        model(ids[:, :10], cache)
+        other = cache.copy()
+        model(draw_ids(1, 9, seed=1), other)  # abandoned
+        assert torch.allclose(model(ids[:, 10:], cache), model(ids)[:, 10:], atol=1e-4)
