@@ -20,6 +20,11 @@ MODEL = (
     "--hidden_size=32 --intermediate_size=48 --mamba_num_heads=2 --mamba_head_dim=16 --ssm_state_size=16 "
     "--num_attention_heads=2 --head_dim=16 --chunk_size=16 --hybrid_override_pattern=M-*"
 ).split()
+EXPERTS = (  # every part that Nemotron 3 Super has
+    "--hybrid_override_pattern=ME* --n_routed_experts=6 --num_experts_per_tok=2 --moe_intermediate_size=12 "
+    "--moe_shared_expert_intermediate_size=16 --moe_latent_size=16 --num_nextn_predict_layers=1 "
+    "--router_bias_update_rate=0.01"
+).split()
 SETTINGS = "--tokenizer=bytes --context=32 --batch_size=2 --eval_every=4 --warmup=2 --lr=1e-2 --device=cpu".split()
 
 
@@ -123,9 +128,9 @@ def test_only_matrices_decay(flags):
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_half_a_run_and_a_resume_are_the_run_bit_for_bit(flags, dropout):
-    flags = [*flags, f"--hidden_dropout={dropout}", "--weight_decay=0.1"]
+@pytest.mark.parametrize(("dropout", "shape"), [(0.0, []), (0.2, []), (0.0, EXPERTS)])
+def test_half_a_run_and_a_resume_are_the_run_bit_for_bit(flags, dropout, shape):
+    flags = [*flags, *shape, f"--hidden_dropout={dropout}", "--weight_decay=0.1"]
     assert train.main([*flags, "--steps=8", "--run=whole"]) == 0
     stop_after(4, flags, "half", steps=8)
     assert len(rows("half")) == 4
@@ -233,10 +238,21 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(flags, monk
     assert saved["step"] <= 15 and all(w.isfinite().all() for w in saved["model"].values())
 
 
+def test_a_run_of_experts_logs_its_load_and_its_predictions(flags):
+    assert train.main([*flags, *EXPERTS, "--steps=12", "--run=a", "--recipe=super3"]) == 0
+    last = rows("a")[-1]
+    assert last["load_max"] >= 1 and 0 <= last["dead_experts"] < 1 and 0 < last["router_entropy"] <= 1
+    assert last["mtp2_loss"] < rows("a")[0]["mtp2_loss"] and 0 <= last["mtp1_accuracy"] <= 1
+    bias = weights("a")["backbone.layers.1.mixer.gate.e_score_correction_bias"]
+    assert bias.abs().max() > 0.009 and bias.abs().max() < 0.13  # twelve steps of 0.01 at most
+
+
 # ---- many processes ----
 
 
-def test_two_processes_are_one_with_twice_the_batch(flags):
+@pytest.mark.parametrize("shape", [[], EXPERTS])
+def test_two_processes_are_one_with_twice_the_batch(flags, shape):
+    flags = [*flags, *shape]
     assert train.main([*flags, "--steps=4", "--run=one", "--batch_size=4"]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     done = subprocess.run(
