@@ -21,13 +21,15 @@ How the kernels are written. A program (one instance of a kernel) owns a piece o
 are no atomics, so a run repeats bit for bit. A sum over programs is written as partial sums and added up by PyTorch.
 Backwards save little beside the inputs and compute again what they need; there are no second derivatives. Time and
 channels may be of any size: loads are masked. In a kernel a comment like [ROWS, BLOCK] is the shape of a tile, each
-side padded to a power of two. Tensors must be on the current CUDA device, as for any Triton kernel.
+side padded to a power of two. `index < tl.where(condition, size, 0)` is a mask for `index < size and condition` that
+Triton's interpreter takes too. Tensors must be on the current CUDA device, as for any Triton kernel.
 
 Sources. RMSNorm: Zhang and Sennrich, arXiv:1910.07467. Gated norm and conv: state-spaces/mamba, `Mamba2`. Gradients of
 the loss made in the forward: Liger-Kernel, arXiv:2410.10989.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -1360,13 +1362,15 @@ def milliseconds(fn):
         return eager
 
 
-def time_one(fn, inputs):
-    """Returns (forward ms, forward + backward ms, MiB that forward + backward take beside inputs and gradients)."""
+def time_one(fn, inputs, has_backward=True):
+    """Returns (forward ms, forward + backward ms, MiB that these take beside inputs and gradients); nan without one."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) if torch.is_tensor(t) else t for t in inputs]
     wanted = [t for t in leaves if torch.is_tensor(t) and t.requires_grad]
     with torch.no_grad():
         y = fn(*leaves)
         forward = milliseconds(lambda: fn(*leaves))
+    if not has_backward:
+        return forward, math.nan, math.nan
     dy = torch.randn_like(y)
     both = milliseconds(lambda: torch.autograd.grad(fn(*leaves), wanted, dy))
     del y
@@ -1417,7 +1421,7 @@ def measure(benches, path):
         compiled = [("torch.compile", definition)] if bench.compiles else []
         for who, fn in [("triton", ours), *compiled, *installed(bench.peers)]:
             try:
-                forward, both, mib = time_one(fn, inputs)
+                forward, both, mib = time_one(fn, inputs, bench.has_backward)
             except Exception as error:  # a peer that does not run here is a row, not the end
                 print(f"{bench.op.__name__} {sizes} {who}: {type(error).__name__} {str(error)[:80]}")
                 continue

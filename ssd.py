@@ -850,11 +850,111 @@ def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_w
     return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
 
 
+# One token, for writing. Operation by operation this is some twenty launches of next to no work; here it is two: a
+# program owns a head, takes the convolution's step for its channels and its group's B and C, then the recurrence's.
+# What is bound to be moved is the state, 8 P N bytes a head. States are not written over: who keeps the old ones can go
+# back to them.
+
+
+@jit
+def _conv_step(x_ptr, state_ptr, weight_ptr, bias_ptr, new_ptr, channels, inside, keeps, W: tl.constexpr):
+    """Returns silu(convolution) of the channels at this token, float32; where `keeps`, writes their last W-1 inputs."""
+    x = tl.load(x_ptr + channels, mask=inside, other=0.0)
+    out = x.to(tl.float32) * tl.load(weight_ptr + channels * W + W - 1, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    for j in tl.static_range(W - 1):
+        old = tl.load(state_ptr + channels * (W - 1) + j, mask=inside, other=0.0)
+        out += old.to(tl.float32) * tl.load(weight_ptr + channels * W + j, mask=inside, other=0.0).to(tl.float32)
+        if j > 0:
+            tl.store(new_ptr + channels * (W - 1) + j - 1, old, mask=keeps)
+    if W > 1:
+        tl.store(new_ptr + channels * (W - 1) + W - 2, x, mask=keeps)
+    return out * tl.sigmoid(out)
+
+
+@jit
+def _mamba2_step_kernel(xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr, A_ptr, D_ptr,
+                        y_ptr, new_conv_ptr, new_state_ptr,
+                        H, R, P, N, conv_size, stride_projected,
+                        W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    xBC_ptr += row * stride_projected
+    conv_state_ptr += row * conv_size * (W - 1)
+    new_conv_ptr += row * conv_size * (W - 1)
+    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    group = head // R
+    keeps = n < tl.where(head % R == 0, N, 0)  # B and C of a group are kept by its first head
+    b_at = H * P + group * N
+    c_at = b_at + H // R * N
+    x = _conv_step(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, new_conv_ptr, head * P + p, p < P, p < P, W)  # [P]
+    b = _conv_step(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, new_conv_ptr, b_at + n, n < N, keeps, W)  # [N]
+    c = _conv_step(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, new_conv_ptr, c_at + n, n < N, keeps, W)  # [N]
+    raw = tl.load(dt_ptr + row * stride_projected + head).to(tl.float32) + tl.load(dt_bias_ptr + head).to(tl.float32)
+    dt = tl.where(raw > 20, raw, tl.log(1 + tl.exp(tl.minimum(raw, 20.0))))  # softplus
+    here = (row * H + head) * P * N + p[:, None] * N + n[None, :]
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
+    state = tl.exp(dt * tl.load(A_ptr + head).to(tl.float32)) * state + (dt * x)[:, None] * b[None, :]
+    y = tl.sum(state * c[None, :], 1) + tl.load(D_ptr + head).to(tl.float32) * x  # [P]
+    tl.store(new_state_ptr + here, state, mask=inside)
+    tl.store(y_ptr + (row * H + head) * P + p, y, mask=p < P)
+
+
+def mamba2_step_ref(
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5
+):
+    """Returns (out [B, di], conv_state, ssm_state) after one token: `mamba2_inner_ref` of projected [B, 1, ...].
+
+    projected [B, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32.
+    """
+    out, (conv_state, ssm_state) = mamba2_inner_ref(
+        projected[:, None], conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps,
+        state=(conv_state, ssm_state), return_final_state=True,
+    )  # fmt: skip
+    return out[:, 0], conv_state, ssm_state
+
+
+def mamba2_step_triton(
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5
+):
+    """Returns `mamba2_step_ref(...)`, computed by two kernels. It has no backward."""
+    projected = tail_contiguous(projected)
+    conv_state, ssm_state, conv_weight = (
+        conv_state.contiguous(),
+        ssm_state.float().contiguous(),
+        conv_weight.contiguous(),
+    )
+    z, xBC, dt = _parts(projected, conv_weight, norm_weight)
+    (B, H, P, N), (conv_size, W) = ssm_state.shape, conv_weight.shape
+    y = torch.empty(B, H * P, dtype=projected.dtype, device=projected.device)
+    new_conv = torch.empty(conv_state.shape, dtype=projected.dtype, device=projected.device)
+    new_state = torch.empty_like(ssm_state)
+    _mamba2_step_kernel[(H, B)](
+        xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, y, new_conv, new_state,
+        H, H // n_groups, P, N, conv_size, projected.stride(0), W=W, BLOCK_P=block_of(P), BLOCK_N=block_of(N),
+    )  # fmt: skip
+    return norm_forward(y, z, norm_weight, H * P // n_groups, eps), new_conv, new_state
+
+
+def mamba2_step(
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5,
+    backend="auto",
+):  # fmt: skip
+    """Returns `mamba2_step_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad."""
+    op = mamba2_step_triton if pick_backend(backend, projected.device, projected.dtype) == "triton" else mamba2_step_ref
+    return op(projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
+
+
 def mamba2_inner(
     projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128,
     state=None, real=None, return_final_state=False, backend="auto",
 ):  # fmt: skip
-    """Returns `mamba2_inner_ref(...)` on the backend asked for: fused where gradients are wanted and states are not."""
+    """Returns `mamba2_inner_ref(...)` on the backend asked for.
+
+    In Triton it is fused where gradients are wanted and states are not (training), and for one token without gradients
+    (writing); in between, and for odd sizes, it is put together from its operations.
+    """
     weights = conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps
     P, N = norm_weight.shape[0] // A.shape[0], (conv_weight.shape[0] - norm_weight.shape[0]) // (2 * n_groups)
     fusible = (
@@ -866,8 +966,12 @@ def mamba2_inner(
         and P % 8 == 0
         and N % 8 == 0
     )
-    if fusible and torch.is_grad_enabled() and pick_backend(backend, projected.device, projected.dtype) == "triton":
+    in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
+    if fusible and torch.is_grad_enabled() and in_triton:
         return mamba2_inner_triton(projected, *weights)
+    if state and projected.shape[1] == 1 and real is None and not torch.is_grad_enabled() and in_triton:
+        out, *state = mamba2_step_triton(projected[:, 0], *state, *weights)
+        return (out[:, None], tuple(state)) if return_final_state else out[:, None]
     return mamba2_inner_ref(projected, *weights, chunk_size, state, real, return_final_state, backend)
 
 
@@ -890,6 +994,11 @@ def _inner_inputs(randn, B, T, H, P, G, N):
     return [randn(B, T, di + conv_size + H), *(w.float() for w in weights), G]
 
 
+def _inner_step_inputs(randn, B, H, P, G, N):
+    projected, *weights, G = _inner_inputs(randn, B, 1, H, P, G, N)
+    return [projected[:, 0], randn(B, H * P + 2 * G * N, 3), randn(B, H, P, N).float(), *weights, G]
+
+
 def _ssd_cost(B, T, H, P, G, N, Q=128):
     """Returns (bytes, FLOPs) of a forward at the least, in bf16; FLOPs of the chunked algorithm."""
     return B * T * (4 * H * P + 4 * G * N + 4 * H), B * T * (Q * (N * G + P * H) + 4 * H * P * N)
@@ -908,6 +1017,10 @@ BENCHES = [
         cost=_ssd_cost, peers=_ssd_peers,
     ),
     Bench(ssd_step, _step_inputs, checks=[(2, 4, 20, 2, 33)], has_backward=False),
+    Bench(
+        mamba2_step, _inner_step_inputs, checks=[(2, 4, 20, 2, 33), (3, 6, 16, 1, 16)], timings=[(64, 24, 64, 8, 128)],
+        cost=lambda B, H, P, G, N: (8 * B * H * P * N, 6 * B * H * P * N), has_backward=False,
+    ),
     Bench(
         mamba2_inner, _inner_inputs, checks=[(2, 70, 4, 16, 2, 32)], timings=[(64, 1024, 24, 64, 8, 128)],
         cost=lambda B, T, H, P, G, N: (B * T * (6 * H * P + 4 * G * N), _ssd_cost(B, T, H, P, G, N)[1]),

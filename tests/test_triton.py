@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 import kernels
 import ssd
+from conftest import TINY, scramble
+from nano_hybrid import Hybrid, HybridConfig
 
 pytest.importorskip("triton")
 
@@ -138,6 +140,25 @@ def test_the_projection(op, dtype):
 def test_ssd_step(dtype):
     with torch.no_grad():
         compare_bench(ssd.ssd_step, (2, 4, 20, 2, 33), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 2, 8, 1, 8), (2, 4, 20, 2, 33), (3, 6, 16, 3, 16)], ids=str)
+def test_the_inside_of_a_layer_for_one_token(sizes, dtype):
+    with torch.no_grad():
+        compare_bench(ssd.mamba2_step, sizes, dtype)
+
+
+def test_a_model_in_triton_writes_what_it_writes_in_torch(monkeypatch):
+    torch.manual_seed(0)
+    changes = dict(hybrid_override_pattern="ME*E-M", n_groups=2, num_nextn_predict_layers=1)
+    model = scramble(Hybrid(HybridConfig(**(TINY | changes)))).to(DEVICE).eval()
+    texts = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(kernels, "BACKEND", backend)
+        for draft in (0, 2):
+            texts.append(torch.stack(list(model.generate([[1, 2, 3, 4, 5]], 8, temperature=0, draft=draft))))
+    assert all(torch.equal(text, texts[0]) for text in texts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
