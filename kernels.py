@@ -99,11 +99,16 @@ def number_documents(seq_idx):
 
 
 @torch.compiler.assume_constant_result
-def small_card():
-    """Returns whether the GPU has less than 100 KB of shared memory per block (a T4 has 64): smaller tiles then."""
+def shared_memory():
+    """Returns the bytes of shared memory a block may have on this GPU: 64 KB on a T4, 163 on an A100, 227 on Hopper."""
     if INTERPRET or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin < 100_000
+        return 227 << 10
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+
+
+def small_card():
+    """Returns whether the GPU has less than 100 KB of it: smaller tiles then."""
+    return shared_memory() < 100_000
 
 
 @torch.compiler.assume_constant_result
@@ -1113,13 +1118,15 @@ def _combine_kernel(rows_ptr, y_ptr, S, N, stride_y, K: tl.constexpr,
 def _expert_tiles(R, E, dtype, columns=None):
     """Returns the tile of a product: as many rows as an expert has on average, up to 128.
 
-    It is 256 columns wide where `columns` are given and fill such tiles: half as many loads of the rows. Square tiles
-    are small enough for two at a time on a multiprocessor, which hides the start and the end of each.
+    It is 256 columns wide where `columns` are given and fill such tiles: half as many loads of the rows (on Hopper; an
+    A100 would spill). Square tiles are small enough for two at a time on a multiprocessor, which hides the start and
+    the end of each.
     """
+    wide = columns is not None and -columns % 256 <= columns // 4 and shared_memory() > 200_000
     rows = 128 if R > 64 * E else 64 if R > 16 * E else 16
     if small_card() or dtype == torch.float32:
         tiles = dict(BLOCK_M=min(64, rows), BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    elif columns is not None and -columns % 256 <= columns // 4:
+    elif wide:
         tiles = dict(BLOCK_M=rows, BLOCK_N=256, BLOCK_K=64, num_warps=8 if rows > 64 else 4, num_stages=4)
     else:
         tiles = dict(BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, num_warps=8 if rows > 64 else 4, num_stages=3)
@@ -1165,7 +1172,7 @@ def _weight_tiles(columns, dtype):
     """Returns the tile of a gradient of the weights. The sum is over rows: BLOCK_K of them at a time."""
     if small_card() or dtype == torch.float32:
         tiles = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    elif 2 * triton.cdiv(columns, 256) == triton.cdiv(columns, 128):  # no more empty columns than with 128
+    elif 2 * triton.cdiv(columns, 256) == triton.cdiv(columns, 128) and shared_memory() > 200_000:  # none more empty
         tiles = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=32, num_warps=8, num_stages=5)
     else:
         tiles = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
