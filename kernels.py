@@ -889,11 +889,13 @@ def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
 #       ddown = sum_r dy_t (w h)^T,  dup = sum_r du x_t^T
 # Of the activations only w h is kept, which both `down` and `ddown` take as it is (a product that had to scale one of
 # its sides first would run at half speed); h = w h / w, and relu(u) is its square root, as exact as a u kept in the
-# same dtype. So that w = 0 keeps its h, it counts as TINY. du is written over w h when that has had its last reader:
-# the activations never take more than one [R, F].
+# same dtype. So that w = 0 keeps its h, it counts as TINY. (Not in float16, whose smallest numbers are 6e-8: there a
+# weight of 0 gets no gradient, and w h below 6e-5 loses digits.) du is written over w h when that has had its last
+# reader: the activations never take more than one [R, F].
 #
-# Operations: 2 products of 2 R F C each, and twice that backward. Bytes: each weight once (the tiles of an
-# expert run side by side and share it in the L2 cache), h four times, and rows [R, C] twice.
+# Operations: 2 products of 2 R F C each, and twice that backward. Bytes, forward: each weight once (the tiles of an
+# expert run side by side and share it in the L2 cache), [R, F] written and read, [R, C] written and read; backward:
+# weights twice, [R, F] six times, [R, C] six times.
 
 TINY = 1e-30
 
@@ -1135,6 +1137,7 @@ def _expert_tiles(R, E, dtype, columns=None):
 
 def _tensor_blocks(x, *block):
     """Returns a descriptor of x as [rows, its last dimension], to be loaded in blocks of this shape."""
+    x = x.clone() if x.data_ptr() % 16 else x  # a slice of something larger may begin anywhere
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), list(block))
 
 
@@ -1243,7 +1246,10 @@ class _ExpertMLP(torch.autograd.Function):
 
 @torch.compiler.disable  # nothing around the products for a compiler to gain
 def expert_mlp_triton(x, up, down, expert_ids, expert_weights):
-    """Returns `expert_mlp_ref(...)`. Its backward can run once: the activations are written over."""
+    """Returns `expert_mlp_ref(...)`. Its backward can run once: the activations are written over.
+
+    torch.compile leaves it as it is, and breaks its graph there; a CUDA graph takes it.
+    """
     C, width = x.shape[1], up.shape[1]
     if C % 8 or width % 8:  # descriptors want rows of whole 16 bytes
         more_C, more_width = -C % 8, -width % 8

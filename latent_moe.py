@@ -112,41 +112,42 @@ def choose_experts(scores, bias, config):
 
 
 def update_bias(bias, counts, rate=1e-3):
-    """Moves bias [E] in place: b_i += rate * sign(mean(counts) - counts_i). counts [E]: tokens of each expert.
+    """Moves bias [E] in place: b_i += rate * sign(mean(counts) - counts_i). counts [E] int64: tokens of each expert.
 
-    To be called after the optimiser's step, with the counts of the whole batch. Source: arXiv:2408.15664, Alg. 1.
+    To be called after the optimiser's step, with the counts of the whole batch; rate may be a tensor. Source:
+    arXiv:2408.15664, Alg. 1.
     """
-    counts = counts.to(bias.dtype)
-    bias.add_(torch.sign(counts.mean() - counts), alpha=rate)
+    bias.add_(torch.sign(counts.sum() - len(counts) * counts) * rate)  # exact: in whole numbers
 
 
 def sequence_balance_loss(scores, top_k):
-    """Returns E sum_i f_i p_i, mean over the sequences; 1 when every expert has an equal share. scores [B, T, E].
+    """Returns E sum_i f_i p_i, mean over the sequences; 1 when every expert has an equal share. scores [..., T, E].
 
     f_i = share of the sequence's top-k choices that fall on expert i (of the scores without bias; no gradient);
     p_i = mean over the sequence of expert i's share of a token's scores. Source: DeepSeek-V3, equations (17) to (20);
     the top-k without bias as in Megatron-LM.
     """
-    T, E = scores.shape[1:]
+    if scores.numel() == 0:
+        return scores.sum()
+    T, E = scores.shape[-2:]
     shares = scores / scores.sum(-1, keepdim=True)  # [B, T, E]
     chosen = torch.zeros_like(scores).scatter(-1, scores.topk(top_k).indices, 1.0)  # [B, T, E]
-    f, p = chosen.sum(1) / (top_k * T), shares.mean(1)  # [B, E]
+    f, p = chosen.sum(-2) / (top_k * T), shares.mean(-2)  # [B, E]
     return E * (f.detach() * p).sum(-1).mean()
 
 
-def load_metrics(counts, scores):
-    """Returns how even the load is: a dict of float32 scalars. counts [E], tokens of each expert; scores [..., E].
+def load_metrics(counts, entropy):
+    """Returns how even the load is: a dict of scalars. counts [E], tokens of each expert; entropy, of a token's choice.
 
-    load_max        tokens of the busiest expert over the mean: 1 is even, E is collapse
+    load_max        tokens of the busiest expert over the mean: 1 is even, E / K is collapse
     dead_experts    fraction of the experts that got no token
-    router_entropy  mean over tokens of the entropy of their normalised scores, over ln E: 1 is indifference
+    router_entropy  mean over the tokens of the entropy of their normalised scores, over ln E: 1 is indifference
     """
-    counts, shares = counts.float(), scores.detach() / scores.detach().sum(-1, keepdim=True)
-    entropy = torch.special.entr(shares).sum(-1).mean() / math.log(max(2, len(counts)))
+    counts = counts.float()
     return dict(
         load_max=counts.max() / counts.mean().clamp(min=1e-20),
         dead_experts=(counts == 0).float().mean(),
-        router_entropy=entropy.float(),
+        router_entropy=entropy / math.log(max(2, len(counts))),
     )
 
 
@@ -184,6 +185,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(0.02 * torch.randn(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
         self.register_buffer("counts", None, persistent=False)  # [E] int64, tokens sent to each expert
+        self.register_buffer("entropy", None, persistent=False)  # sum over tokens of that of their scores
         self.reset_counts()
 
     def _apply(self, fn, recurse=True):
@@ -197,6 +199,7 @@ class Router(nn.Module):
     def reset_counts(self):
         """Begins to count anew."""
         self.counts = torch.zeros_like(self.e_score_correction_bias, dtype=torch.int64)
+        self.entropy = torch.zeros_like(self.e_score_correction_bias[0])
 
     def forward(self, x):
         """Returns scores [..., E] in (0, 1), float32, for x [..., C]."""
@@ -207,8 +210,8 @@ class Router(nn.Module):
 class MoE(nn.Module):
     """A mixture of experts; with config.latent_size, a LatentMoE. Parameter names: those of `transformers`' NemotronH.
 
-    In training each forward adds to `gate.counts` the tokens sent to each expert, and leaves `balance_loss`
-    (`sequence_balance_loss`) and `metrics` (`load_metrics`) of its batch for whoever sums up the loss.
+    In training each forward adds to `gate.counts` and `gate.entropy`, and leaves its `sequence_balance_loss` for
+    whoever sums up the loss to take.
     """
 
     def __init__(self, config):
@@ -221,10 +224,10 @@ class MoE(nn.Module):
         if config.latent_size is not None:
             self.fc1_latent_proj = nn.Linear(C, config.latent_size, bias)
             self.fc2_latent_proj = nn.Linear(config.latent_size, C, bias)
-        self.balance_loss, self.metrics = None, {}
+        self.balance_loss = None
 
     def forward(self, x):
-        """Returns y [B, T, C] of x [B, T, C]."""
+        """Returns y [..., T, C] of x [..., T, C]."""
         scores = self.gate(x)  # [B, T, E]
         ids, weights = choose_experts(scores.flatten(0, -2), self.gate.e_score_correction_bias, self.config)  # [S, K]
         if self.training and torch.is_grad_enabled():
@@ -237,12 +240,25 @@ class MoE(nn.Module):
     def observe(self, scores, ids):
         """Notes the load of a batch: scores [B, T, E], ids [S, K]."""
         ids = ids.flatten()
-        counts = torch.zeros_like(self.gate.counts).scatter_add_(
-            0, ids, torch.ones_like(ids)
-        )  # [E]; bincount would wait
+        counts = torch.zeros_like(self.gate.counts)  # [E]
+        counts.scatter_add_(0, ids, torch.ones_like(ids))  # bincount would wait for the device
         self.gate.counts += counts
+        shares = scores.detach() / scores.detach().sum(-1, keepdim=True)
+        self.gate.entropy += torch.special.entr(shares).sum()
         self.balance_loss = sequence_balance_loss(scores, self.config.num_experts_per_tok)
-        self.metrics = load_metrics(counts, scores)
+
+    def take_balance_loss(self):
+        """Returns the balance loss of the last forward, 0 if there was none, and forgets it: it holds a whole graph."""
+        loss, self.balance_loss = self.balance_loss, None
+        return 0.0 if loss is None else loss
+
+    def balance(self, rate=1e-3):
+        """Moves the bias by what was counted, and begins to count anew. Returns the `load_metrics` of what was."""
+        gate, K = self.gate, self.config.num_experts_per_tok
+        metrics = load_metrics(gate.counts, gate.entropy * K / gate.counts.sum().clamp(min=1))
+        update_bias(gate.e_score_correction_bias, gate.counts, rate)
+        gate.reset_counts()
+        return metrics
 
 
 # ---- 5. what it costs -------------------------------------------------------------------------------------
@@ -251,7 +267,7 @@ class MoE(nn.Module):
 def latent_twin(config, alpha, more_experts=True):
     """Returns the LatentMoE that costs what the standard layer `config` costs, with latent_size = hidden_size / alpha.
 
-    It has alpha times the experts, so the stored weights stay the same, and as many for each token as the active
+    It has alpha times the experts, so their stored weights stay the same, and as many for each token as the active
     parameters allow after the two projections and the longer router are paid for (that is how the paper's 22 of 512
     come from 6 of 128). more_experts=False keeps the number of experts: the ablation that loses quality.
     Raises ValueError if alpha does not divide hidden_size, or leaves nothing for the experts.
@@ -268,7 +284,7 @@ def latent_twin(config, alpha, more_experts=True):
 
 
 def layer_cost(config, bytes_per_number=2):
-    """Returns what a layer costs, a dict.
+    """Returns what a layer without biases costs, a dict.
 
     total, active      parameters stored, and used by one token (router, projections and shared expert included)
     routed             parameters of all routed experts
@@ -334,13 +350,16 @@ class LanguageModel(nn.Module):
         )
         self.layers = nn.ModuleList(Layer(config, head_dim) for _ in range(n_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
-        for (
-            name,
-            p,
-        ) in self.named_parameters():  # as the released models are: std sqrt(0.8 / C), less for what adds to x
+        # Each matrix as wide as its own input asks (with one std for all, the routed path would start 13 times weaker
+        # at alpha 2 and 240 times at alpha 8 than the standard one), and what adds to x scaled down by depth, once.
+        latent = config.latent_size is not None
+        for name, p in self.named_parameters():
             if p.dim() > 1:
-                adds = name.endswith((".o.weight", "down_proj", "down_proj.weight", "fc2_latent_proj.weight"))
-                nn.init.normal_(p, std=(0.8 / config.hidden_size / (2 * n_layers if adds else 1)) ** 0.5)
+                own = ".experts." in name or "latent_proj" in name
+                adds = name.endswith((".o.weight", "down_proj.weight", "fc2_latent_proj.weight"))
+                adds |= name.endswith("experts.down_proj") and not latent
+                width = p.shape[-1] if own else config.hidden_size
+                nn.init.normal_(p, std=(0.8 / width / (2 * n_layers if adds else 1)) ** 0.5)
 
     def loss(self, ids, targets):
         """Returns (next-token loss, mean over the layers of the balance loss or None). ids, targets [B, T]."""
@@ -348,8 +367,8 @@ class LanguageModel(nn.Module):
         for layer in self.layers:
             x = layer(x)
         logits = self.norm(x) @ self.embed.weight.T
-        losses = [layer.moe.balance_loss for layer in self.layers] if self.training else []
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), sum(losses) / max(1, len(losses))
+        balance = sum(layer.moe.take_balance_loss() for layer in self.layers) / len(self.layers)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), balance
 
 
 def train_one(config, seed, corpus, setting, device):
@@ -376,10 +395,8 @@ def train_one(config, seed, corpus, setting, device):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        for layer in model.layers:
-            update_bias(layer.moe.gate.e_score_correction_bias, layer.moe.gate.counts)
-            layer.moe.gate.reset_counts()
-    load = sum(layer.moe.metrics["load_max"].item() for layer in model.layers) / len(model.layers)  # waits for the GPU
+        loads = [layer.moe.balance()["load_max"] for layer in model.layers]
+    load = torch.stack(loads).mean().item()  # waits for the GPU
     seconds = (time.perf_counter() - began) / (steps - first)
     model.eval()
     with torch.no_grad(), autocast:
@@ -397,7 +414,10 @@ def demo():
     corpus, standard = load_corpus("python", setting["tokenizer"], setting["context"]), setting["moe"]
     variants = {"standard": (standard, "the baseline")}
     for alpha, claim in ((2, "better"), (4, "better"), (8, "worse again than alpha 4")):
-        variants[f"latent, alpha {alpha}"] = (latent_twin(standard, alpha), claim)
+        twin = latent_twin(standard, alpha)
+        more = twin.num_experts_per_tok / standard.num_experts_per_tok
+        # the weights of more experts add up to 1 all the same, and their sum shrinks: Super has 5.0 where Nano has 2.5
+        variants[f"latent, alpha {alpha}"] = (replace(twin, routed_scaling_factor=more**0.5), claim)
     fewer = replace(latent_twin(standard, 4, more_experts=False), num_experts_per_tok=standard.num_experts_per_tok)
     variants["alpha 4, experts not multiplied"] = (fewer, "worse")
 
@@ -423,10 +443,10 @@ def demo():
 def print_paper_counts():
     """Prints what the paper's layer and its LatentMoE twin store, use, send and read."""
     standard = MoEConfig(4096, 128, 6, 2688, 5376)
-    print(f"{'the paper: C 4096, F 2688':32}{'routed':>8}{'active':>9}{'MB sent':>9}{'MB read':>9}  per token, layer")
+    print(f"{'the paper: C 4096, F 2688':32}{'stored':>8}{'active':>9}{'MB sent':>9}{'MB read':>9}  per token, layer")
     for name, config in (("N 128, K 6", standard), ("alpha 4: N 512, K 22, l 1024", latent_twin(standard, 4))):
         cost = layer_cost(config)
-        print(f"{name:32}{cost['routed'] / 1e9:7.2f}G{cost['active'] / 1e6:8.1f}M{cost['dispatched_bytes'] / 1e6:9.3f}"
+        print(f"{name:32}{cost['total'] / 1e9:7.2f}G{cost['active'] / 1e6:8.1f}M{cost['dispatched_bytes'] / 1e6:9.3f}"
               f"{cost['read_bytes'] / 1e6:9.1f}")  # fmt: skip
 
 

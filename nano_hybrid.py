@@ -32,6 +32,9 @@ Limits   One chunk is the recurrence; a prompt in pieces is the prompt at once; 
          see tests/test_kernels.py, tests/test_nano_hybrid.py and tests/test_train.py.
 Differs  From `transformers` 5: dt is not clamped below at time_step_min (neither NVIDIA's training code nor the
          published time_step_limit of [0, inf) does that), and A starts uniform in [1, 16] as in Megatron-LM, not 1..H.
+         From Megatron-LM: a LatentMoE's experts start as wide as their own input asks, and only its last projection is
+         scaled down by depth. With one std for all, the routed path of `super3` would start 370 times weaker than that
+         of `nano3`.
 """
 
 import itertools
@@ -55,7 +58,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
 from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
-from latent_moe import MLP, Experts, MoE, MoEConfig, Router, update_bias
+from latent_moe import MLP, MoE, MoEConfig, Router
 from ssd import mamba2_inner
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
@@ -179,12 +182,14 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     "nano3": HybridConfig(**_SMALL, **_NANO3_SMALL),
     # And with LatentMoE, alpha 4 (`latent_moe.latent_twin` of those), and multi-token prediction: Nemotron 3 Super.
     "super3-tiny": HybridConfig(
-        **_NANO3_TINY | dict(moe_latent_size=32, n_routed_experts=64, num_experts_per_tok=12),
+        **_NANO3_TINY
+        | dict(moe_latent_size=32, n_routed_experts=64, num_experts_per_tok=12, routed_scaling_factor=5.0),
         num_nextn_predict_layers=1,
     ),
     "super3": HybridConfig(
         **_SMALL, num_nextn_predict_layers=1,
-        **_NANO3_SMALL | dict(moe_latent_size=192, n_routed_experts=128, num_experts_per_tok=14),
+        **_NANO3_SMALL
+        | dict(moe_latent_size=192, n_routed_experts=128, num_experts_per_tok=14, routed_scaling_factor=5.0),
     ),
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
     "nano-12b-v2": HybridConfig(
@@ -490,9 +495,10 @@ class Hybrid(nn.Module):
                 module.weight.normal_(0, output_std if name.split(".")[-1] in OUTPUT_PROJECTIONS else std)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
-            elif isinstance(module, Experts):
-                module.up_proj.normal_(0, std)
-                module.down_proj.normal_(0, output_std)
+            elif isinstance(module, MoE):  # narrow experts: see Differs
+                wider = math.sqrt(self.config.hidden_size / module.config.expert_size)
+                module.experts.up_proj.normal_(0, std * wider)
+                module.experts.down_proj.normal_(0, output_std if module.config.latent_size is None else std)
             elif isinstance(module, Mamba2):
                 bound = 1 / math.sqrt(self.config.conv_kernel)
                 module.conv1d.weight.uniform_(-bound, bound)
@@ -529,23 +535,23 @@ class Hybrid(nn.Module):
         """Returns (loss, metrics). ids, targets [B, T] int64; targets -100 are left out.
 
         The loss is the mean next-token cross-entropy in nats (metrics["loss"]); in training, mixtures of experts add
-        router_aux_loss_coef times their `sequence_balance_loss`, and their `load_metrics` (the worst layer's load_max,
-        else the mean over the layers) join the metrics; multi-token prediction adds `loss_further_ahead`.
+        router_aux_loss_coef times their `sequence_balance_loss`, and multi-token prediction `loss_further_ahead`.
         """
         hidden = self.model(ids)  # [B, T, C]
         loss = self.cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        metrics, mixtures = {"loss": loss.detach()}, self.mixtures()
+        metrics = {"loss": loss.detach()}
         if not self.training or not torch.is_grad_enabled():
             return loss, metrics
+        balance = self.take_balance_losses()
         if self.mtp:
             further, found = self.loss_further_ahead(ids, targets, hidden)
             loss, metrics = loss + self.config.mtp_loss_weight * further, metrics | found
-        if mixtures:
-            loss = loss + self.config.router_aux_loss_coef * sum(moe.balance_loss for moe in mixtures)
-            for name in mixtures[0].metrics:
-                values = torch.stack([moe.metrics[name] for moe in mixtures])
-                metrics[name] = values.max() if name == "load_max" else values.mean()
-        return loss, metrics
+            balance = balance + self.take_balance_losses()
+        return loss + self.config.router_aux_loss_coef * balance, metrics
+
+    def take_balance_losses(self):
+        """Returns the sum of the mixtures' balance losses since they were last taken."""
+        return sum(moe.take_balance_loss() for moe in self.mixtures())
 
     def loss_further_ahead(self, ids, targets, hidden):
         """Returns (mean cross-entropy over the depths of multi-token prediction, metrics). hidden [B, T, C].
@@ -570,16 +576,25 @@ class Hybrid(nn.Module):
         return [layer.mixer for layer in self.blocks() if isinstance(layer.mixer, MoE)]
 
     @torch.no_grad()
-    def balance_routers(self):
+    def balance_routers(self, finite=True):
         """Moves each router's bias towards an even load, by the tokens counted since the last call, in all processes.
 
-        The part of a training step that has no gradient: to be called after the optimiser's.
+        The part of a training step that has no gradient: to be called after the optimiser's. finite: bool or tensor,
+        whether that step was made. Returns metrics: of `load_metrics` the worst layer's load_max, else the mean.
         """
-        for gate in (moe.gate for moe in self.mixtures()):
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(gate.counts)
-            update_bias(gate.e_score_correction_bias, gate.counts, self.config.router_bias_update_rate)
-            gate.reset_counts()
+        mixtures, rate = self.mixtures(), self.config.router_bias_update_rate * finite
+        if not mixtures:
+            return {}
+        if dist.is_available() and dist.is_initialized():
+            counted = torch.stack(
+                [torch.cat([m.gate.counts.double(), m.gate.entropy[None].double()]) for m in mixtures]
+            )
+            dist.all_reduce(counted)
+            for moe, row in zip(mixtures, counted):
+                moe.gate.counts, moe.gate.entropy = row[:-1].long(), row[-1].float()
+        found = [moe.balance(rate) for moe in mixtures]
+        together = {name: torch.stack([f[name] for f in found]) for name in found[0]}
+        return {name: v.max() if name == "load_max" else v.mean() for name, v in together.items()}
 
     def logprobs(self, ids, mask=None, temperature=1.0):
         """Returns (logprob, entropy), each [B, T-1], of tokens ids[:, 1:] given what is before them.
@@ -587,6 +602,7 @@ class Hybrid(nn.Module):
         mask bool [B, T-1] or None: positions that are not wanted are 0 in both, and cost no projection.
         """
         hidden = self.model(ids[:, :-1])  # [B, T-1, C]
+        self.take_balance_losses()  # nobody else will
         targets = ids[:, 1:]
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
         found = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
@@ -966,7 +982,12 @@ def read_weights(directory, n_experts):
             stack, expert = f"{match[1]}.{match[3]}", int(match[2])
             if stack not in state_dict:
                 state_dict[stack], missing[stack] = tensor.new_empty(n_experts, *tensor.shape), set(range(n_experts))
-            state_dict[stack][expert] = tensor
+            expected = state_dict[stack][expert]
+            if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+                raise ValueError(
+                    f"{directory}: {name} is {list(tensor.shape)}, other experts are {list(expected.shape)}"
+                )
+            expected.copy_(tensor)
             missing[stack].discard(expert)
         elif name.endswith("e_score_correction_bias"):
             state_dict[name] = tensor.float()  # its steps are finer than 16 bits

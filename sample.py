@@ -69,8 +69,9 @@ def load(config):
     device = pick_device(config.device)
     dtype, _ = pick_dtype(config.dtype, device)
     model = Hybrid.from_pretrained(folder).to(device).eval()
-    for p in model.parameters():
-        if p.dim() > 1:  # A_log, D, dt_bias and the norms stay float32: small, and the states hang on them
+    for name, p in model.named_parameters():
+        # A_log, D, dt_bias, norms and routers stay as they are: small, and states and choices hang on them
+        if p.dim() > 1 and not name.endswith("gate.weight"):
             p.data = p.data.to(dtype)
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(

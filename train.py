@@ -165,6 +165,8 @@ def set_up(argv):
     config = resolve(given, saved)
     device, rank, world_size = join_processes(config.device)
     dtype, reason = pick_dtype(config.dtype, device)
+    if dtype == torch.float32:  # TF32 on a GPU. Under autocast what is left in float32 (routers) is so for a reason
+        torch.set_float32_matmul_precision("high")
 
     corpus = load_corpus(config.data, config.tokenizer, config.context)
     epochs = config.steps * config.batch_size * config.context * config.grad_accum * world_size / corpus.n_train
@@ -427,12 +429,12 @@ def schedule(step, config):
 
 
 def gradients(run, interrupt):
-    """Returns (loss, gradient norm, whether a process was interrupted, metrics) over all processes, as tensors, and
-    leaves the clipped gradients in the model.
+    """Returns (gradient norm, numbers), tensors, and leaves the clipped gradients in the model.
 
-    Nothing here waits for the device: the host prepares the next step while it is at work.
+    numbers: the loss and the objective's metrics, mean over micro-steps and processes, and "noted", > 0 if a process
+    was interrupted. Nothing here waits for the device: the host prepares the next step while it is at work.
     """
-    config, total = run.config, torch.zeros((), device=run.device)
+    config, sums = run.config, {}
     for micro in range(config.grad_accum):
         if run.world_size > 1:
             run.model.set_requires_gradient_sync(micro == config.grad_accum - 1)
@@ -440,21 +442,26 @@ def gradients(run, interrupt):
         with run.autocast():
             loss, metrics = run.objective.loss(run.model, batch)
         run.scaler.scale(loss / config.grad_accum).backward()
-        total += (
-            metrics.get("loss", loss).detach() / config.grad_accum
-        )  # without what is added for balance and the like
+        for name, value in (
+            {"loss": loss} | metrics
+        ).items():  # its own "loss" leaves out what balance and the like add
+            value = torch.as_tensor(value, dtype=torch.float32, device=run.device).detach()
+            sums[name] = sums.get(name, 0) + value / config.grad_accum / run.world_size
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-    noted = torch.full_like(total, float(interrupt.noted))
+    sums["noted"] = torch.full((), float(interrupt.noted), device=run.device)
     if run.world_size > 1:
-        norm, sums = norm.full_tensor(), torch.stack([total / run.world_size, noted])
-        dist.all_reduce(sums, op=dist.ReduceOp.SUM)
-        total, noted = sums
-    return total, norm, noted, {k: v for k, v in metrics.items() if k != "loss"}
+        norm, together = norm.full_tensor(), torch.stack(list(sums.values()))
+        dist.all_reduce(together, op=dist.ReduceOp.SUM)
+        sums = dict(zip(sums, together))
+    return norm, sums
 
 
 def optimizer_step(run, loss, norm):
-    """Makes the step, unless loss or gradients are not finite; where the optimiser is fused, the device decides."""
+    """Makes the step, unless loss or gradients are not finite; where the optimiser is fused, the device decides.
+
+    Returns metrics of the mixtures of experts, whose routers move with it.
+    """
     finite = torch.isfinite(loss) & torch.isfinite(norm)
     if run.optimizer.defaults["fused"] and not run.scaler.is_enabled():
         run.optimizer.found_inf = (~finite).float()  # as a GradScaler tells it
@@ -463,7 +470,7 @@ def optimizer_step(run, loss, norm):
         run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    run.model.balance_routers()
+    return run.model.balance_routers(finite)
 
 
 def evaluate(run):
@@ -508,10 +515,10 @@ def train(run):
         lr = config.lr * schedule(run.step, config)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss, norm, noted, metrics = gradients(run, interrupt)
-        optimizer_step(run, loss, norm)
+        norm, numbers = gradients(run, interrupt)
+        numbers |= optimizer_step(run, numbers["loss"], norm)
         run.step += 1
-        waiting.append(StepNumbers(run, lr, loss=loss, grad_norm=norm, noted=noted, **metrics))
+        waiting.append(StepNumbers(run, lr, grad_norm=norm, **numbers))
 
         last = run.step == config.steps
         evaluates = run.step % config.eval_every == 0 or last
@@ -643,7 +650,6 @@ def finish(run, log, seconds):
 
 def main(argv=None):
     """Returns the exit status: 0 done, 1 gave up, 2 a mistake on the command line, 130 interrupted."""
-    torch.set_float32_matmul_precision("high")  # TF32 where a float32 product is left on a GPU
     try:
         try:
             run = set_up(argv)

@@ -1,5 +1,6 @@
 """latent_moe.py: parity with transformers' NemotronHMoE, limit cases, balancing, the paper's counts."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -175,9 +176,7 @@ def test_the_bias_alone_evens_out_a_badly_skewed_router():
         x = draw(1, 512, 16, seed=step)
         x[..., 0] = 1
         layer(x)
-        loads.append(layer.metrics["load_max"].item())
-        update_bias(layer.gate.e_score_correction_bias, layer.gate.counts, rate=5e-3)
-        layer.gate.counts.zero_()
+        loads.append(layer.balance(rate=5e-3)["load_max"].item())
     assert loads[0] > 3 and max(loads[-20:]) < 1.5
 
 
@@ -192,13 +191,35 @@ def test_counts_add_up_over_micro_batches_and_only_in_training():
 
 
 def test_load_metrics():
-    even, collapsed = torch.full((5, 4), 0.5), torch.tensor([1.0, 0, 0, 0]).expand(5, 4)
-    found = load_metrics(torch.tensor([5, 5, 5, 5]), even)
-    assert {k: v.item() for k, v in found.items()} == pytest.approx(dict(load_max=1, dead_experts=0, router_entropy=1))
-    found = load_metrics(torch.tensor([20, 0, 0, 0]), collapsed)
-    assert {k: v.item() for k, v in found.items()} == pytest.approx(
-        dict(load_max=4, dead_experts=0.75, router_entropy=0)
-    )
+    even, collapsed = torch.tensor([5, 5, 5, 5]), torch.tensor([20, 0, 0, 0])
+    found = [load_metrics(even, torch.tensor(4.0).log()), load_metrics(collapsed, torch.tensor(0.0))]
+    expected = dict(load_max=1, dead_experts=0, router_entropy=1), dict(load_max=4, dead_experts=0.75, router_entropy=0)
+    for a, b in zip(found, expected):
+        assert {name: value.item() for name, value in a.items()} == pytest.approx(b)
+
+
+def test_the_entropy_is_that_of_all_tokens_counted():
+    layer, xs = build(SMALL), [draw(2, 5, 24), draw(1, 3, 24, seed=1)]
+    for x in xs:
+        layer(x)
+    shares = torch.cat([layer.gate(x).flatten(0, 1) for x in xs])
+    shares = shares / shares.sum(-1, keepdim=True)
+    expected = torch.distributions.Categorical(shares).entropy().mean() / torch.tensor(8.0).log()
+    assert layer.balance()["router_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not layer.gate.counts.any() and layer.gate.entropy == 0
+
+
+def test_a_balance_loss_is_taken_once_and_then_the_layer_can_be_copied():
+    layer = build(SMALL)
+    layer(draw(2, 5, 24))
+    assert layer.take_balance_loss().requires_grad and layer.take_balance_loss() == 0.0
+    copy.deepcopy(layer)
+
+
+@pytest.mark.parametrize("shape", [(4, 24), (0, 5, 24), (2, 0, 24)])
+def test_training_on_tokens_in_any_shape(shape):
+    layer = build(SMALL)
+    assert layer(draw(*shape)).shape == shape and layer.take_balance_loss().isfinite()
 
 
 # ---- precision ----
@@ -238,7 +259,7 @@ def test_layer_cost_counts_the_parameters(config):
 @pytest.mark.parametrize("size", ["", "-tiny"])
 def test_super3_is_the_twin_of_nano3(size):
     twin = latent_twin(PRESETS["nano3" + size].moe(), 4)
-    assert PRESETS["super3" + size].moe() == twin
+    assert PRESETS["super3" + size].moe() == replace(twin, routed_scaling_factor=5.0)  # as Super has it
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ MOE = dict(
     hybrid_override_pattern="ME*E", n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=12,
     moe_shared_expert_intermediate_size=20, routed_scaling_factor=2.5,
 )  # fmt: skip
+MTP = dict(num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*-", tie_word_embeddings=True)
 MIXTURES = {"standard": MOE, "grouped": MOE | dict(n_group=4, topk_group=2), "latent": MOE | dict(moe_latent_size=8)}
 
 
@@ -145,12 +146,17 @@ def test_a_release_opens(tmp_path):
         Hybrid.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change, wrong", [("no expert 2", "lacks expert 2"), ("a scale", "quantised")])
+@pytest.mark.parametrize(
+    "change, wrong",
+    [("no expert 2", "lacks expert 2"), ("a scale", "quantised"), ("one row", r"is \[1, 24\], other experts are")],
+)
 def test_a_checkpoint_with_a_part_missing_or_quantised_is_named(change, wrong, tmp_path):
     build(**MOE).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     if change == "no expert 2":
         tensors = {n: t for n, t in tensors.items() if not n.endswith("layers.1.mixer.experts.2.up_proj.weight")}
+    elif change == "one row":
+        tensors["backbone.layers.1.mixer.experts.2.up_proj.weight"] = torch.ones(1, 24)
     else:
         tensors["backbone.layers.1.mixer.experts.2.up_proj.weight_scale"] = torch.ones(1)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -200,17 +206,32 @@ def test_presets_have_the_published_layers(preset, counts):
 def test_the_loss_of_mixtures_has_their_balance_and_their_routers_move():
     model, ids = build(**MOE, router_aux_loss_coef=0.5, router_bias_update_rate=0.1), draw_ids(2, 20)
     plain, _ = model.loss(ids[:, :-1], ids[:, 1:])
-    model.train()
+    model.train().model(ids[:, :-1])
+    balance = model.take_balance_losses().item()
     loss, metrics = model.loss(ids[:, :-1], ids[:, 1:])
-    balance = sum(moe.balance_loss for moe in model.mixtures())
-    assert loss.item() == pytest.approx(plain.item() + 0.5 * balance.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(plain.item() + 0.5 * balance, rel=1e-5)
     assert metrics["loss"].item() == pytest.approx(plain.item(), rel=1e-5)
-    assert metrics["load_max"] >= 1 and 0 <= metrics["dead_experts"] < 1 and 0 < metrics["router_entropy"] <= 1
     gates = [moe.gate for moe in model.mixtures()]
     busiest = [gate.counts.argmax() for gate in gates]
-    model.balance_routers()
+    found = model.balance_routers(torch.tensor(False))  # a step that was left out
+    assert found["load_max"] >= 1 and 0 <= found["dead_experts"] < 1 and 0 < found["router_entropy"] <= 1
+    assert not any(gate.counts.any() or gate.e_score_correction_bias.any() for gate in gates)
+    model.loss(ids[:, :-1], ids[:, 1:])
+    model.balance_routers(torch.tensor(True))
     for gate, expert in zip(gates, busiest):
         assert gate.e_score_correction_bias[expert] == pytest.approx(-0.1) and not gate.counts.any()
+
+
+def test_every_depth_of_a_predictor_adds_its_balance():
+    model = build(**MOE | MTP | dict(mtp_hybrid_override_pattern="E"), router_aux_loss_coef=1.0).train()
+    ids = draw_ids(2, 9)
+    loss, metrics = model.loss(ids[:, :-1], ids[:, 1:])
+    further = sum(metrics[f"mtp{depth}_loss"] for depth in (1, 2)) / 2
+    balance = (loss - metrics["loss"] - 0.3 * further).item()  # two layers, and two depths of one: each about 1
+    assert 3.2 < balance < 8
+    assert model.mtp.layers[0].mixer.gate.counts.sum() == 2 * 3 * (7 + 6)
+    loss, _ = model.loss(ids[:, :1], ids[:, 1:2])  # a text of one token: nothing further ahead
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -505,8 +526,6 @@ def test_a_shape_that_cannot_be_is_refused(changes, message):
 
 
 # ---- multi-token prediction ----
-
-MTP = dict(num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*-", tie_word_embeddings=True)
 
 
 def test_the_loss_further_ahead_is_its_equation():
