@@ -310,7 +310,7 @@ def layer_cost(config, bytes_per_number=2):
 # of equal active parameters: the same data in the same order, seed by seed.
 
 SETTINGS = dict(  # what fits in two minutes, on two CPU cores and on one GPU
-    cpu=dict(tokenizer="bytes", context=128, batch_size=8, steps=60, n_layers=2, head_dim=32, lr=3e-3,
+    cpu=dict(tokenizer="bytes", context=128, batch_size=8, steps=100, n_layers=2, head_dim=32, lr=3e-3,
              val_batches=16, moe=MoEConfig(128, 8, 2, 128, 256)),
     cuda=dict(tokenizer="python4k", context=512, batch_size=32, steps=400, n_layers=4, head_dim=64, lr=2e-3,
               val_batches=99, moe=MoEConfig(512, 16, 4, 512, 1024)),
