@@ -655,7 +655,10 @@ def main(argv=None):
             run = set_up(argv)
         except ValueError as error:  # only here: later it would be a mistake of ours, and deserves its traceback
             return fail(error)
-        return train(run)
+        status = train(run)
+        if dist.is_initialized():
+            dist.barrier()  # gloo aborts a process that leaves while another still talks to it
+        return status
     except OSError as error:  # a missing file, a full disk
         return fail(error)
     except KeyboardInterrupt:
