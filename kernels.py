@@ -878,8 +878,9 @@ def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
 #       x [S, C] --gather--> | up product, relu^2, w | h [R, F] | down product |--put back--> [S, K, C] --sum_k--> y
 #
 # A program of a product owns a tile [BLOCK_M rows of one expert, BLOCK_N columns]. How many tiles each expert needs is
-# known on the device alone, and the host never asks: it starts as many programs as there could be, R / BLOCK_M + E, and
-# each finds its expert from the offsets, or that there is nothing left to do. A graph can therefore replay it.
+# known on the device alone, and the host never asks: it starts programs for as many as there could be, R / BLOCK_M + E,
+# and each reads from a table (_tiles_kernel) which rows are its own, or that there are none left. A graph can therefore
+# replay it.
 # Weights, and rows that stand together, come in by tensor descriptor: on Hopper one thread asks the copy engine for a
 # whole tile (a tenth to a third faster than a pointer for each element; elsewhere Triton makes pointers of it).
 # A tile may reach into the rows of the next expert; what is computed from them is not stored.
@@ -887,8 +888,8 @@ def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
 # Backward. For row r of token t with weight w, h = relu(u)^2, y_t += down (w h):
 #       dh = down^T dy_t,  dw = <dh, h>,  du = w dh 2 relu(u),  dx_t = sum_k up^T du,
 #       ddown = sum_r dy_t (w h)^T,  dup = sum_r du x_t^T
-# Of the activations only w h is kept, which both `down` and `ddown` take as it is (a product that had to scale one of
-# its sides first would run at half speed); h = w h / w, and relu(u) is its square root, as exact as a u kept in the
+# Of the activations only w h is kept, which both `down` and `ddown` take as it is (a product that has to scale one of
+# its sides first cannot overlap its copies and its multiplications); h = w h / w, and relu(u) is its square root, as exact as a u kept in the
 # same dtype. So that w = 0 keeps its h, it counts as TINY. (Not in float16, whose smallest numbers are 6e-8: there a
 # weight of 0 gets no gradient, and w h below 6e-5 loses digits.) du is written over w h when that has had its last
 # reader: the activations never take more than one [R, F].
