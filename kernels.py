@@ -889,10 +889,10 @@ def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
 #       dh = down^T dy_t,  dw = <dh, h>,  du = w dh 2 relu(u),  dx_t = sum_k up^T du,
 #       ddown = sum_r dy_t (w h)^T,  dup = sum_r du x_t^T
 # Of the activations only w h is kept, which both `down` and `ddown` take as it is (a product that has to scale one of
-# its sides first cannot overlap its copies and its multiplications); h = w h / w, and relu(u) is its square root, as exact as a u kept in the
-# same dtype. So that w = 0 keeps its h, it counts as TINY. (Not in float16, whose smallest numbers are 6e-8: there a
-# weight of 0 gets no gradient, and w h below 6e-5 loses digits.) du is written over w h when that has had its last
-# reader: the activations never take more than one [R, F].
+# its sides first cannot overlap its copies and its multiplications); h = w h / w, and relu(u) is its square root, as
+# exact as a u kept in the same dtype. So that w = 0 keeps its h, it counts as TINY. (Not in float16, whose smallest
+# numbers are 6e-8: there a weight of 0 gets no gradient, and w h below 6e-5 loses digits.) du is written over w h when
+# that has had its last reader: the activations never take more than one [R, F].
 #
 # Operations: 2 products of 2 R F C each, and twice that backward. Bytes, forward: each weight once (the tiles of an
 # expert run side by side and share it in the L2 cache), [R, F] written and read, [R, C] written and read; backward:
