@@ -336,10 +336,10 @@ def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_
             dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
         )
         x = tl.load(x_ptr + rows * stride_xt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
-        stateT = tl.load(states_ptr + head * P * N + p[None, :] * N + n[:, None],
-                         mask=(p[None, :] < P) & (n[:, None] < N), other=0.0)  # [N, P]  # fmt: skip
+        state = tl.load(states_ptr + head * P * N + p[:, None] * N + n[None, :],
+                        mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)  # [P, N]  # fmt: skip
         # 4. from the state that enters
-        y = tl.dot(c, stateT, input_precision=PRECISION) * (tl.exp(s) * from_start)[:, None]  # [Q, P]
+        y = tl.dot(c, tl.trans(state), input_precision=PRECISION) * (tl.exp(s) * from_start)[:, None]  # [Q, P]
         # 1. from the chunk itself; dt goes into the matrix, so that x is used as it is
         decay = tl.exp(tl.where(seen, s[:, None] - s[None, :], -float("inf")))
         M = (scores * decay * dt[None, :]).to(x.dtype)
@@ -354,10 +354,18 @@ MIN_SEGMENT = 16  # chunks, at the least, of a segment of time: below that, a se
 MAX_STATE_BYTES = 64 << 10  # of one head, in x's dtype: a larger one does not fit shared memory beside the chunk
 
 
+def _head_tile(P):
+    """Returns the side of the tile that holds the P channels of a head.
+
+    Not 16: beside a state of N > 16, Triton 3.6 makes wrong code of 16-bit products that narrow (seen on an H200).
+    """
+    return max(32, block_of(P))
+
+
 def _ssd_tiles(x, N, R):
     """Returns chunk, tile and warps of the kernels that own a chunk, and how many heads of a group share a program."""
     B, T, H, P = x.shape
-    BLOCK_P, BLOCK_N = block_of(P), block_of(N)
+    BLOCK_P, BLOCK_N = _head_tile(P), block_of(N)
     state_bytes = BLOCK_P * BLOCK_N * x.element_size()
     # Shared memory and registers: 64 tokens beside a 16 KB state (64 x 128 in bfloat16), fewer beside a larger one.
     # 128 took 1.6 times as long as 64 at P 64, N 128 (measured once, on an H200; no command of ours repeats it).
@@ -373,7 +381,7 @@ def _ssd_tiles(x, N, R):
 def _state_tiles(x, N, Q):
     """Returns tile and warps of the states kernel, and the chunks of a segment: work is split until the GPU is full."""
     B, T, H, P = x.shape
-    tiles = dict(Q=Q, BLOCK_P=block_of(P), BLOCK_N=block_of(N), num_warps=4, num_stages=2 if small_card() else 3)
+    tiles = dict(Q=Q, BLOCK_P=_head_tile(P), BLOCK_N=block_of(N), num_warps=4, num_stages=2 if small_card() else 3)
     n_chunks = triton.cdiv(T, Q)
     n_segments = min(n_chunks // MIN_SEGMENT, 2 * FULL_GPU // max(1, B * H))
     n_segments = n_segments if n_segments > 3 else 1  # two walks of a half or a third gain nothing
@@ -668,7 +676,7 @@ def ssd(
         ("initial_state", initial_state, (B, H, P, N)), ("seq_idx", seq_idx, (B, T)),
     ):  # fmt: skip
         expect(name, tensor, *shape)
-    if block_of(P) * block_of(N) * x.element_size() > MAX_STATE_BYTES:
+    if _head_tile(P) * block_of(N) * x.element_size() > MAX_STATE_BYTES:
         if backend == "triton":
             raise ValueError(f"a state of P={P} x N={N} in {x.dtype} does not fit a kernel; use backend='torch'")
         backend = "torch"
@@ -1012,7 +1020,7 @@ def _ssd_peers():
 
 BENCHES = [
     Bench(
-        ssd, _ssd_inputs, checks=[(2, 150, 4, 20, 2, 33), (1, 65, 6, 64, 2, 128), (1, 2200, 2, 16, 1, 16)],
+        ssd, _ssd_inputs, checks=[(2, 150, 4, 20, 2, 33), (1, 65, 6, 64, 2, 128), (1, 2200, 2, 16, 1, 16), (1, 70, 2, 8, 1, 64)],
         timings=[(8, 4096, 64, 64, 8, 128), (16, 2048, 24, 64, 1, 128), (1, 65536, 24, 64, 8, 128)],
         cost=_ssd_cost, peers=_ssd_peers,
     ),
