@@ -858,100 +858,133 @@ def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_w
     return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
 
 
-# One token, for writing. Operation by operation this is some twenty launches of next to no work; here it is two: a
-# program owns a head, takes the convolution's step for its channels and its group's B and C, then the recurrence's.
-# What is bound to be moved is the state, 8 P N bytes a head. States are not written over: who keeps the old ones can go
-# back to them.
+# A few tokens, for writing. Operation by operation one token is some twenty launches of next to no work; here it is two:
+# a program owns up to 32 channels of a head, takes the convolution's steps for them and for its group's B and C, then
+# the recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens.
 
 
 @jit
-def _conv_step(x_ptr, state_ptr, weight_ptr, bias_ptr, new_ptr, channels, inside, keeps, W: tl.constexpr):
-    """Returns silu(convolution) of the channels at this token, float32; where `keeps`, writes their last W-1 inputs."""
-    x = tl.load(x_ptr + channels, mask=inside, other=0.0)
-    out = x.to(tl.float32) * tl.load(weight_ptr + channels * W + W - 1, mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        out += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+def _conv_steps(x_ptr, state_ptr, weight_ptr, bias_ptr, inputs_ptr, channels, inside, keeps, stride_xt,
+                T: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr):  # fmt: skip
+    """Returns T times silu(convolution) of the channels, float32. Where `keeps`, writes the inputs from FIRST on."""
+    w, xs, out = (), (), ()
+    for j in tl.static_range(W):
+        w += (tl.load(weight_ptr + channels * W + j, mask=inside, other=0.0).to(tl.float32),)
     for j in tl.static_range(W - 1):
-        old = tl.load(state_ptr + channels * (W - 1) + j, mask=inside, other=0.0)
-        out += old.to(tl.float32) * tl.load(weight_ptr + channels * W + j, mask=inside, other=0.0).to(tl.float32)
-        if j > 0:
-            tl.store(new_ptr + channels * (W - 1) + j - 1, old, mask=keeps)
-    if W > 1:
-        tl.store(new_ptr + channels * (W - 1) + W - 2, x, mask=keeps)
-    return out * tl.sigmoid(out)
+        xs += (tl.load(state_ptr + channels * (W - 1) + j, mask=inside, other=0.0),)
+    for t in tl.static_range(T):
+        xs += (tl.load(x_ptr + t * stride_xt + channels, mask=inside, other=0.0),)
+    for j in tl.static_range(FIRST, W - 1 + T):
+        tl.store(inputs_ptr + channels * (W - 1 + T - FIRST) + j - FIRST, xs[j], mask=keeps)
+    for t in tl.static_range(T):
+        z = tl.zeros_like(w[0])
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+        for j in tl.static_range(W):
+            z += w[j] * xs[t + j].to(tl.float32)
+        out += (z * tl.sigmoid(z),)
+    return out
 
 
 @jit
-def _mamba2_step_kernel(xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr, A_ptr, D_ptr,
-                        y_ptr, new_conv_ptr, new_state_ptr,
-                        H, R, P, N, conv_size, stride_projected,
-                        W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    xBC_ptr += row * stride_projected
+def _mamba2_steps_kernel(xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr, A_ptr, D_ptr,
+                         y_ptr, inputs_ptr, new_state_ptr,
+                         H, R, P, N, conv_size, stride_b, stride_t,
+                         T: tl.constexpr, W: tl.constexpr, EVERY: tl.constexpr,
+                         BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    blocks = tl.cdiv(P, BLOCK_P)
+    head, block, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1).to(tl.int64)
+    FIRST: tl.constexpr = 0 if EVERY else T  # of the convolution's inputs, W - 1 old and T new, to write down
+    xBC_ptr += row * stride_b
     conv_state_ptr += row * conv_size * (W - 1)
-    new_conv_ptr += row * conv_size * (W - 1)
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    inputs_ptr += row * conv_size * (W - 1 + T - FIRST)
+    p, n = block * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     group = head // R
-    keeps = n < tl.where(head % R == 0, N, 0)  # B and C of a group are kept by its first head
+    keeps = n < tl.where((head % R == 0) & (block == 0), N, 0)  # B and C of a group are kept by its first program
     b_at = H * P + group * N
     c_at = b_at + H // R * N
-    x = _conv_step(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, new_conv_ptr, head * P + p, p < P, p < P, W)  # [P]
-    b = _conv_step(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, new_conv_ptr, b_at + n, n < N, keeps, W)  # [N]
-    c = _conv_step(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, new_conv_ptr, c_at + n, n < N, keeps, W)  # [N]
-    raw = tl.load(dt_ptr + row * stride_projected + head).to(tl.float32) + tl.load(dt_bias_ptr + head).to(tl.float32)
-    dt = tl.where(raw > 20, raw, tl.log(1 + tl.exp(tl.minimum(raw, 20.0))))  # softplus
+    x = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, head * P + p, p < P, p < P, stride_t,
+                    T, W, FIRST)  # T times [P]  # fmt: skip
+    b = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, b_at + n, n < N, keeps, stride_t,
+                    T, W, FIRST)  # T times [N]  # fmt: skip
+    c = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, c_at + n, n < N, keeps, stride_t,
+                    T, W, FIRST)  # fmt: skip
     here = (row * H + head) * P * N + p[:, None] * N + n[None, :]
     inside = (p[:, None] < P) & (n[None, :] < N)
     state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
-    state = tl.exp(dt * tl.load(A_ptr + head).to(tl.float32)) * state + (dt * x)[:, None] * b[None, :]
-    y = tl.sum(state * c[None, :], 1) + tl.load(D_ptr + head).to(tl.float32) * x  # [P]
-    tl.store(new_state_ptr + here, state, mask=inside)
-    tl.store(y_ptr + (row * H + head) * P + p, y, mask=p < P)
+    A, D = tl.load(A_ptr + head).to(tl.float32), tl.load(D_ptr + head).to(tl.float32)
+    dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    for t in tl.static_range(T):
+        raw = tl.load(dt_ptr + row * stride_b + t * stride_t + head).to(tl.float32) + dt_bias
+        dt = tl.where(raw > 20, raw, tl.log(1 + tl.exp(tl.minimum(raw, 20.0))))  # softplus
+        state = tl.exp(dt * A) * state + (dt * x[t])[:, None] * b[t][None, :]
+        y = tl.sum(state * c[t][None, :], 1) + D * x[t]  # [P]
+        tl.store(y_ptr + ((row * T + t) * H + head) * P + p, y, mask=p < P)
+        if EVERY:
+            tl.store(new_state_ptr + row * (T - 1) * H * P * N + t * H * P * N + here, state, mask=inside)
+    if not EVERY:
+        tl.store(new_state_ptr + here, state, mask=inside)
 
 
-def mamba2_step_ref(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5
-):
-    """Returns (out [B, di], conv_state, ssm_state) after one token: `mamba2_inner_ref` of projected [B, 1, ...].
-
-    projected [B, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32.
-    """
-    out, (conv_state, ssm_state) = mamba2_inner_ref(
-        projected[:, None], conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps,
-        state=(conv_state, ssm_state), return_final_state=True,
-    )  # fmt: skip
-    return out[:, 0], conv_state, ssm_state
-
-
-def mamba2_step_triton(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5
-):
-    """Returns `mamba2_step_ref(...)`, computed by two kernels. It has no backward."""
-    projected = tail_contiguous(projected)
-    conv_state, ssm_state, conv_weight = (
-        conv_state.contiguous(),
-        ssm_state.float().contiguous(),
-        conv_weight.contiguous(),
-    )
-    z, xBC, dt = _parts(projected, conv_weight, norm_weight)
-    (B, H, P, N), (conv_size, W) = ssm_state.shape, conv_weight.shape
-    y = torch.empty(B, H * P, dtype=projected.dtype, device=projected.device)
-    new_conv = torch.empty(conv_state.shape, dtype=projected.dtype, device=projected.device)
-    new_state = torch.empty_like(ssm_state)
-    _mamba2_step_kernel[(H, B)](
-        xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, y, new_conv, new_state,
-        H, H // n_groups, P, N, conv_size, projected.stride(0), W=W, BLOCK_P=block_of(P), BLOCK_N=block_of(N),
-    )  # fmt: skip
-    return norm_forward(y, z, norm_weight, H * P // n_groups, eps), new_conv, new_state
-
-
-def mamba2_step(
+def mamba2_steps_ref(
     projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5,
-    backend="auto",
+    every=False, overwrite=False,
 ):  # fmt: skip
-    """Returns `mamba2_step_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad."""
-    op = mamba2_step_triton if pick_backend(backend, projected.device, projected.dtype) == "triton" else mamba2_step_ref
-    return op(projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
+    """Returns (out [B, T, di], inputs, states) of a few tokens that go on from a state, one after the other.
+
+    projected [B, T, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32. out is that of
+    `mamba2_inner_ref`. inputs, states: the next conv_state and ssm_state; with `every`, what they are after any of the
+    tokens: inputs [B, di + 2 G N, W-1 + T], of which t+1 ... t+W-1 are the state after token t, and states
+    [B, T, H, P, N]. overwrite: the last ssm_state may be put in place of the one given (not with `every`).
+    """
+    outs, states = [], []
+    inputs = torch.cat([conv_state, _parts(projected, conv_weight, norm_weight)[1].transpose(1, 2)], dim=-1)
+    for token in projected.split(1, dim=1):
+        out, (conv_state, ssm_state) = mamba2_inner_ref(
+            token, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps,
+            state=(conv_state, ssm_state), return_final_state=True,
+        )  # fmt: skip
+        outs.append(out)
+        states.append(ssm_state)
+    out = torch.cat(outs, dim=1)
+    return (out, inputs, torch.stack(states, dim=1)) if every else (out, conv_state, ssm_state)
+
+
+def mamba2_steps_triton(
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5,
+    every=False, overwrite=False,
+):  # fmt: skip
+    """Returns `mamba2_steps_ref(...)`, computed by two kernels. It has no backward."""
+    projected, conv_weight = tail_contiguous(projected), conv_weight.contiguous()
+    conv_state, ssm_state = conv_state.contiguous(), ssm_state.float().contiguous()
+    z, xBC, dt = _parts(projected, conv_weight, norm_weight)
+    (B, H, P, N), (conv_size, W), T = ssm_state.shape, conv_weight.shape, projected.shape[1]
+    empty = partial(torch.empty, dtype=projected.dtype, device=projected.device)
+    y, inputs = empty(B, T, H * P), empty(B, conv_size, W - 1 + T if every else W - 1)
+    states = empty(B, T, H, P, N, dtype=torch.float32) if every else ssm_state
+    if not every and not overwrite:
+        states = torch.empty_like(ssm_state)
+    BLOCK_P = min(32, block_of(P))
+    _mamba2_steps_kernel[(H * triton.cdiv(P, BLOCK_P), B)](
+        xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, y, inputs, states, H, H // n_groups, P, N,
+        conv_size, projected.stride(0), projected.stride(1), T, W, every, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N),
+    )  # fmt: skip
+    return norm_forward(y, z, norm_weight, H * P // n_groups, eps), inputs, states
+
+
+def mamba2_steps(
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5,
+    every=False, overwrite=False, backend="auto",
+):  # fmt: skip
+    """Returns `mamba2_steps_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad.
+
+    They are unrolled over the tokens: meant for a handful.
+    """
+    in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
+    return (mamba2_steps_triton if in_triton else mamba2_steps_ref)(
+        projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps, every,
+        overwrite,
+    )  # fmt: skip
 
 
 def mamba2_inner(
@@ -978,8 +1011,8 @@ def mamba2_inner(
     if fusible and torch.is_grad_enabled() and in_triton:
         return mamba2_inner_triton(projected, *weights)
     if state and projected.shape[1] == 1 and real is None and not torch.is_grad_enabled() and in_triton:
-        out, *state = mamba2_step_triton(projected[:, 0], *state, *weights)
-        return (out[:, None], tuple(state)) if return_final_state else out[:, None]
+        out, *state = mamba2_steps_triton(projected, *state, *weights)
+        return (out, tuple(state)) if return_final_state else out
     return mamba2_inner_ref(projected, *weights, chunk_size, state, real, return_final_state, backend)
 
 
@@ -1002,9 +1035,9 @@ def _inner_inputs(randn, B, T, H, P, G, N):
     return [randn(B, T, di + conv_size + H), *(w.float() for w in weights), G]
 
 
-def _inner_step_inputs(randn, B, H, P, G, N):
-    projected, *weights, G = _inner_inputs(randn, B, 1, H, P, G, N)
-    return [projected[:, 0], randn(B, H * P + 2 * G * N, 3), randn(B, H, P, N).float(), *weights, G]
+def _inner_steps_inputs(randn, B, T, H, P, G, N, every=False):
+    projected, *weights, G = _inner_inputs(randn, B, T, H, P, G, N)
+    return [projected, randn(B, H * P + 2 * G * N, 3), randn(B, H, P, N).float(), *weights, G, 1e-5, every]
 
 
 def _ssd_cost(B, T, H, P, G, N, Q=128):
@@ -1026,8 +1059,9 @@ BENCHES = [
     ),
     Bench(ssd_step, _step_inputs, checks=[(2, 4, 20, 2, 33)], has_backward=False),
     Bench(
-        mamba2_step, _inner_step_inputs, checks=[(2, 4, 20, 2, 33), (3, 6, 16, 1, 16)], timings=[(64, 24, 64, 8, 128)],
-        cost=lambda B, H, P, G, N: (8 * B * H * P * N, 6 * B * H * P * N), has_backward=False,
+        mamba2_steps, _inner_steps_inputs, checks=[(2, 1, 4, 20, 2, 33), (3, 2, 6, 40, 1, 16), (1, 5, 2, 8, 1, 8, True)],
+        timings=[(1, 1, 24, 64, 8, 128), (64, 1, 24, 64, 8, 128), (256, 1, 64, 64, 8, 128)],
+        cost=lambda B, T, H, P, G, N: (8 * B * H * P * N, 6 * B * T * H * P * N), has_backward=False,
     ),
     Bench(
         mamba2_inner, _inner_inputs, checks=[(2, 70, 4, 16, 2, 32)], timings=[(64, 1024, 24, 64, 8, 128)],

@@ -3,6 +3,8 @@
 Without a GPU the kernels run under Triton's interpreter (tests/conftest.py sets TRITON_INTERPRET=1).
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,10 +145,40 @@ def test_ssd_step(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 2, 8, 1, 8), (2, 4, 20, 2, 33), (3, 6, 16, 3, 16)], ids=str)
-def test_the_inside_of_a_layer_for_one_token(sizes, dtype):
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 2, 8, 1, 8), (2, 1, 4, 20, 2, 33), (3, 4, 6, 40, 3, 16), (2, 3, 4, 40, 2, 8, True)], ids=str
+)
+def test_the_inside_of_a_layer_for_a_few_tokens(sizes, dtype):
     with torch.no_grad():
-        compare_bench(ssd.mamba2_step, sizes, dtype)
+        compare_bench(ssd.mamba2_steps, sizes, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_states_after_every_token_are_those_of_shorter_texts(backend):
+    inputs = [kernels.in_low(t, torch.float32) for t in bench(ssd.mamba2_steps).inputs(kernels.normal(DEVICE), 2, 4, 4, 8, 2, 8)]
+    projected, *rest = inputs[:-2]
+    _, trail, states = ssd.mamba2_steps(projected, *rest, every=True, backend=backend)
+    for T in range(1, 5):
+        state = rest[1].clone()
+        _, conv, ssm = ssd.mamba2_steps(projected[:, :T], rest[0], state, *rest[2:], overwrite=True, backend=backend)
+        assert torch.allclose(conv, trail[..., T : T + 3]) and torch.allclose(ssm, states[:, T - 1], atol=1e-6)
+        assert backend == "torch" or ssm is state
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(2, 6, 2, 3, 70, 40, 90), (3, 4, 4, 1, 700, 64), (1, 8, 1, 5, 9, 16)], ids=str)
+def test_attention_on_a_cache(sizes, dtype):
+    with torch.no_grad():
+        compare_bench(kernels.cached_attention, sizes, dtype)
+
+
+def test_attention_on_a_cache_is_causal_attention():
+    q, k, v = (draw(2, heads, 7, 8) for heads in (4, 2, 2))
+    whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    room = [F.pad(t, (0, 0, 0, 5), value=math.nan) for t in (k, v)]  # what is not filled is not looked at
+    for backend, to in (("torch", dict(dtype=torch.float64)), ("triton", dict(dtype=torch.float32, device=DEVICE))):
+        got = kernels.cached_attention(*(t.to(**to) for t in (q[:, :, 4:], *room)), 7, backend=backend)
+        assert torch.allclose(got.cpu().double(), whole[:, :, 4:], atol=1e-5)
 
 
 def test_a_model_in_triton_writes_what_it_writes_in_torch(monkeypatch):
