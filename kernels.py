@@ -1402,7 +1402,7 @@ def cached_attention(q, k, v, length, pad=None, backend="auto"):
 
     Raises ValueError if shapes do not match.
     """
-    (B, Hq, T, D), Hkv = q.shape, k.shape[1]
+    (B, Hq, _, D), Hkv = q.shape, k.shape[1]
     expect("k", k, B, Hkv, k.shape[2], D)
     expect("v", v, *k.shape)
     expect("pad", pad, B)
@@ -1697,7 +1697,8 @@ BENCHES = [
         peers=_expert_peers, compiles=False,
     ),
     Bench(
-        cached_attention, _attention_inputs, checks=[(2, 6, 2, 3, 70, 40, 90), (3, 4, 4, 1, 700, 64), (1, 8, 1, 5, 9, 16)],
+        cached_attention, _attention_inputs,
+        checks=[(2, 6, 2, 3, 70, 40, 90), (3, 4, 4, 1, 700, 64), (1, 8, 1, 5, 9, 16)],
         timings=[(1, 12, 12, 1, 16384, 64), (1, 32, 2, 1, 131072, 128), (64, 32, 8, 1, 16384, 128)],
         cost=lambda B, Hq, Hkv, T, length, D: (4 * B * Hkv * length * D, 4 * B * Hq * T * length * D),
         has_backward=False, compiles=False,

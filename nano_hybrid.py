@@ -43,6 +43,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -57,9 +58,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
-from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
+from kernels import (
+    at_least_float32,
+    cached_attention,
+    linear_cross_entropy,
+    linear_logprob,
+    pick_backend,
+    rms_norm,
+)
 from latent_moe import MLP, MoE, MoEConfig, Router
-from ssd import mamba2_inner
+from ssd import mamba2_inner, mamba2_steps
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
 
@@ -235,11 +243,7 @@ class MambaState:
 
 @dataclass
 class KVState:
-    """The memory of one attention layer: every key and value so far, in room that doubles when it is full.
-
-    States that came from one another share that room: an older, shorter one can go on another way, which spoils the
-    longer ones (drafts do that).
-    """
+    """The memory of one attention layer: every key and value so far, in room that doubles when it is full."""
 
     k: torch.Tensor  # [B, Hkv, room, D]
     v: torch.Tensor  # [B, Hkv, room, D]
@@ -262,6 +266,10 @@ class KVState:
         """Returns views (k, v), each [B, Hkv, T, D]."""
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
+    def in_room(self, room):
+        """Returns the state in tensors of its own with this room, all of it called filled: who fixes it counts."""
+        return KVState(*(F.pad(b, (0, 0, 0, room - b.shape[2])) for b in self.filled()), room)
+
 
 @dataclass
 class Cache:
@@ -269,24 +277,25 @@ class Cache:
 
     Prompts of different lengths share a batch by padding on the left; `pad` says by how much. Padding is exact:
     a padded position writes nothing to any state and is never looked at.
+
+    To write, `fix` it: then states are written over in place and `position` counts on the device, so that a CUDA graph
+    can repeat a step. Tokens of a trial (`trails` = {}) can be taken back, all but the first few: `keep`.
     """
 
     layers: list  # one MambaState, KVState or None per layer; None before the first token, and for one without memory
-    length: int = 0  # T, positions read so far, padding included
+    length: int = 0  # T, positions read before `fix`, padding included
     pad: torch.Tensor | None = None  # [B] int64, padded positions at the start of each row; None: no padding
     longest_pad: int = 0  # the largest of them
+    position: torch.Tensor | None = None  # [] int64, positions read, once it is fixed
+    trails: dict | None = None  # in a trial: layer -> the states of a Mamba layer after each token
 
     def size(self):
-        """Returns how many bytes it remembers with."""
+        """Returns how many bytes it remembers with; fixed, with its whole room."""
         tensors = []
         for state in self.layers:
             if state is not None:
                 tensors += state.filled() if isinstance(state, KVState) else (state.conv, state.ssm)
         return sum(t.numel() * t.element_size() for t in tensors)
-
-    def copy(self):
-        """Returns another cache that remembers the same. Read on with both, and only the last to be read is right."""
-        return replace(self, layers=list(self.layers))
 
     def real(self, T):
         """Returns a bool [B, T]: which of the next T positions are tokens, not padding; None if all are."""
@@ -294,6 +303,45 @@ class Cache:
             return None
         positions = torch.arange(self.length, self.length + T, device=self.pad.device)
         return positions[None, :] >= self.pad[:, None]
+
+    def fix(self, room):
+        """Gives each state a place to be written over, with room for `room` positions; again, for more room."""
+        for index, state in enumerate(self.layers):
+            if isinstance(state, KVState):
+                self.layers[index] = state.in_room(room)
+            elif isinstance(state, MambaState) and self.position is None:
+                self.layers[index] = MambaState(*(t.clone(memory_format=torch.contiguous_format)
+                                                  for t in (state.conv, state.ssm)))  # fmt: skip
+        if self.position is None:
+            device = next(s.k if isinstance(s, KVState) else s.ssm for s in self.layers if s).device
+            self.position = torch.tensor(self.length, device=device)
+
+    def advance(self, T):
+        """Notes that T positions were read."""
+        if self.position is None:
+            self.length += T
+        elif self.trails is None:
+            self.position += T
+
+    def put(self, index, inputs, states):
+        """Takes what `mamba2_steps` found for a layer: in a trial beside its state, else in place of it."""
+        if self.trails is not None:
+            self.trails[index] = inputs, states
+            return
+        state = self.layers[index]
+        state.conv.copy_(inputs)
+        if states is not state.ssm:
+            state.ssm.copy_(states)
+
+    def keep(self, last):
+        """Ends a trial: its tokens up to number `last`, a tensor [], were read; those after it never were."""
+        for index, (inputs, states) in self.trails.items():
+            state = self.layers[index]
+            after = last + 1 + torch.arange(state.conv.shape[-1], device=last.device)
+            state.conv.copy_(inputs.index_select(-1, after))
+            state.ssm.copy_(states.index_select(1, last[None])[:, 0])
+        self.position += last + 1  # keys and values of the others will be written over
+        self.trails = None
 
 
 # ---- 3. the three mixers --------------------------------------------------------------------------------------
@@ -335,14 +383,21 @@ class Mamba2(nn.Module):
         """Returns [B, T, C]: in_proj, then the inside of the layer (ssd.py, section 6), then out_proj."""
         c, state = self.config, cache.layers[self.index] if cache else None
         A = -torch.exp(at_least_float32(self.A_log))  # [H]
-        y = mamba2_inner(
-            self.in_proj(u), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight,
-            c.n_groups, c.layer_norm_epsilon, c.chunk_size, state and (state.conv, state.ssm),
-            real=cache.real(u.shape[1]) if cache else None, return_final_state=cache is not None,
+        inner = (
+            self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight,
+            c.n_groups, c.layer_norm_epsilon,
         )  # fmt: skip
-        if cache:
-            y, state = y
+        projected = self.in_proj(u)
+        if cache is None:
+            y = mamba2_inner(projected, *inner, c.chunk_size)
+        elif cache.position is None:
+            state, real = state and (state.conv, state.ssm), cache.real(u.shape[1])
+            y, state = mamba2_inner(projected, *inner, c.chunk_size, state, real, return_final_state=True)
             cache.layers[self.index] = MambaState(*state)
+        else:
+            every = cache.trails is not None
+            y, *new = mamba2_steps(projected, state.conv, state.ssm, *inner, every=every, overwrite=not every)
+            cache.put(self.index, *new)
         return self.out_proj(y)
 
 
@@ -360,26 +415,36 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         """Returns [B, T, C]. A query sees the cache, and of the T new positions its own and those before it."""
-        state, pad = (cache.layers[self.index], cache.pad) if cache else (None, None)
         q, k, v = (
             p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if cache and cache.position is not None:
+            state, T = cache.layers[self.index], q.shape[2]
+            at = cache.position + torch.arange(T, device=x.device)
+            for buffer, new in ((state.k, k), (state.v, v)):
+                buffer.index_copy_(2, at, new)
+            out = cached_attention(q, state.k, state.v, cache.position + T, cache.pad)
+        else:
+            out = self.read(q, k, v, cache)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def read(self, q, k, v, cache):
+        """Returns [B, Hq, T, D]: attention of a text, or of a piece of it with those before in the cache."""
+        T, pad = q.shape[2], None
         if cache:
-            cache.layers[self.index] = state = KVState.after(state, k, v)
-            k, v = state.filled()  # [B, Hkv, past + T, D]
-        T, past = q.shape[2], k.shape[2] - q.shape[2]
-        mask = None
+            cache.layers[self.index] = state = KVState.after(cache.layers[self.index], k, v)
+            (k, v), pad = state.filled(), cache.pad  # [B, Hkv, past + T, D]
+        past, mask = k.shape[2] - T, None
         if pad is not None:
-            rows = torch.arange(past, past + T, device=x.device)[:, None]
-            columns = torch.arange(past + T, device=x.device)[None, :]
+            rows = torch.arange(past, past + T, device=q.device)[:, None]
+            columns = torch.arange(past + T, device=q.device)[None, :]
             mask = (columns <= rows) & (columns >= pad[:, None, None, None])  # [B, 1, T, past + T]
             mask = mask | (columns == rows)  # a padded query sees itself, so that its softmax is over something
         elif past and T > 1:  # the last row sees everything; a GPU's kernels do it without a matrix
             mask = causal_lower_right(T, past + T)
         is_causal = mask is None and T > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
 
 
 def mixer_of(config, letter, index):
@@ -395,6 +460,8 @@ OUTPUT_PROJECTIONS = (
     "down_proj",
     "fc2_latent_proj",
 )  # what a layer adds to the residual stream comes from these
+
+ROOM = 1024  # tokens that `generate` makes room for at once, or as many as the prompt has
 
 # ---- 4. the model -----------------------------------------------------------------------------------------------
 
@@ -431,7 +498,7 @@ class Backbone(nn.Module):
         for layer in self.layers:
             x = layer(x, cache)
         if cache:
-            cache.length += ids.shape[1]
+            cache.advance(ids.shape[1])
         return self.norm_f(x)
 
 
@@ -462,7 +529,7 @@ class MultiTokenPredictor(nn.Module):
         for layer in self.layers:
             g = layer(g, cache)
         if cache:
-            cache.length += g.shape[1]
+            cache.advance(g.shape[1])
         return last.final_layernorm(g)
 
 
@@ -677,74 +744,105 @@ class Hybrid(nn.Module):
         ids = torch.stack([F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in ids])  # [B, T]
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         choose = partial(token_probs, temperature=temperature, top_k=top_k, top_p=top_p)
+        room = T + min(max_new_tokens, max(T, ROOM)) + 2 * draft + 2
         if draft:
-            steps = self._steps_with_drafts(ids, draft, choose, generator, drafts or DraftStats(), prefill_size)
+            drafts = DraftStats() if drafts is None else drafts
+            steps = self._steps_with_drafts(ids, draft, choose, generator, drafts, prefill_size, room)
         else:
-            steps = self._steps(ids, pad, choose, generator, budget, prefill_size)
-        done = torch.zeros(len(ids), dtype=torch.bool, device=device)
+            steps = self._steps(ids, pad, choose, generator, budget, prefill_size, room)
+        done, all_done = torch.zeros(len(ids), dtype=torch.bool, device=device), None
         for token in itertools.islice(steps, max_new_tokens):
-            yield torch.where(done, -1, token)
-            done |= torch.isin(token, stop)  # a row that has stopped goes on unseen, so that the batch keeps its shape
-            if done.all():
+            if all_done and all_done():  # asked only now that a GPU has the next step to work on
                 return
+            yield torch.where(done, -1, token)
+            if len(stop):
+                done |= torch.isin(token, stop)  # a row that has stopped goes on unseen: the batch keeps its shape
+                all_done = to_host(done.all())
 
     def _read(self, ids, cache, size):
         """Returns hidden states [B, T, C] of ids [B, T] after what the cache holds, read `size` tokens at a time."""
         return torch.cat([self.model(part, cache) for part in ids.split(size, dim=1)], dim=1)
 
-    def _steps(self, ids, pad, choose, generator, budget, prefill_size):
+    def _steps(self, ids, pad, choose, generator, budget, prefill_size, room):
         """Yields the next token [B] of every row, without end."""
         cache = self.new_cache(pad)
         control = budget and BudgetControl(budget, ids)
         for part in ids.split(prefill_size, dim=1):
             hidden = self.model(part, cache)
-        while True:
-            token = draw(choose(self._logits(hidden[:, -1])), generator)  # [B]; only the last position needs logits
-            token = control(token) if control else token
-            yield token
+        token = draw(choose(self._logits(hidden[:, -1])), generator)  # [B]; only the last position needs logits
+        cache.fix(room)
+
+        def step():
             hidden = self.model(token[:, None], cache)
+            token.copy_(draw(choose(self._logits(hidden[:, -1])), generator))
+
+        step = Repeated(step, ids.device, generator)
+        for length in itertools.count(ids.shape[1] + 1):
+            if control:
+                token.copy_(control(token))
+            yield token.clone()
+            if length > room:
+                room *= 2
+                cache.fix(room)
+                step.forget()
+            step()
 
     def _logits(self, hidden):
         return at_least_float32(self.lm_head(hidden))
 
-    def _steps_with_drafts(self, ids, n, choose, generator, stats, prefill_size):
+    def _steps_with_drafts(self, ids, n, choose, generator, stats, prefill_size, room):
         """Yields the next token [1], without end: several for each forward of the model, where its guesses are right.
 
         A guess is right with the probability that keeps the distribution (`accept`). What the model remembers of a
-        wrong one has to be taken back. Keys and values could be cut off; a Mamba state cannot, so the memory from
-        before is kept, and the tokens that were right are read again together with the next guesses.
+        wrong one has to be taken back: of keys and values by forgetting that they are there, of a Mamba layer by going
+        back to the state after the last right one, since they were all kept.
         """
         cache, memory = self.new_cache(), Cache([None] * len(self.mtp.layers))
-        hidden = self._read(ids, cache, prefill_size)
+        hidden = self._read(ids, cache, prefill_size)  # [1, T, C]
         token = draw(choose(self._logits(hidden[:, -1])), generator)  # [1]
-        yield token
-        unread = token[:, None]  # [1, U] accepted tokens that the cache does not hold
-        following = torch.cat([ids[:, 1:], unread], dim=1)  # the token after each whose hidden state is new
-        while True:
-            # guess: first with what the model knew, then with what the predictor made of it
-            h = self.mtp(self.model.embeddings(following), hidden, memory)[:, -1:]  # [1, 1, C]
-            ahead, guesses, q = memory.copy(), [], []
-            for depth in range(n):
+        yield token.clone()
+        following = torch.cat([ids[:, 1:], token[:, None]], dim=1)  # the token after each
+        ahead = self.mtp(self.model.embeddings(following), hidden, memory)[:, -1:]  # [1, 1, C] knows `token`
+        for what in (cache, memory):
+            what.fix(room)
+
+        def step():
+            """Guesses, checks, and takes what is right: returns (tokens [1, n+1], how many of them are guesses [])."""
+            start, h, guesses, q = memory.position.clone(), ahead, [], []
+            for depth in range(n):  # first with what the model knew, then with what the predictor made of it
                 q.append(choose(self._logits(h[:, 0])))  # [1, V]
                 guesses.append(draw(q[-1], generator))
                 if depth < n - 1:
-                    h = self.mtp(self.model.embeddings(guesses[-1][:, None]), h, ahead)
+                    h = self.mtp(self.model.embeddings(guesses[-1][:, None]), h, memory)
             guesses = torch.stack(guesses, dim=1)  # [1, n]
-            # check them all in one forward
-            trial, U = cache.copy(), unread.shape[1]
-            hidden = self.model(torch.cat([unread, guesses], dim=1), trial)[:, U - 1 :]  # [1, 1 + n, C]
-            right, token = accept(choose(self._logits(hidden[0])), torch.cat(q), guesses[0], generator)
-            stats.count(right, n)
-            following = torch.cat([guesses[:, :right], token[:, None]], dim=1)  # [1, right + 1]
-            yield from following.unbind(1)
-            hidden = hidden[:, : right + 1]
-            if right == n:
-                cache, unread = trial, token[:, None]
-            else:
-                unread = torch.cat([unread, following], dim=1)
-            if unread.shape[1] > 4 * n:  # rather than read ever more again
-                self.model(unread[:, :-1], cache)
-                unread, stats.forwards = unread[:, -1:], stats.forwards + 1
+            cache.trails = {}
+            hidden = self.model(torch.cat([token[:, None], guesses], dim=1), cache)  # [1, n+1, C]
+            right, new = accept(choose(self._logits(hidden[0])), torch.cat(q), guesses[0], generator)
+            cache.keep(right)
+            is_guess = torch.arange(n + 1, device=ids.device) < right
+            tokens = torch.where(is_guess, F.pad(guesses, (0, 1)), new)  # [1, n+1], right up to number `right`
+            memory.position.copy_(start)
+            read = self.mtp(self.model.embeddings(tokens), hidden, memory)  # [1, n+1, C]
+            memory.position.copy_(start + right + 1)
+            ahead.copy_(read.index_select(1, right[None]))
+            token.copy_(new)
+            return tokens, right
+
+        step, length, before = Repeated(step, ids.device, generator), ids.shape[1], None
+        while True:
+            if length + 2 * (n + 1) > room:  # this step, and the one whose outcome the host does not know yet
+                room *= 2
+                for what in (cache, memory):
+                    what.fix(room)
+                step.forget()
+            tokens, right = step()
+            now = tokens.clone(), to_host(right)
+            if before:  # asked only now that a GPU has the next step to work on
+                right = before[1]()
+                length += right + 1
+                stats.count(right, n)
+                yield from before[0][:, : right + 1].unbind(1)
+            before = now
 
     def save_pretrained(self, directory, state_dict=None, **extra):
         """Writes config.json (with `extra` keys added) and model.safetensors, which `transformers` opens too.
@@ -818,11 +916,12 @@ def token_probs(logits, temperature=1.0, top_k=None, top_p=None):
 
 def draw(probs, generator=None):
     """Returns one token [B] int64 per row of probs [B, V], which need not sum to 1."""
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    waits = torch.empty_like(probs).exponential_(generator=generator)  # the first of B x V clocks to ring is a draw
+    return (probs / waits).argmax(-1)
 
 
 def accept(p, q, guesses, generator=None):
-    """Returns (how many guesses to keep, the token [1] after them), so that the text is distributed as by p alone.
+    """Returns (how many guesses to keep [], the token [1] after them), so that the text is distributed as by p alone.
 
     p [n+1, V]: the model's probabilities after 0, 1, ... n of the guesses [n]; q [n, V]: those each was drawn by. A
     guess is kept with probability min(1, p / q); in place of the first that is not, a token is drawn by max(0, p - q),
@@ -830,9 +929,56 @@ def accept(p, q, guesses, generator=None):
     """
     at = torch.arange(len(guesses), device=p.device)
     keep = torch.rand(len(guesses), generator=generator, device=p.device) * q[at, guesses] < p[at, guesses]
-    kept = int(keep.long().cumprod(0).sum())
-    rest = (p[kept] - q[kept]).clamp(min=0) if kept < len(guesses) else p[kept]
-    return kept, draw(rest[None], generator)
+    kept = keep.long().cumprod(0).sum()
+    rest = p - F.pad(q, (0, 0, 0, 1))  # after the last guess nothing was given yet
+    return kept, draw(rest.index_select(0, kept[None]).clamp(min=0), generator)
+
+
+def to_host(flag):
+    """Returns a function that gives the value of a tensor []: on a GPU it waits for that alone, not for later work."""
+    if flag.device.type != "cuda":
+        return flag.item
+    value, copied = flag.new_empty((), device="cpu", pin_memory=True), torch.cuda.Event()
+    value.copy_(flag, non_blocking=True)
+    copied.record()
+
+    def read():
+        copied.synchronize()
+        return value.item()
+
+    return read
+
+
+class Repeated:
+    """A step that is taken again and again, and touches only tensors that stay where they are.
+
+    On a GPU its kernels, too many and too short for a host to keep up with, become a CUDA graph: the first call runs
+    them one by one (and compiles them), the second records them, and from then on one launch does all. On a CPU, and
+    where the definitions stand in for the kernels (that of the experts asks the device for numbers), it is the function
+    itself. What a call returns is written over by the next.
+    """
+
+    def __init__(self, step, device, generator=None):
+        self.step, self.generator = step, generator
+        self.graph, self.ready = None, False
+        self.records = device.type == "cuda" and pick_backend(device=device) == "triton"
+
+    def __call__(self):
+        if not (self.records and self.ready):
+            self.ready = True
+            return self.step()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            if self.generator is not None:
+                self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.results = self.step()
+        self.graph.replay()
+        return self.results
+
+    def forget(self):
+        """To be called when a tensor has moved: begins anew."""
+        self.graph, self.results, self.ready = None, None, False
 
 
 @dataclass
@@ -1106,48 +1252,63 @@ def memory_per_text(config, length, bytes_per_number):
     return pattern.count("M") * mamba + pattern.count("*") * attention
 
 
+def random_cache(model, n_texts, length, room):
+    """Returns a fixed Cache as after `length` tokens, its memories drawn at random: they do not change the speed."""
+    cache = model.new_cache()
+    model.model(torch.zeros(n_texts, 1, dtype=torch.int64, device=model.lm_head.weight.device), cache)
+    cache.fix(room)
+    for state in cache.layers:
+        for tensor in vars(state).values() if state else ():
+            tensor.normal_() if torch.is_tensor(tensor) else None
+    cache.position.fill_(length)
+    return cache
+
+
 @torch.inference_mode()
-def writing_speed(model, n_texts, length, n_tokens=16):
-    """Returns (tokens/s, bytes of the cache) of n_texts at once, each after `length` random tokens."""
-    device, V = model.lm_head.weight.device, model.config.vocab_size
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    cache, ids = model.new_cache(), torch.randint(V, (n_texts, length), device=device)
-    for part in ids.split(2048, dim=1):
-        token = model.lm_head(model.model(part, cache)[:, -1]).argmax(-1)
-    times = []
+def writing_speed(model, n_texts, length, n_tokens=32):
+    """Returns (seconds a token takes, bytes of the cache) for n_texts at once, each after `length` random tokens."""
+    device = model.lm_head.weight.device
+    cache = random_cache(model, n_texts, length, length + n_tokens + 4)
+    token = torch.zeros(n_texts, dtype=torch.int64, device=device)
+
+    def step():
+        token.copy_(model.lm_head(model.model(token[:, None], cache)[:, -1]).argmax(-1))
+
+    step, wait = Repeated(step, device), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(4):
+        step()
+    wait()
+    began = time.perf_counter()
     for _ in range(n_tokens):
-        wait()
-        began = time.perf_counter()
-        token = model.lm_head(model.model(token[:, None], cache)[:, -1]).argmax(-1)
-        wait()
-        times.append(time.perf_counter() - began)
-    return n_texts / statistics.median(times), cache.size()
+        step()
+    wait()
+    return (time.perf_counter() - began) / n_tokens, cache.size()
 
 
 def demo():
     """Prints how fast a hybrid and its attention-only twin write, and in how much memory; draws out/nano_hybrid.png."""
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    n_texts, lengths = (16, [2**k for k in range(10, 17)]) if on_gpu else (4, [2**k for k in range(8, 15)])
+    n_texts, lengths = (16, [2**k for k in range(10, 18)]) if on_gpu else (4, [2**k for k in range(8, 15)])
     config = replace(PRESETS["small"], vocab_size=4096)
     if not on_gpu:
         config = replace(config, hidden_size=128, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4,
                          head_dim=32, mamba_num_heads=4, mamba_head_dim=64, ssm_state_size=64, n_groups=1)  # fmt: skip
     models = {"hybrid": config, "attention only": attention_twin(config)}
-    print(
-        f"{'parameters':>16}: " + ", ".join(f"{n} {Hybrid(c).num_parameters() / 1e6:.2f}M" for n, c in models.items())
-    )
+    models = {n: Hybrid(c).to(device, dtype).eval().requires_grad_(False) for n, c in models.items()}
+    sizes = ", ".join(f"{name} {model.num_parameters() / 1e6:.2f}M" for name, model in models.items())
+    print(f"{'parameters':>16}: {sizes}")
     print(f"{n_texts} texts at once, {str(dtype)[6:]} on {device}; untrained weights, which do not change the speed\n")
     print(
         f"{'tokens before':>16}{'tokens/s':>10}{'twin':>8}{'times':>7}{'MB':>9}{'predicted':>10}{'twin':>9}{'times':>7}"
     )
     found = {name: [] for name in models}
-    models = {n: Hybrid(c).to(device, dtype).eval().requires_grad_(False) for n, c in models.items()}
     for length in lengths:
         for name, model in models.items():
-            found[name].append(writing_speed(model, n_texts, length))
+            seconds, size = writing_speed(model, n_texts, length)
+            found[name].append((n_texts / seconds, size))
         (speed, size), (twin_speed, twin_size) = (rows[-1] for rows in found.values())
-        predicted = n_texts * memory_per_text(config, length + 16, dtype.itemsize)
+        predicted = n_texts * memory_per_text(config, length + 36, dtype.itemsize)
         print(f"{length:16,}{speed:10,.0f}{twin_speed:8,.0f}{speed / twin_speed:7.1f}{size / 1e6:9.2f}", end="")
         print(f"{predicted / 1e6:10.2f}{twin_size / 1e6:9.2f}{twin_size / size:7.1f}")
     ratio = speed / twin_speed
@@ -1185,5 +1346,122 @@ def plot_speeds(lengths, found, ratio, path):
     print(f"plot: {path}")
 
 
+# ---- 9. python nano_hybrid.py bench: how fast it writes on a GPU -------------------------------------------------
+
+# The pattern and the proportions of Nemotron-Nano-9B-v2 at a ninth of its size.
+BILLION = HybridConfig(
+    vocab_size=50304, hidden_size=1536, tie_word_embeddings=True, num_attention_heads=15, num_key_value_heads=3,
+    head_dim=128, intermediate_size=5376, mamba_num_heads=56, mamba_head_dim=64, ssm_state_size=128, n_groups=8,
+    chunk_size=128, hybrid_override_pattern=PRESETS["nano-9b-v2"].hybrid_override_pattern,
+)  # fmt: skip
+
+
+def on_gpu(config):
+    """Returns a model of this shape in bfloat16 on the GPU, with random weights."""
+    return Hybrid(config).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+
+
+def seconds_of(fn, repeat=5):
+    """Returns the median time of fn(), after one call to warm up."""
+    times = []
+    for _ in range(repeat + 1):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        fn()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+@torch.inference_mode()
+def bench_long_answers(config, read=8192, write=16384):
+    """Returns tokens/s where `read` tokens are read and `write` written, for as many texts as fit the memory."""
+    model = on_gpu(config)
+    room = torch.cuda.mem_get_info()[0] * 0.92 - 3e9
+    n_texts = int(room / memory_per_text(config, read + write + 36, 2))
+    lengths = [read, read + write // 2, read + write - 36]
+    steps = []
+    for length in lengths:
+        steps.append(writing_speed(model, n_texts, length, n_tokens=8)[0])
+        torch.cuda.empty_cache()
+    ids = torch.randint(config.vocab_size, (2, read), device="cuda")
+    reading = seconds_of(lambda: model.model(ids, model.new_cache()), 2) / 2 * n_texts
+    writing = write * (steps[0] + 4 * steps[1] + steps[2]) / 6  # Simpson's rule
+    return dict(texts=n_texts, tokens_per_s=n_texts * write / (reading + writing), reading_s=reading, writing_s=writing,
+                step_ms=[1e3 * s for s in steps], parameters=model.num_parameters())  # fmt: skip
+
+
+@torch.inference_mode()
+def bench_one_text(config, length=1024):
+    """Returns tokens/s of one text, and the fraction that is of the time its bytes take at the rate of a copy."""
+    model = on_gpu(config)
+    big = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    rate = 2 * 2**30 / seconds_of(lambda: big.clone())  # bytes/s
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())  # a tied matrix is one
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size * 2
+    states = memory_per_text(config, length, 2) + memory_per_text(config, 0, 2)  # states are read and written
+    seconds, _ = writing_speed(model, 1, length, n_tokens=200)
+    return dict(tokens_per_s=1 / seconds, bound=rate / (weights + states), of_bound=(weights + states) / rate / seconds)
+
+
+@torch.inference_mode()
+def bench_reading(config, n_texts=64, length=1024):
+    """Returns tokens/s of reading prompts, and of the forward half of a training step, which is compiled."""
+    model, ids = on_gpu(config), torch.randint(config.vocab_size, (n_texts, length), device="cuda")
+    reading = seconds_of(lambda: model.model(ids, model.new_cache()))
+    model.compile()
+    forward = seconds_of(lambda: model.model(ids))
+    return dict(reading=ids.numel() / reading, training_forward=ids.numel() / forward)
+
+
+@torch.inference_mode()
+def bench_million(config, length=1_000_000, piece=8192):
+    """Returns what reading a million tokens and writing after them takes."""
+    model = on_gpu(config)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, times = torch.cuda.memory_allocated(), [time.perf_counter()]
+    for _ in model.generate(torch.randint(config.vocab_size, (1, length)), 65, temperature=0, prefill_size=piece):
+        torch.cuda.synchronize()
+        times.append(time.perf_counter())
+    later = statistics.median(b - a for a, b in zip(times[2:], times[3:]))
+    return dict(reading_s=times[1] - times[0], tokens_per_s=1 / later,
+                peak_gb=(torch.cuda.max_memory_allocated() - before) / 1e9,
+                predicted_gb=memory_per_text(config, length, 2) / 1e9)  # fmt: skip
+
+
+def bench():
+    """Measures all of that on this GPU, prints it, and writes assets/bench/writing.json."""
+    if not torch.cuda.is_available():
+        raise SystemExit("nano_hybrid.py bench times a GPU; there is none here. Without `bench` it runs anywhere")
+    small = PRESETS["small"]
+    rows = {
+        "1B, 8K in, 16K out": partial(bench_long_answers, BILLION),
+        "its attention-only twin": partial(bench_long_answers, attention_twin(BILLION)),
+        "small, one text": partial(bench_one_text, small),
+        "1B, one text": partial(bench_one_text, BILLION),
+        "small, reading": partial(bench_reading, small),
+        "small, a million tokens": partial(bench_million, small),
+    }
+    record = dict(
+        machine=f"{torch.cuda.get_device_name()}, torch {torch.__version__}", command="python nano_hybrid.py bench"
+    )
+    path = Path(__file__).parent / "assets" / "bench" / "writing.json"
+    for name, measure in rows.items():
+        try:
+            record[name] = measure()
+        except torch.OutOfMemoryError as error:
+            record[name] = dict(error=str(error)[:100])
+        print(
+            f"{name}: "
+            + ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record[name].items())
+        )
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        torch.cuda.empty_cache()
+
+
 if __name__ == "__main__":
-    demo()
+    if sys.argv[1:] not in ([], ["bench"]):
+        raise SystemExit("usage: python nano_hybrid.py [bench]")
+    bench() if sys.argv[1:] else demo()

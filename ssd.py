@@ -858,9 +858,9 @@ def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_w
     return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
 
 
-# A few tokens, for writing. Operation by operation one token is some twenty launches of next to no work; here it is two:
-# a program owns up to 32 channels of a head, takes the convolution's steps for them and for its group's B and C, then
-# the recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens.
+# A few tokens, for writing. Operation by operation one token is some twenty launches of next to no work; here it is
+# two: a program owns up to 32 channels of a head, takes the convolution's steps for them and for its group's B and C,
+# then the recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens.
 
 
 @jit
@@ -966,8 +966,9 @@ def mamba2_steps_triton(
         states = torch.empty_like(ssm_state)
     BLOCK_P = min(32, block_of(P))
     _mamba2_steps_kernel[(H * triton.cdiv(P, BLOCK_P), B)](
-        xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, y, inputs, states, H, H // n_groups, P, N,
-        conv_size, projected.stride(0), projected.stride(1), T, W, every, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N),
+        xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, y, inputs, states,
+        H, H // n_groups, P, N, conv_size, projected.stride(0), projected.stride(1),
+        T, W, every, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N),
     )  # fmt: skip
     return norm_forward(y, z, norm_weight, H * P // n_groups, eps), inputs, states
 
@@ -1053,13 +1054,15 @@ def _ssd_peers():
 
 BENCHES = [
     Bench(
-        ssd, _ssd_inputs, checks=[(2, 150, 4, 20, 2, 33), (1, 65, 6, 64, 2, 128), (1, 2200, 2, 16, 1, 16), (1, 70, 2, 8, 1, 64)],
+        ssd, _ssd_inputs,
+        checks=[(2, 150, 4, 20, 2, 33), (1, 65, 6, 64, 2, 128), (1, 2200, 2, 16, 1, 16), (1, 70, 2, 8, 1, 64)],
         timings=[(8, 4096, 64, 64, 8, 128), (16, 2048, 24, 64, 1, 128), (1, 65536, 24, 64, 8, 128)],
         cost=_ssd_cost, peers=_ssd_peers,
     ),
     Bench(ssd_step, _step_inputs, checks=[(2, 4, 20, 2, 33)], has_backward=False),
     Bench(
-        mamba2_steps, _inner_steps_inputs, checks=[(2, 1, 4, 20, 2, 33), (3, 2, 6, 40, 1, 16), (1, 5, 2, 8, 1, 8, True)],
+        mamba2_steps, _inner_steps_inputs,
+        checks=[(2, 1, 4, 20, 2, 33), (3, 2, 6, 40, 1, 16), (1, 5, 2, 8, 1, 8, True)],
         timings=[(1, 1, 24, 64, 8, 128), (64, 1, 24, 64, 8, 128), (256, 1, 64, 64, 8, 128)],
         cost=lambda B, T, H, P, G, N: (8 * B * H * P * N, 6 * B * T * H * P * N), has_backward=False,
     ),

@@ -718,11 +718,39 @@ def test_the_attention_only_twin_has_as_many_parameters():
     assert twin == pytest.approx(ours, rel=1e-3) and "M" not in attention_twin(config).hybrid_override_pattern
 
 
-def test_a_copied_cache_goes_on_another_way():
-    model, ids = build(), draw_ids(1, 30)
+@pytest.mark.parametrize("pattern", ["M-*-", "MM", "*-*-"])
+def test_a_fixed_cache_remembers_the_same(pattern):
+    model, ids = build(hybrid_override_pattern=pattern).eval(), draw_ids(2, 30)
+    pad = torch.tensor([0, 3])
+    with torch.no_grad():
+        moving, fixed = model.new_cache(pad), model.new_cache(pad)
+        for cache in (moving, fixed):
+            model(ids[:, :10], cache)
+        fixed.fix(20)
+        places = [t.data_ptr() for s in fixed.layers if s for t in vars(s).values() if torch.is_tensor(t)]
+        for at, T in ((10, 1), (11, 3), (14, 1)):
+            expected, got = (model(ids[:, at : at + T], cache) for cache in (moving, fixed))
+            assert torch.allclose(got, expected, atol=1e-5)
+        assert fixed.position == 15
+        assert places == [t.data_ptr() for s in fixed.layers if s for t in vars(s).values() if torch.is_tensor(t)]
+
+
+def test_of_a_trial_only_what_is_kept_was_read():
+    model, ids = build(hybrid_override_pattern="M-*-M").eval(), draw_ids(1, 30)
     with torch.no_grad():
         cache = model.new_cache()
         model(ids[:, :10], cache)
-        other = cache.copy()
-        model(draw_ids(1, 9, seed=1), other)  # abandoned
-        assert torch.allclose(model(ids[:, 10:], cache), model(ids)[:, 10:], atol=1e-4)
+        cache.fix(20)
+        cache.trails = {}
+        model(torch.cat([ids[:, 10:12], ids[:, 20:22]], dim=1), cache)  # two right, two wrong
+        cache.keep(torch.tensor(1))
+        got = model(ids[:, 12:13], cache)
+        assert torch.allclose(got, model(ids[:, :13])[:, -1:], atol=1e-5) and cache.position == 13
+
+
+@pytest.mark.parametrize("draft", [0, 2])
+def test_a_text_outgrows_its_room(monkeypatch, predictor, draft):
+    prompt = torch.tensor([[3, 4, 5]])
+    whole = torch.stack(list(predictor.generate(prompt, 60, temperature=0)))
+    monkeypatch.setattr("nano_hybrid.ROOM", 5)
+    assert torch.equal(torch.stack(list(predictor.generate(prompt, 60, temperature=0, draft=draft))), whole)

@@ -155,7 +155,10 @@ def test_the_inside_of_a_layer_for_a_few_tokens(sizes, dtype):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_states_after_every_token_are_those_of_shorter_texts(backend):
-    inputs = [kernels.in_low(t, torch.float32) for t in bench(ssd.mamba2_steps).inputs(kernels.normal(DEVICE), 2, 4, 4, 8, 2, 8)]
+    inputs = [
+        kernels.in_low(t, torch.float32)
+        for t in bench(ssd.mamba2_steps).inputs(kernels.normal(DEVICE), 2, 4, 4, 8, 2, 8)
+    ]
     projected, *rest = inputs[:-2]
     _, trail, states = ssd.mamba2_steps(projected, *rest, every=True, backend=backend)
     for T in range(1, 5):
