@@ -130,6 +130,24 @@ def tail_contiguous(x, dims=1):
     return x
 
 
+def early_launch():
+    """Returns options for a kernel that may begin while the one before it ends: on Hopper, by dependent launch."""
+    if INTERPRET or torch.cuda.get_device_capability() < (9, 0):
+        return dict(PDL=False)
+    return dict(PDL=True, launch_pdl=True)
+
+
+@jit
+def wait_for_the_kernel_before(PDL: tl.constexpr):
+    """To be called once in a kernel launched with `early_launch`, before it reads what is new and before it writes.
+
+    Until then it may load only what no kernel of the last few has written: weights, and states of an earlier step.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
 def block_of(size):
     """Returns the side of the tile that holds `size`: a power of two, and 16 or more, as matrix units want."""
     return max(16, 1 << (size - 1).bit_length())
@@ -1281,138 +1299,7 @@ def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
     return op(x, up, down, expert_ids, expert_weights)
 
 
-# ---- 6. attention on what is remembered ----------------------------------------------------------------------
-
-
-def cached_attention_ref(q, k, v, length, pad=None):
-    """Returns attention [B, Hq, T, D] of the last T tokens of a text on all its keys and values up to their own.
-
-    q [B, Hq, T, D]; k, v [B, Hkv, room, D], of which the first `length` positions are filled, the new tokens' too: a
-    number, or an int64 tensor [] where it is only known on the GPU. pad [B] int64 or None: positions at the start of
-    each row that nobody looks at. Softmax in float32, scaled by 1 / sqrt(D).
-    """
-    T, room = q.shape[2], k.shape[2]
-    if torch.is_tensor(length) and length.device.type == "cpu":
-        length = int(length)
-    if not torch.is_tensor(length):
-        k, v, room = k[:, :, :length], v[:, :, :length], length
-    rows = length - T + torch.arange(T, device=q.device)[:, None]  # [T, 1]
-    columns = torch.arange(room, device=q.device)[None, :]
-    mask = columns <= rows  # [T, room]
-    if pad is not None:
-        mask = mask & (columns >= pad[:, None, None, None])  # [B, 1, T, room]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-# The kernels. Few queries and many keys: what takes time is reading the cache once. The queries of all heads that share
-# a key head are the rows of one small tile, so that they share the reading; and where there are few texts, each text's
-# keys are split among several programs, whose results a second kernel puts together (Flash-Decoding):
-#
-#       keys of one head   |-- split 0 --|-- split 1 --|-- split 2 --|       each: m = max score, l = sum exp(score - m)
-#                              m, l, o       m, l, o       m, l, o                 o = sum exp(score - m) v / l
-#       out = sum_i w_i o_i / sum_i w_i,   w_i = l_i exp(m_i - max m)
-#
-# How many keys there are is read from memory, so that the same launch serves a text as it grows, in a CUDA graph.
-# Bytes: 4 D for each position and key head in bf16; FLOPs 4 D for each query head.
-
-
-@jit
-def _cached_attention_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, o_ptr, stats_ptr, T, GROUP, D, scale,
-                             stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_vb, stride_vh,
-                             SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    blocks = tl.cdiv(T * GROUP, BLOCK_M)
-    kv_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    m, n, d = tl.arange(0, BLOCK_M) + block * BLOCK_M, tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    head, t = kv_head * GROUP + m % GROUP, m // GROUP  # of each row
-    in_q = (t[:, None] < T) & (d[None, :] < D)
-    length = tl.load(length_ptr).to(tl.int32)
-    pad = 0
-    if pad_ptr is not None:
-        pad = tl.load(pad_ptr + batch).to(tl.int32)
-    q = tl.load(q_ptr + batch * stride_qb + head[:, None] * stride_qh + t[:, None] * stride_qt + d[None, :],
-                mask=in_q, other=0.0)  # [M, D]  # fmt: skip
-    k_ptr += batch * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v_ptr += batch * stride_vb + kv_head.to(tl.int64) * stride_vh
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N  # positions of one split
-    last = length - T + t  # the newest position each row may look at
-    best, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in tl.range(split * share, tl.minimum(split * share + share, length), BLOCK_N):
-        at = first + n
-        inside = (at[:, None] < length) & (d[None, :] < D)
-        here = at[:, None].to(tl.int64) * D + d[None, :]
-        k = tl.load(k_ptr + here, mask=inside, other=0.0)  # [N, D]
-        v = tl.load(v_ptr + here, mask=inside, other=0.0)  # [N, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [M, N]
-        scores = tl.where((at[None, :] <= last[:, None]) & (at[None, :] >= pad), scores, -float("inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        weights, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(weights.to(v.dtype), v, acc=out * shrink[:, None], input_precision=PRECISION)
-        best = higher
-    out = out / tl.where(total > 0, total, 1.0)[:, None]
-    row = ((batch * SPLITS + split) * (tl.num_programs(0) // blocks * GROUP) + head) * T + t  # [B, splits, Hq, T]
-    tl.store(o_ptr + row[:, None] * D + d[None, :], out, mask=in_q)
-    if stats_ptr is not None:
-        tl.store(stats_ptr + row, tl.log(total) + best, mask=t < T)  # -inf for a split without keys
-
-
-@jit
-def _merge_splits_kernel(parts_ptr, stats_ptr, o_ptr, rows, D, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    at = (batch * SPLITS + split) * rows + row
-    stats = tl.load(stats_ptr + at)  # [SPLITS]
-    weights = tl.exp(stats - tl.max(stats, 0))
-    parts = tl.load(parts_ptr + at[:, None] * D + d[None, :], mask=d[None, :] < D, other=0.0)  # [SPLITS, D]
-    out = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(o_ptr + (batch * rows + row) * D + d, out, mask=d < D)
-
-
-def cached_attention_triton(q, k, v, length, pad=None):
-    """Returns `cached_attention_ref(...)`, computed by one kernel, or two where a text is split. It has no backward."""
-    (B, Hq, T, D), (Hkv, room) = q.shape, k.shape[1:3]
-    q = tail_contiguous(q)
-    k, v = tail_contiguous(k, 2), tail_contiguous(v, 2)
-    if not torch.is_tensor(length):
-        length = torch.tensor(length, device=q.device)
-    group, BLOCK_N = Hq // Hkv, 64 if D <= 128 else 32
-    BLOCK_M = min(64, block_of(T * group))
-    programs, splits = B * Hkv * triton.cdiv(T * group, BLOCK_M), 1
-    while programs * splits < 264 and 4 * BLOCK_N * splits < room and splits < 64:  # 2 for each multiprocessor
-        splits *= 2
-    shape = (B, splits, Hq, T, D)
-    parts = torch.empty(shape, dtype=q.dtype if splits == 1 else torch.float32, device=q.device)
-    stats = None if splits == 1 else torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
-    _cached_attention_kernel[(programs // B, splits, B)](
-        q, k, v, length, pad, parts, stats, T, group, D, D**-0.5, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2],
-        SPLITS=splits, PRECISION=dot_precision(), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=block_of(D), num_warps=4,
-    )  # fmt: skip
-    if splits == 1:
-        return parts[:, 0]
-    out = torch.empty(B, Hq, T, D, dtype=q.dtype, device=q.device)
-    _merge_splits_kernel[(Hq * T, B)](parts, stats, out, Hq * T, D, SPLITS=splits, BLOCK_D=block_of(D), num_warps=1)
-    return out
-
-
-def cached_attention(q, k, v, length, pad=None, backend="auto"):
-    """Returns `cached_attention_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad.
-
-    Raises ValueError if shapes do not match.
-    """
-    (B, Hq, _, D), Hkv = q.shape, k.shape[1]
-    expect("k", k, B, Hkv, k.shape[2], D)
-    expect("v", v, *k.shape)
-    expect("pad", pad, B)
-    if Hq % Hkv:
-        raise ValueError(f"{Hq} query heads do not divide into {Hkv} key heads")
-    in_triton = pick_backend(backend, q.device, q.dtype) == "triton"
-    return (cached_attention_triton if in_triton else cached_attention_ref)(q, k, v, length, pad)
-
-
-# ---- 7. python kernels.py [op ...]: check every kernel, or those named, then time it -----------------------------
+# ---- 6. python kernels.py [op ...]: check every kernel, or those named, then time it -----------------------------
 #
 # Other files with kernels check and time theirs with the same functions.
 
@@ -1623,12 +1510,6 @@ def expert_inputs(randn, S, C, width, E, K, skew=0):
     ]
 
 
-def _attention_inputs(randn, B, Hq, Hkv, T, length, D, room=None):
-    shape = (B, Hkv, room or length, D)
-    length = torch.tensor(length, device=randn.keywords["device"])
-    return [randn(B, Hq, T, D), randn(*shape), randn(*shape), length, torch.arange(B, device=length.device)]
-
-
 def _norm_peers():
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
@@ -1695,13 +1576,6 @@ BENCHES = [
         timings=[(16384, 2688, 1856, 128, 6), (16384, 2688, 1856, 128, 6, 3), (32768, 768, 512, 32, 4)],
         cost=lambda S, C, F, E, K, skew=0: (4 * (S * C + E * F * C), 4 * S * K * F * C),
         peers=_expert_peers, compiles=False,
-    ),
-    Bench(
-        cached_attention, _attention_inputs,
-        checks=[(2, 6, 2, 3, 70, 40, 90), (3, 4, 4, 1, 700, 64), (1, 8, 1, 5, 9, 16)],
-        timings=[(1, 12, 12, 1, 16384, 64), (1, 32, 2, 1, 131072, 128), (64, 32, 8, 1, 16384, 128)],
-        cost=lambda B, Hq, Hkv, T, length, D: (4 * B * Hkv * length * D, 4 * B * Hq * T * length * D),
-        has_backward=False, compiles=False,
     ),
 ]  # fmt: skip
 

@@ -44,6 +44,7 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -58,14 +59,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
-from kernels import (
-    at_least_float32,
-    cached_attention,
-    linear_cross_entropy,
-    linear_logprob,
-    pick_backend,
-    rms_norm,
-)
+from decoding import BudgetControl, Chooser, DraftStats, Repeated, append, cached_attention, linear_step, to_host
+from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
 from latent_moe import MLP, MoE, MoEConfig, Router
 from ssd import mamba2_inner, mamba2_steps
 
@@ -250,11 +245,12 @@ class KVState:
     length: int  # T, those that are filled
 
     @classmethod
-    def after(cls, state, k, v):
-        """Returns the state (None: empty) with k, v [B, Hkv, T, D] added."""
+    def after(cls, state, k, v, room=0):
+        """Returns the state (None: empty, and to be given this room) with k, v [B, Hkv, T, D] added."""
         if state is None or k.requires_grad:  # what autograd has seen must not be written to
             k, v = (k, v) if state is None else (torch.cat(pair, dim=2) for pair in zip(state.filled(), (k, v)))
-            return cls(k, v, k.shape[2])
+            state = cls(k, v, k.shape[2])
+            return state if k.requires_grad else state.in_room(max(room, state.length), state.length)
         length, room = state.length + k.shape[2], state.k.shape[2]
         more = 0 if length <= room else max(length, 2 * room) - room
         buffers = [F.pad(b, (0, 0, 0, more)) if more else b for b in (state.k, state.v)]
@@ -266,9 +262,11 @@ class KVState:
         """Returns views (k, v), each [B, Hkv, T, D]."""
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
-    def in_room(self, room):
-        """Returns the state in tensors of its own with this room, all of it called filled: who fixes it counts."""
-        return KVState(*(F.pad(b, (0, 0, 0, room - b.shape[2])) for b in self.filled()), room)
+    def in_room(self, room, length):
+        """Returns the state with this room, `length` positions of it called filled."""
+        if room == self.k.shape[2]:
+            return KVState(self.k, self.v, length)
+        return KVState(*(F.pad(b, (0, 0, 0, room - b.shape[2])) for b in self.filled()), length)
 
 
 @dataclass
@@ -279,15 +277,18 @@ class Cache:
     a padded position writes nothing to any state and is never looked at.
 
     To write, `fix` it: then states are written over in place and `position` counts on the device, so that a CUDA graph
-    can repeat a step. Tokens of a trial (`trails` = {}) can be taken back, all but the first few: `keep`.
+    can repeat a step. Tokens of a `trial` can be taken back, all but the first few: `keep`.
     """
 
     layers: list  # one MambaState, KVState or None per layer; None before the first token, and for one without memory
     length: int = 0  # T, positions read before `fix`, padding included
+    room: int = 0  # positions to make room for at the first token
     pad: torch.Tensor | None = None  # [B] int64, padded positions at the start of each row; None: no padding
     longest_pad: int = 0  # the largest of them
     position: torch.Tensor | None = None  # [] int64, positions read, once it is fixed
-    trails: dict | None = None  # in a trial: layer -> the states of a Mamba layer after each token
+    end: torch.Tensor | None = None  # [] int64, positions with the tokens that are being read
+    trial: bool = False
+    found: dict = field(default_factory=dict)  # layer -> (inputs, states) of `mamba2_steps` for those tokens
 
     def size(self):
         """Returns how many bytes it remembers with; fixed, with its whole room."""
@@ -308,7 +309,7 @@ class Cache:
         """Gives each state a place to be written over, with room for `room` positions; again, for more room."""
         for index, state in enumerate(self.layers):
             if isinstance(state, KVState):
-                self.layers[index] = state.in_room(room)
+                self.layers[index] = state.in_room(room, room)  # from now on `position` says how many are filled
             elif isinstance(state, MambaState) and self.position is None:
                 self.layers[index] = MambaState(*(t.clone(memory_format=torch.contiguous_format)
                                                   for t in (state.conv, state.ssm)))  # fmt: skip
@@ -316,32 +317,45 @@ class Cache:
             device = next(s.k if isinstance(s, KVState) else s.ssm for s in self.layers if s).device
             self.position = torch.tensor(self.length, device=device)
 
-    def advance(self, T):
-        """Notes that T positions were read."""
-        if self.position is None:
-            self.length += T
-        elif self.trails is None:
-            self.position += T
+    @property
+    def fixed(self):
+        """Whether `fix` was called."""
+        return self.position is not None
 
-    def put(self, index, inputs, states):
-        """Takes what `mamba2_steps` found for a layer: in a trial beside its state, else in place of it."""
-        if self.trails is not None:
-            self.trails[index] = inputs, states
-            return
-        state = self.layers[index]
-        state.conv.copy_(inputs)
-        if states is not state.ssm:
-            state.ssm.copy_(states)
+    def begin(self, T):
+        """Notes that T positions are about to be read."""
+        if self.fixed:
+            self.end = self.position + T
+
+    def finish(self, T):
+        """Notes that they were read."""
+        if not self.fixed:
+            self.length += T
+        elif not self.trial:
+            self._take(self.found)
+            self.position.copy_(self.end)
+
+    def _take(self, found):
+        """Puts the inputs and states of each Mamba layer in place of its own: one launch for all the layers."""
+        if found:
+            pairs = [(self.layers[i].conv, inputs) for i, (inputs, _) in found.items()]
+            torch._foreach_copy_(*zip(*pairs))
+            pairs = [(self.layers[i].ssm, states) for i, (_, states) in found.items()]
+            pairs = [(old, new) for old, new in pairs if old is not new]  # the kernel wrote them in place
+            if pairs:
+                torch._foreach_copy_(*zip(*pairs))
+        self.found = {}
 
     def keep(self, last):
         """Ends a trial: its tokens up to number `last`, a tensor [], were read; those after it never were."""
-        for index, (inputs, states) in self.trails.items():
-            state = self.layers[index]
-            after = last + 1 + torch.arange(state.conv.shape[-1], device=last.device)
-            state.conv.copy_(inputs.index_select(-1, after))
-            state.ssm.copy_(states.index_select(1, last[None])[:, 0])
+        window = None
+        for index, (inputs, states) in self.found.items():
+            if window is None:
+                window = last + 1 + torch.arange(self.layers[index].conv.shape[-1], device=last.device)
+            self.found[index] = inputs.index_select(-1, window), states.index_select(1, last[None])[:, 0]
+        self._take(self.found)
         self.position += last + 1  # keys and values of the others will be written over
-        self.trails = None
+        self.trial = False
 
 
 # ---- 3. the three mixers --------------------------------------------------------------------------------------
@@ -381,24 +395,31 @@ class Mamba2(nn.Module):
 
     def forward(self, u, cache=None):
         """Returns [B, T, C]: in_proj, then the inside of the layer (ssd.py, section 6), then out_proj."""
-        c, state = self.config, cache.layers[self.index] if cache else None
-        A = -torch.exp(at_least_float32(self.A_log))  # [H]
+        c, projected = self.config, self.in_proj(u)
         inner = (
-            self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight,
-            c.n_groups, c.layer_norm_epsilon,
+            projected, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
+            -torch.exp(at_least_float32(self.A_log)), self.D, self.norm.weight, c.n_groups, c.layer_norm_epsilon,
+            c.chunk_size,
         )  # fmt: skip
-        projected = self.in_proj(u)
         if cache is None:
-            y = mamba2_inner(projected, *inner, c.chunk_size)
-        elif cache.position is None:
-            state, real = state and (state.conv, state.ssm), cache.real(u.shape[1])
-            y, state = mamba2_inner(projected, *inner, c.chunk_size, state, real, return_final_state=True)
-            cache.layers[self.index] = MambaState(*state)
-        else:
-            every = cache.trails is not None
-            y, *new = mamba2_steps(projected, state.conv, state.ssm, *inner, every=every, overwrite=not every)
-            cache.put(self.index, *new)
+            return self.out_proj(mamba2_inner(*inner))
+        state, real = cache.layers[self.index], cache.real(u.shape[1])
+        y, state = mamba2_inner(*inner, state and (state.conv, state.ssm), real, return_final_state=True)
+        cache.layers[self.index] = MambaState(*state)
         return self.out_proj(y)
+
+    def step(self, x, norm, cache):
+        """Returns x + forward(norm(x)) [B, T, C] of a few tokens on a fixed cache."""
+        c, state, every = self.config, cache.layers[self.index], cache.trial
+        projected = linear_step(x, self.in_proj.weight, self.in_proj.bias, norm=norm.weight, eps=norm.eps)
+        y, *cache.found[self.index] = mamba2_steps(
+            projected, state.conv, state.ssm, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
+            self.A_log, self.D, c.n_groups, every, overwrite=not every,
+        )  # fmt: skip
+        return linear_step(
+            y, self.out_proj.weight, self.out_proj.bias, norm=self.norm.weight, gate=projected[..., : c.mamba_size],
+            group_size=c.mamba_size // c.n_groups, eps=c.layer_norm_epsilon, residual=x,
+        )  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -415,25 +436,29 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         """Returns [B, T, C]. A query sees the cache, and of the T new positions its own and those before it."""
+        q, k, v = (self.by_heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))  # [B, heads, T, D]
+        return self.o_proj(self.read(q, k, v, cache).transpose(1, 2).flatten(2))
+
+    def by_heads(self, x):
+        """Returns x [B, T, heads * D] as [B, heads, T, D]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def step(self, x, norm, cache):
+        """Returns x + forward(norm(x)) [B, T, C] of a few tokens on a fixed cache."""
+        state = cache.layers[self.index]
         q, k, v = (
-            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
+            self.by_heads(linear_step(x, p.weight, norm=norm.weight, eps=norm.eps))
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if cache and cache.position is not None:
-            state, T = cache.layers[self.index], q.shape[2]
-            at = cache.position + torch.arange(T, device=x.device)
-            for buffer, new in ((state.k, k), (state.v, v)):
-                buffer.index_copy_(2, at, new)
-            out = cached_attention(q, state.k, state.v, cache.position + T, cache.pad)
-        else:
-            out = self.read(q, k, v, cache)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        append(state.k, state.v, k, v, cache.position)
+        out = cached_attention(q, state.k, state.v, cache.end, cache.pad)
+        return linear_step(out.transpose(1, 2).flatten(2), self.o_proj.weight, residual=x)
 
     def read(self, q, k, v, cache):
         """Returns [B, Hq, T, D]: attention of a text, or of a piece of it with those before in the cache."""
         T, pad = q.shape[2], None
         if cache:
-            cache.layers[self.index] = state = KVState.after(cache.layers[self.index], k, v)
+            cache.layers[self.index] = state = KVState.after(cache.layers[self.index], k, v, cache.room)
             (k, v), pad = state.filled(), cache.pad  # [B, Hkv, past + T, D]
         past, mask = k.shape[2] - T, None
         if pad is not None:
@@ -477,8 +502,21 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         """Returns x [B, T, C] with the mixer's part added."""
+        if cache and cache.fixed:
+            return self.step(x, cache)
         added = self.mixer(self.norm(x), cache) if self.remembers else self.mixer(self.norm(x))
         return x + F.dropout(added, self.dropout, self.training)
+
+    def step(self, x, cache):
+        """Returns the same for a few tokens on a fixed cache: norm and sum go along with the mixer's products."""
+        mixer, norm = self.mixer, self.norm
+        if isinstance(mixer, MoE):
+            return x + mixer(norm(x))
+        if isinstance(mixer, MLP):
+            up, down = mixer.up_proj, mixer.down_proj
+            h = linear_step(x, up.weight, up.bias, norm=norm.weight, eps=norm.eps, relu2=True)
+            return linear_step(h, down.weight, down.bias, residual=x)
+        return mixer.step(x, norm, cache)
 
 
 class Backbone(nn.Module):
@@ -495,10 +533,12 @@ class Backbone(nn.Module):
     def forward(self, ids, cache=None):
         """Returns hidden states [B, T, C] after the final norm, and brings `cache` up to date if there is one."""
         x = F.dropout(self.embeddings(ids), self.dropout, self.training)  # [B, T, C]
+        if cache:
+            cache.begin(ids.shape[1])
         for layer in self.layers:
             x = layer(x, cache)
         if cache:
-            cache.advance(ids.shape[1])
+            cache.finish(ids.shape[1])
         return self.norm_f(x)
 
 
@@ -526,10 +566,12 @@ class MultiTokenPredictor(nn.Module):
         """
         first, last = self.layers[0], self.layers[-1]
         g = first.eh_proj(torch.cat([first.enorm(embedded), first.hnorm(hidden)], dim=-1))  # [B, T, C]
+        if cache:
+            cache.begin(g.shape[1])
         for layer in self.layers:
             g = layer(g, cache)
         if cache:
-            cache.advance(g.shape[1])
+            cache.finish(g.shape[1])
         return last.final_layernorm(g)
 
 
@@ -589,10 +631,14 @@ class Hybrid(nn.Module):
         """Returns all residual layers, those of the multi-token predictor too."""
         return [*self.model.layers, *(self.mtp.layers if self.mtp else ())]
 
-    def new_cache(self, pad=None):
-        """Returns an empty Cache. pad [B] int64: how many positions at the start of each row are padding."""
+    def new_cache(self, pad=None, room=0):
+        """Returns an empty Cache. pad [B] int64: how many positions at the start of each row are padding.
+
+        room: positions that keys and values get room for at once; more are made as they are needed.
+        """
         longest_pad = 0 if pad is None else int(pad.max())
-        return Cache([None] * len(self.model.layers), pad=pad if longest_pad else None, longest_pad=longest_pad)
+        pad = pad if longest_pad else None
+        return Cache([None] * len(self.model.layers), room=room, pad=pad, longest_pad=longest_pad)
 
     def forward(self, ids, cache=None):
         """Returns float32 logits [B, T, V] for ids [B, T] int64; with a cache, for the tokens after what it holds."""
@@ -743,13 +789,13 @@ class Hybrid(nn.Module):
         pad = torch.tensor([T - len(row) for row in ids], device=device)
         ids = torch.stack([F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in ids])  # [B, T]
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
-        choose = partial(token_probs, temperature=temperature, top_k=top_k, top_p=top_p)
+        choose = Chooser(temperature, top_k, top_p, generator)
         room = T + min(max_new_tokens, max(T, ROOM)) + 2 * draft + 2
         if draft:
             drafts = DraftStats() if drafts is None else drafts
-            steps = self._steps_with_drafts(ids, draft, choose, generator, drafts, prefill_size, room)
+            steps = self._steps_with_drafts(ids, draft, choose, drafts, prefill_size, room)
         else:
-            steps = self._steps(ids, pad, choose, generator, budget, prefill_size, room)
+            steps = self._steps(ids, pad, choose, budget, prefill_size, room)
         done, all_done = torch.zeros(len(ids), dtype=torch.bool, device=device), None
         for token in itertools.islice(steps, max_new_tokens):
             if all_done and all_done():  # asked only now that a GPU has the next step to work on
@@ -763,20 +809,20 @@ class Hybrid(nn.Module):
         """Returns hidden states [B, T, C] of ids [B, T] after what the cache holds, read `size` tokens at a time."""
         return torch.cat([self.model(part, cache) for part in ids.split(size, dim=1)], dim=1)
 
-    def _steps(self, ids, pad, choose, generator, budget, prefill_size, room):
+    def _steps(self, ids, pad, choose, budget, prefill_size, room):
         """Yields the next token [B] of every row, without end."""
-        cache = self.new_cache(pad)
+        cache = self.new_cache(pad, room)
         control = budget and BudgetControl(budget, ids)
         for part in ids.split(prefill_size, dim=1):
             hidden = self.model(part, cache)
-        token = draw(choose(self._logits(hidden[:, -1])), generator)  # [B]; only the last position needs logits
+        token, _ = choose(self._logits(hidden[:, -1]))  # [B]; only the last position needs logits
         cache.fix(room)
 
         def step():
             hidden = self.model(token[:, None], cache)
-            token.copy_(draw(choose(self._logits(hidden[:, -1])), generator))
+            token.copy_(choose(self._logits(hidden[:, -1]))[0])
 
-        step = Repeated(step, ids.device, generator)
+        step = Repeated(step, ids.device, choose.generator)
         for length in itertools.count(ids.shape[1] + 1):
             if control:
                 token.copy_(control(token))
@@ -788,18 +834,18 @@ class Hybrid(nn.Module):
             step()
 
     def _logits(self, hidden):
-        return at_least_float32(self.lm_head(hidden))
+        return linear_step(hidden, self.lm_head.weight)
 
-    def _steps_with_drafts(self, ids, n, choose, generator, stats, prefill_size, room):
+    def _steps_with_drafts(self, ids, n, choose, stats, prefill_size, room):
         """Yields the next token [1], without end: several for each forward of the model, where its guesses are right.
 
-        A guess is right with the probability that keeps the distribution (`accept`). What the model remembers of a
-        wrong one has to be taken back: of keys and values by forgetting that they are there, of a Mamba layer by going
-        back to the state after the last right one, since they were all kept.
+        A guess is kept with the probability that keeps the distribution (`Chooser.check`). What the model remembers of
+        a wrong one has to be taken back: of keys and values by forgetting that they are there, of a Mamba layer by
+        going back to the state after the last right one, since they were all kept.
         """
-        cache, memory = self.new_cache(), Cache([None] * len(self.mtp.layers))
+        cache, memory = self.new_cache(room=room), Cache([None] * len(self.mtp.layers), room=room)
         hidden = self._read(ids, cache, prefill_size)  # [1, T, C]
-        token = draw(choose(self._logits(hidden[:, -1])), generator)  # [1]
+        token, _ = choose(self._logits(hidden[:, -1]))  # [1]
         yield token.clone()
         following = torch.cat([ids[:, 1:], token[:, None]], dim=1)  # the token after each
         ahead = self.mtp(self.model.embeddings(following), hidden, memory)[:, -1:]  # [1, 1, C] knows `token`
@@ -810,14 +856,15 @@ class Hybrid(nn.Module):
             """Guesses, checks, and takes what is right: returns (tokens [1, n+1], how many of them are guesses [])."""
             start, h, guesses, q = memory.position.clone(), ahead, [], []
             for depth in range(n):  # first with what the model knew, then with what the predictor made of it
-                q.append(choose(self._logits(h[:, 0])))  # [1, V]
-                guesses.append(draw(q[-1], generator))
+                guess, probs = choose(self._logits(h[:, 0]))  # [1], [1, V]
+                guesses.append(guess)
+                q.append(probs)
                 if depth < n - 1:
-                    h = self.mtp(self.model.embeddings(guesses[-1][:, None]), h, memory)
+                    h = self.mtp(self.model.embeddings(guess[:, None]), h, memory)
             guesses = torch.stack(guesses, dim=1)  # [1, n]
-            cache.trails = {}
+            cache.trial = True
             hidden = self.model(torch.cat([token[:, None], guesses], dim=1), cache)  # [1, n+1, C]
-            right, new = accept(choose(self._logits(hidden[0])), torch.cat(q), guesses[0], generator)
+            right, new = choose.check(self._logits(hidden[0]), guesses[0], q)
             cache.keep(right)
             is_guess = torch.arange(n + 1, device=ids.device) < right
             tokens = torch.where(is_guess, F.pad(guesses, (0, 1)), new)  # [1, n+1], right up to number `right`
@@ -828,7 +875,7 @@ class Hybrid(nn.Module):
             token.copy_(new)
             return tokens, right
 
-        step, length, before = Repeated(step, ids.device, generator), ids.shape[1], None
+        step, length, before = Repeated(step, ids.device, choose.generator), ids.shape[1], None
         while True:
             if length + 2 * (n + 1) > room:  # this step, and the one whose outcome the host does not know yet
                 room *= 2
@@ -895,153 +942,7 @@ class Hybrid(nn.Module):
             self.lm_head.weight = self.model.embeddings.weight
 
 
-# ---- 5. choosing the next token -----------------------------------------------------------------------------------
-
-
-def token_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """Returns the probabilities [B, V] that the next token is drawn by, from logits [B, V], as `generate` explains."""
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]  # [B, 1]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probs = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        sorted_probs, order = probs.sort(descending=True)
-        before = sorted_probs.cumsum(-1) - sorted_probs  # probability of all likelier tokens
-        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0))
-    return probs
-
-
-def draw(probs, generator=None):
-    """Returns one token [B] int64 per row of probs [B, V], which need not sum to 1."""
-    waits = torch.empty_like(probs).exponential_(generator=generator)  # the first of B x V clocks to ring is a draw
-    return (probs / waits).argmax(-1)
-
-
-def accept(p, q, guesses, generator=None):
-    """Returns (how many guesses to keep [], the token [1] after them), so that the text is distributed as by p alone.
-
-    p [n+1, V]: the model's probabilities after 0, 1, ... n of the guesses [n]; q [n, V]: those each was drawn by. A
-    guess is kept with probability min(1, p / q); in place of the first that is not, a token is drawn by max(0, p - q),
-    which is what p has more than was given by keeping. Source: Leviathan et al., arXiv:2211.17192, Alg. 1.
-    """
-    at = torch.arange(len(guesses), device=p.device)
-    keep = torch.rand(len(guesses), generator=generator, device=p.device) * q[at, guesses] < p[at, guesses]
-    kept = keep.long().cumprod(0).sum()
-    rest = p - F.pad(q, (0, 0, 0, 1))  # after the last guess nothing was given yet
-    return kept, draw(rest.index_select(0, kept[None]).clamp(min=0), generator)
-
-
-def to_host(flag):
-    """Returns a function that gives the value of a tensor []: on a GPU it waits for that alone, not for later work."""
-    if flag.device.type != "cuda":
-        return flag.item
-    value, copied = flag.new_empty((), device="cpu", pin_memory=True), torch.cuda.Event()
-    value.copy_(flag, non_blocking=True)
-    copied.record()
-
-    def read():
-        copied.synchronize()
-        return value.item()
-
-    return read
-
-
-class Repeated:
-    """A step that is taken again and again, and touches only tensors that stay where they are.
-
-    On a GPU its kernels, too many and too short for a host to keep up with, become a CUDA graph: the first call runs
-    them one by one (and compiles them), the second records them, and from then on one launch does all. On a CPU, and
-    where the definitions stand in for the kernels (that of the experts asks the device for numbers), it is the function
-    itself. What a call returns is written over by the next.
-    """
-
-    def __init__(self, step, device, generator=None):
-        self.step, self.generator = step, generator
-        self.graph, self.ready = None, False
-        self.records = device.type == "cuda" and pick_backend(device=device) == "triton"
-
-    def __call__(self):
-        if not (self.records and self.ready):
-            self.ready = True
-            return self.step()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph):
-                self.results = self.step()
-        self.graph.replay()
-        return self.results
-
-    def forget(self):
-        """To be called when a tensor has moved: begins anew."""
-        self.graph, self.results, self.ready = None, None, False
-
-
-@dataclass
-class DraftStats:
-    """What came of drafting."""
-
-    forwards: int = 0  # of the model, the prompt's aside
-    tokens: int = 0  # that they gave
-    drafted: list = field(default_factory=list)  # by depth: how often a guess was made after right ones only
-    accepted: list = field(default_factory=list)  # by depth: how often it was right
-
-    def count(self, right, n):
-        """Notes that of n guesses the first `right` were kept."""
-        self.forwards += 1
-        self.tokens += right + 1
-        for counts, many in ((self.drafted, min(n, right + 1)), (self.accepted, right)):
-            counts.extend([0] * (n - len(counts)))
-            for depth in range(many):
-                counts[depth] += 1
-
-
-@dataclass
-class ThinkingBudget:
-    """A cap on the tokens a model thinks for before it answers. It is never told: its thinking is closed for it.
-
-    From `tokens` on, the thinking ends at the next line break, or after `grace` more tokens if there is none: then
-    `end` is inserted, and the answer goes on. Source: Nemotron Nano 2, arXiv:2508.14444, section 3.4.
-    """
-
-    tokens: int  # to think for
-    end: list  # the tokens that close the thinking, "</think>" for one
-    line_breaks: list = ()  # tokens that end a line
-    grace: int = 500  # tokens to wait for one
-
-
-class BudgetControl:
-    """Watches the rows of a batch think, and closes what takes too long."""
-
-    def __init__(self, budget, ids):
-        B, device = len(ids), ids.device
-        self.budget, self.count = budget, 0
-        self.end = torch.tensor(budget.end, device=device)
-        self.line_breaks = torch.tensor(list(budget.line_breaks), dtype=torch.int64, device=device)
-        self.recent = torch.full((B, len(budget.end)), -1, device=device)  # the last tokens of each row
-        self.closed = torch.zeros(B, dtype=torch.bool, device=device)  # by the model or by us
-        self.inserted = torch.full((B,), -1, device=device)  # tokens of `end` so far; -1: not begun
-        self.inserted += int(budget.tokens + budget.grace == 0)
-
-    def __call__(self, token):
-        """Returns the next token [B] of every row, given the one [B] that the model chose."""
-        inserting = (self.inserted >= 0) & ~self.closed
-        token = torch.where(inserting, self.end[self.inserted.clamp(0, len(self.end) - 1)], token)
-        self.inserted += inserting.long()
-        self.recent = torch.cat([self.recent[:, 1:], token[:, None]], dim=1)
-        self.closed |= (self.recent == self.end).all(1)
-        self.count += 1
-        over = self.count >= self.budget.tokens
-        due = (torch.isin(token, self.line_breaks) & over) | (self.count >= self.budget.tokens + self.budget.grace)
-        self.inserted = torch.where(due & ~self.closed & (self.inserted < 0), 0, self.inserted)
-        return token
-
-
-# ---- 6. files of a checkpoint -------------------------------------------------------------------------------------
+# ---- 5. files of a checkpoint -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -1178,7 +1079,7 @@ def config_fields(config):
     return {f.name: config[f.name] for f in fields(HybridConfig) if f.name in config}
 
 
-# ---- 7. the training objective ------------------------------------------------------------------------------------
+# ---- 6. the training objective ------------------------------------------------------------------------------------
 
 
 class NextToken:
@@ -1232,7 +1133,7 @@ def to_device(model, *arrays):
     return [t.to(device) for t in tensors]
 
 
-# ---- 8. python nano_hybrid.py: what a hybrid saves when it writes ---------------------------------------------------
+# ---- 7. python nano_hybrid.py: what a hybrid saves when it writes ---------------------------------------------------
 
 
 def attention_twin(config):
@@ -1346,7 +1247,7 @@ def plot_speeds(lengths, found, ratio, path):
     print(f"plot: {path}")
 
 
-# ---- 9. python nano_hybrid.py bench: how fast it writes on a GPU -------------------------------------------------
+# ---- 8. python nano_hybrid.py bench: how fast it writes on a GPU -------------------------------------------------
 
 # The pattern and the proportions of Nemotron-Nano-9B-v2 at a ninth of its size.
 BILLION = HybridConfig(
@@ -1391,6 +1292,16 @@ def bench_long_answers(config, read=8192, write=16384):
                 step_ms=[1e3 * s for s in steps], parameters=model.num_parameters())  # fmt: skip
 
 
+def seconds_a_token(steps):
+    """Returns the mean time between two tokens of `generate`, after four that compile and record."""
+    for _ in itertools.islice(steps, 4):
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    n_tokens = sum(1 for _ in steps)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / n_tokens
+
+
 @torch.inference_mode()
 def bench_one_text(config, length=1024):
     """Returns tokens/s of one text, and the fraction that is of the time its bytes take at the rate of a copy."""
@@ -1401,8 +1312,27 @@ def bench_one_text(config, length=1024):
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size * 2
     states = memory_per_text(config, length, 2) + memory_per_text(config, 0, 2)  # states are read and written
-    seconds, _ = writing_speed(model, 1, length, n_tokens=200)
-    return dict(tokens_per_s=1 / seconds, bound=rate / (weights + states), of_bound=(weights + states) / rate / seconds)
+    ids = torch.randint(config.vocab_size, (1, length), device="cuda")
+    greedy, sampled = (seconds_a_token(model.generate(ids, 404, temperature)) for temperature in (0, 1))
+    return dict(tokens_per_s=1 / greedy, bound=rate / (weights + states), of_bound=(weights + states) / rate / greedy,
+                sampled_tokens_per_s=1 / sampled)  # fmt: skip
+
+
+@torch.inference_mode()
+def bench_transformers(config, length=1024, n_tokens=48):
+    """Returns tokens/s of one text by `transformers`' generate, greedy: the same weights through a checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as directory:
+        on_gpu(config).save_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to("cuda").eval()
+    ids = torch.randint(config.vocab_size, (1, length), device="cuda")
+    options = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    all_, first = (
+        seconds_of(lambda n=n: model.generate(ids, min_new_tokens=n, max_new_tokens=n, **options), 1)
+        for n in (n_tokens + 1, 1)
+    )
+    return dict(tokens_per_s=n_tokens / (all_ - first))
 
 
 @torch.inference_mode()
@@ -1440,6 +1370,7 @@ def bench():
         "1B, 8K in, 16K out": partial(bench_long_answers, BILLION),
         "its attention-only twin": partial(bench_long_answers, attention_twin(BILLION)),
         "small, one text": partial(bench_one_text, small),
+        "the same through transformers": partial(bench_transformers, small),
         "1B, one text": partial(bench_one_text, BILLION),
         "small, reading": partial(bench_reading, small),
         "small, a million tokens": partial(bench_million, small),
@@ -1451,7 +1382,7 @@ def bench():
     for name, measure in rows.items():
         try:
             record[name] = measure()
-        except torch.OutOfMemoryError as error:
+        except (ImportError, torch.OutOfMemoryError) as error:
             record[name] = dict(error=str(error)[:100])
         print(
             f"{name}: "

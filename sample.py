@@ -18,7 +18,8 @@ import torch
 
 from cli import fail, parse, pick_device, pick_dtype
 from data import ReleasedTokenizer, Tokenizer
-from nano_hybrid import DraftStats, Hybrid, read_config
+from decoding import DraftStats
+from nano_hybrid import Hybrid, read_config
 
 OUT = Path("out")
 

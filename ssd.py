@@ -50,6 +50,7 @@ from kernels import (
     conv_forward,
     document_of,
     dot_precision,
+    early_launch,
     expect,
     gated_rms_norm,
     jit,
@@ -61,6 +62,7 @@ from kernels import (
     tail_contiguous,
     tl,
     triton,
+    wait_for_the_kernel_before,
 )
 
 # ---- 1. the recurrence --------------------------------------------------------------------------------------
@@ -759,9 +761,8 @@ def ssd_step(state, x, dt, A, Bmat, Cmat, D=None, backend="auto"):
 #                     '------------------------ gate -------> gated RMSNorm -> [B, T, di]
 
 
-def _parts(projected, conv_weight, norm_weight):
+def _parts(projected, di, conv_size):
     """Returns views z [B, T, di], xBC [B, T, conv_size] and dt [B, T, H] of what in_proj made."""
-    conv_size, di = conv_weight.shape[0], norm_weight.shape[0]
     return projected.split([di, conv_size, projected.shape[-1] - di - conv_size], dim=-1)
 
 
@@ -783,7 +784,7 @@ def mamba2_inner_ref(
     scan. real bool [B, T] or None: what is padding (on the left) leaves no trace. backend: that of its operations.
     """
     di, H = norm_weight.shape[0], A.shape[0]
-    z, xBC, dt = _parts(projected, conv_weight, norm_weight)
+    z, xBC, dt = _parts(projected, norm_weight.shape[0], conv_weight.shape[0])
     dt = F.softplus(at_least_float32(dt) + dt_bias)  # [B, T, H]
     if real is not None:  # padding: nothing enters the convolution, and dt = 0 leaves the state as it is
         xBC, dt = xBC * real[..., None], dt * real[..., None]
@@ -810,7 +811,7 @@ class _Mamba2Inner(torch.autograd.Function):
     @staticmethod
     def inputs(projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups):
         """Returns z, xBC, raw dt; x, Bmat, Cmat after the convolution, and dt > 0: made once in each direction."""
-        z, xBC, raw = _parts(projected, conv_weight, norm_weight)
+        z, xBC, raw = _parts(projected, norm_weight.shape[0], conv_weight.shape[0])
         convolved = conv_forward(xBC, conv_weight, conv_bias, None, None, True)
         dt = F.softplus(raw.float() + dt_bias)  # [B, T, H]
         return z, xBC, raw, *_by_heads(convolved, norm_weight.shape[0], A.shape[0], n_groups), dt
@@ -835,7 +836,7 @@ class _Mamba2Inner(torch.autograd.Function):
             projected, conv_weight, conv_bias, dt_bias, A, norm_weight, G
         )
         dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)  # contiguous
-        dz, dxBC, draw = _parts(dprojected, conv_weight, norm_weight)
+        dz, dxBC, draw = _parts(dprojected, di, conv_weight.shape[0])
         dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // G, ctx.eps, dgate=dz)
         dx, ddt, dA, dB, dC, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, *segments, dy.view(x.shape))
         sizes = [di, (xBC.shape[-1] - di) // 2, (xBC.shape[-1] - di) // 2]  # channels do not mix: x, B, C apart
@@ -858,9 +859,10 @@ def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_w
     return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
 
 
-# A few tokens, for writing. Operation by operation one token is some twenty launches of next to no work; here it is
-# two: a program owns up to 32 channels of a head, takes the convolution's steps for them and for its group's B and C,
-# then the recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens.
+# A few tokens, for writing: from the layer's in_proj to its gated norm, which `decoding.linear_step` takes along with
+# out_proj. Operation by operation one token is some twenty launches of next to no work; here it is one: a program
+# owns up to 32 channels of a head, takes the convolution's steps for them and for its group's B and C, then the
+# recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens.
 
 
 @jit
@@ -887,10 +889,10 @@ def _conv_steps(x_ptr, state_ptr, weight_ptr, bias_ptr, inputs_ptr, channels, in
 
 
 @jit
-def _mamba2_steps_kernel(xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr, A_ptr, D_ptr,
-                         y_ptr, inputs_ptr, new_state_ptr,
+def _mamba2_steps_kernel(xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr, A_log_ptr,
+                         D_ptr, y_ptr, inputs_ptr, new_state_ptr,
                          H, R, P, N, conv_size, stride_b, stride_t,
-                         T: tl.constexpr, W: tl.constexpr, EVERY: tl.constexpr,
+                         T: tl.constexpr, W: tl.constexpr, EVERY: tl.constexpr, PDL: tl.constexpr,
                          BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(P, BLOCK_P)
     head, block, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1).to(tl.int64)
@@ -903,17 +905,18 @@ def _mamba2_steps_kernel(xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr,
     keeps = n < tl.where((head % R == 0) & (block == 0), N, 0)  # B and C of a group are kept by its first program
     b_at = H * P + group * N
     c_at = b_at + H // R * N
+    here = (row * H + head) * P * N + p[:, None] * N + n[None, :]
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
+    A, D = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32)), tl.load(D_ptr + head).to(tl.float32)
+    dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    wait_for_the_kernel_before(PDL)
     x = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, head * P + p, p < P, p < P, stride_t,
                     T, W, FIRST)  # T times [P]  # fmt: skip
     b = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, b_at + n, n < N, keeps, stride_t,
                     T, W, FIRST)  # T times [N]  # fmt: skip
     c = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, c_at + n, n < N, keeps, stride_t,
                     T, W, FIRST)  # fmt: skip
-    here = (row * H + head) * P * N + p[:, None] * N + n[None, :]
-    inside = (p[:, None] < P) & (n[None, :] < N)
-    state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
-    A, D = tl.load(A_ptr + head).to(tl.float32), tl.load(D_ptr + head).to(tl.float32)
-    dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     for t in tl.static_range(T):
         raw = tl.load(dt_ptr + row * stride_b + t * stride_t + head).to(tl.float32) + dt_bias
         dt = tl.where(raw > 20, raw, tl.log(1 + tl.exp(tl.minimum(raw, 20.0))))  # softplus
@@ -927,38 +930,38 @@ def _mamba2_steps_kernel(xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr,
 
 
 def mamba2_steps_ref(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5,
-    every=False, overwrite=False,
-):  # fmt: skip
-    """Returns (out [B, T, di], inputs, states) of a few tokens that go on from a state, one after the other.
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False, overwrite=False
+):
+    """Returns (y [B, T, di], inputs, states) of a few tokens that go on from a state, one after the other.
 
-    projected [B, T, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32. out is that of
-    `mamba2_inner_ref`. inputs, states: the next conv_state and ssm_state; with `every`, what they are after any of the
-    tokens: inputs [B, di + 2 G N, W-1 + T], of which t+1 ... t+W-1 are the state after token t, and states
-    [B, T, H, P, N]. overwrite: the last ssm_state may be put in place of the one given (not with `every`).
+    projected [B, T, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32;
+    A = -exp(A_log). y is what the recurrence gives, to be gated and normalised. inputs, states: the next conv_state and
+    ssm_state; with `every`, what they are after any of the tokens: inputs [B, di + 2 G N, W-1 + T], of which
+    t+1 ... t+W-1 are the state after token t, and states [B, T, H, P, N]. overwrite: the last ssm_state may be put in
+    place of the one given (not with `every`).
     """
-    outs, states = [], []
-    inputs = torch.cat([conv_state, _parts(projected, conv_weight, norm_weight)[1].transpose(1, 2)], dim=-1)
-    for token in projected.split(1, dim=1):
-        out, (conv_state, ssm_state) = mamba2_inner_ref(
-            token, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps,
-            state=(conv_state, ssm_state), return_final_state=True,
-        )  # fmt: skip
-        outs.append(out)
+    H, P = ssm_state.shape[1:3]
+    _, xBC, dt = _parts(projected, H * P, conv_weight.shape[0])
+    inputs = torch.cat([conv_state, xBC.transpose(1, 2)], dim=-1)  # [B, di + 2 G N, W-1 + T]
+    xBC = causal_conv1d(xBC, conv_weight, conv_bias, conv_state, backend="torch")
+    x, Bmat, Cmat = _by_heads(xBC, H * P, H, n_groups)
+    dt, A, ys, states = F.softplus(at_least_float32(dt) + dt_bias), -torch.exp(at_least_float32(A_log)), [], []
+    for t in range(projected.shape[1]):
+        y, ssm_state = ssd_step_ref(ssm_state, x[:, t], dt[:, t], A, Bmat[:, t], Cmat[:, t], D)
+        ys.append(y)
         states.append(ssm_state)
-    out = torch.cat(outs, dim=1)
-    return (out, inputs, torch.stack(states, dim=1)) if every else (out, conv_state, ssm_state)
+    y = torch.stack(ys, dim=1).flatten(2)  # [B, T, di]
+    return (y, inputs, torch.stack(states, dim=1)) if every else (y, inputs[..., len(ys) :], ssm_state)
 
 
 def mamba2_steps_triton(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5,
-    every=False, overwrite=False,
-):  # fmt: skip
-    """Returns `mamba2_steps_ref(...)`, computed by two kernels. It has no backward."""
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False, overwrite=False
+):
+    """Returns `mamba2_steps_ref(...)`, computed by one kernel. It has no backward."""
     projected, conv_weight = tail_contiguous(projected), conv_weight.contiguous()
     conv_state, ssm_state = conv_state.contiguous(), ssm_state.float().contiguous()
-    z, xBC, dt = _parts(projected, conv_weight, norm_weight)
     (B, H, P, N), (conv_size, W), T = ssm_state.shape, conv_weight.shape, projected.shape[1]
+    _, xBC, dt = _parts(projected, H * P, conv_size)
     empty = partial(torch.empty, dtype=projected.dtype, device=projected.device)
     y, inputs = empty(B, T, H * P), empty(B, conv_size, W - 1 + T if every else W - 1)
     states = empty(B, T, H, P, N, dtype=torch.float32) if every else ssm_state
@@ -966,26 +969,25 @@ def mamba2_steps_triton(
         states = torch.empty_like(ssm_state)
     BLOCK_P = min(32, block_of(P))
     _mamba2_steps_kernel[(H * triton.cdiv(P, BLOCK_P), B)](
-        xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, y, inputs, states,
+        xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, y, inputs, states,
         H, H // n_groups, P, N, conv_size, projected.stride(0), projected.stride(1),
-        T, W, every, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N),
+        T, W, every, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N), **early_launch(),
     )  # fmt: skip
-    return norm_forward(y, z, norm_weight, H * P // n_groups, eps), inputs, states
+    return y, inputs, states
 
 
 def mamba2_steps(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5,
-    every=False, overwrite=False, backend="auto",
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
+    overwrite=False, backend="auto",
 ):  # fmt: skip
-    """Returns `mamba2_steps_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad.
+    """Returns `mamba2_steps_ref(...)` on the backend asked for. The kernel drops gradients: call it under no_grad.
 
-    They are unrolled over the tokens: meant for a handful.
+    It is unrolled over the tokens: meant for a handful.
     """
     in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
     return (mamba2_steps_triton if in_triton else mamba2_steps_ref)(
-        projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps, every,
-        overwrite,
-    )  # fmt: skip
+        projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite
+    )
 
 
 def mamba2_inner(
@@ -994,8 +996,8 @@ def mamba2_inner(
 ):  # fmt: skip
     """Returns `mamba2_inner_ref(...)` on the backend asked for.
 
-    In Triton it is fused where gradients are wanted and states are not (training), and for one token without gradients
-    (writing); in between, and for odd sizes, it is put together from its operations.
+    In Triton it is fused where gradients are wanted and states are not (training); else, and for odd sizes, it is put
+    together from its operations.
     """
     weights = conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps
     P, N = norm_weight.shape[0] // A.shape[0], (conv_weight.shape[0] - norm_weight.shape[0]) // (2 * n_groups)
@@ -1011,9 +1013,6 @@ def mamba2_inner(
     in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
     if fusible and torch.is_grad_enabled() and in_triton:
         return mamba2_inner_triton(projected, *weights)
-    if state and projected.shape[1] == 1 and real is None and not torch.is_grad_enabled() and in_triton:
-        out, *state = mamba2_steps_triton(projected, *state, *weights)
-        return (out, tuple(state)) if return_final_state else out
     return mamba2_inner_ref(projected, *weights, chunk_size, state, real, return_final_state, backend)
 
 
@@ -1036,9 +1035,10 @@ def _inner_inputs(randn, B, T, H, P, G, N):
     return [randn(B, T, di + conv_size + H), *(w.float() for w in weights), G]
 
 
-def _inner_steps_inputs(randn, B, T, H, P, G, N, every=False):
-    projected, *weights, G = _inner_inputs(randn, B, T, H, P, G, N)
-    return [projected, randn(B, H * P + 2 * G * N, 3), randn(B, H, P, N).float(), *weights, G, 1e-5, every]
+def _steps_inputs(randn, B, T, H, P, G, N, every=False):
+    projected, conv_weight, conv_bias, dt_bias, A, D, _, G = _inner_inputs(randn, B, T, H, P, G, N)
+    states = [randn(B, H * P + 2 * G * N, 3), randn(B, H, P, N).float()]
+    return [projected, *states, conv_weight, conv_bias, dt_bias, torch.log(-A), D, G, every]
 
 
 def _ssd_cost(B, T, H, P, G, N, Q=128):
@@ -1061,7 +1061,7 @@ BENCHES = [
     ),
     Bench(ssd_step, _step_inputs, checks=[(2, 4, 20, 2, 33)], has_backward=False),
     Bench(
-        mamba2_steps, _inner_steps_inputs,
+        mamba2_steps, _steps_inputs,
         checks=[(2, 1, 4, 20, 2, 33), (3, 2, 6, 40, 1, 16), (1, 5, 2, 8, 1, 8, True)],
         timings=[(1, 1, 24, 64, 8, 128), (64, 1, 24, 64, 8, 128), (256, 1, 64, 64, 8, 128)],
         cost=lambda B, T, H, P, G, N: (8 * B * H * P * N, 6 * B * T * H * P * N), has_backward=False,

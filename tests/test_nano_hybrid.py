@@ -10,19 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, scramble
-from nano_hybrid import (
-    PRESETS,
-    BudgetControl,
-    DraftStats,
-    Hybrid,
-    HybridConfig,
-    ThinkingBudget,
-    accept,
-    attention_twin,
-    draw,
-    memory_per_text,
-    token_probs,
-)
+from decoding import DraftStats, ThinkingBudget
+from nano_hybrid import PRESETS, Hybrid, HybridConfig, attention_twin, memory_per_text
 
 
 def build(dtype=torch.float32, seed=0, **changes):
@@ -410,27 +399,6 @@ def test_generation_repeats_with_its_seed():
     assert first == second != third
 
 
-def test_sampling_follows_the_distribution_that_was_asked_for():
-    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    logits = probs.log().expand(20_000, 4)
-    generator = torch.Generator().manual_seed(0)
-
-    def frequencies(**kwargs):
-        return torch.bincount(draw(token_probs(logits, **kwargs), generator), minlength=4) / 20_000
-
-    for kwargs, expected in [
-        (dict(), probs),
-        (dict(top_k=2), torch.tensor([5, 3, 0, 0]) / 8),
-        (dict(top_p=0.6), torch.tensor([5, 3, 0, 0]) / 8),  # 0.5 is not enough, 0.5 + 0.3 is
-        (dict(top_p=0.5), torch.tensor([1.0, 0, 0, 0])),
-        (dict(top_p=1e-9), torch.tensor([1.0, 0, 0, 0])),
-        (dict(temperature=0.5), probs**2 / (probs**2).sum()),
-        (dict(temperature=0), torch.tensor([1.0, 0, 0, 0])),
-        (dict(top_k=100, top_p=1.0), probs),
-    ]:
-        assert (frequencies(**kwargs) - expected).abs().max() < 0.015, kwargs
-
-
 @pytest.mark.parametrize(
     ("prompt", "kwargs", "message"),
     [
@@ -616,22 +584,6 @@ def test_stop_ends_a_text_with_drafts_too(predictor):
     assert tokens.count(12) == 1 and tokens[-1] == 12
 
 
-def test_kept_and_replaced_guesses_are_distributed_as_the_model_s_tokens():
-    generator = torch.Generator().manual_seed(0)
-    p, q = (torch.rand(k, 5, generator=generator).softmax(-1) ** 3 for k in (3, 2))
-    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    counts, trials = torch.zeros(3, 5), 6000
-    for _ in range(trials):
-        guesses = draw(q, generator)
-        kept, token = accept(p, q, guesses, generator)
-        for depth, t in enumerate([*guesses[:kept].tolist(), token.item()]):
-            counts[depth, t] += 1
-    for depth in range(3):  # the guess at one depth does not change p at the next here
-        expected = p[depth] * counts[depth].sum()
-        chi2 = ((counts[depth] - expected) ** 2 / expected).sum()
-        assert chi2 < 18.5, (depth, chi2)  # 4 degrees of freedom: p = 0.001
-
-
 def test_sampled_text_with_drafts_is_distributed_as_without(predictor):
     generator, counts = torch.Generator().manual_seed(0), torch.zeros(2, 16)
     for row, draft in enumerate((0, 2)):
@@ -658,40 +610,8 @@ def test_a_prompt_read_in_parts_is_the_prompt_at_once():
     assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[2])
 
 
-# ---- thinking budget ----
-
-BREAK, END = 7, [60, 61]
-
-
-def think(thoughts, budget, steps=14):
-    """What becomes of rows that would say `thoughts`, a list of lists, with a budget."""
-    control = BudgetControl(budget, torch.zeros(len(thoughts), 1, dtype=torch.int64))
-    rows = [[] for _ in thoughts]
-    for step in range(steps):
-        for row, token in zip(rows, control(torch.tensor([t[step] for t in thoughts])).tolist()):
-            row.append(token)
-    return rows
-
-
-def test_thinking_is_closed_at_the_next_line_break_or_after_the_grace():
-    breaks = [1, BREAK, 2, 3, BREAK, 4, 5, 6, 8, 9, 10, 11, 12, 13]
-    none = list(range(20, 34))
-    rows = think([breaks, none], ThinkingBudget(3, END, [BREAK], grace=4))
-    assert rows[0] == [1, BREAK, 2, 3, BREAK, *END, 6, 8, 9, 10, 11, 12, 13]
-    assert rows[1] == [*none[:7], *END, *none[9:]]
-
-
-def test_thinking_that_ends_by_itself_is_left_alone():
-    early = [1, *END, BREAK, 2, 3, BREAK, 4, 5, 6, 8, 9, 10, 11]
-    assert think([early], ThinkingBudget(3, END, [BREAK], grace=4)) == [early]
-
-
-def test_a_budget_of_nothing_closes_at_once():
-    assert think([list(range(20, 34))], ThinkingBudget(0, END, grace=0))[0][:4] == [*END, 22, 23]
-
-
 def test_a_budget_in_generate():
-    model, prompt = build(), draw_ids(2, 5)
+    (model, prompt), END = (build(), draw_ids(2, 5)), [60, 61]
     rows = torch.stack(list(model.generate(prompt, 12, 0, budget=ThinkingBudget(4, END, grace=2))), dim=1)
     free = torch.stack(list(model.generate(prompt, 6, 0)), dim=1)
     assert torch.equal(rows[:, :6], free) and rows[:, 6:8].tolist() == [END, END]
@@ -741,7 +661,7 @@ def test_of_a_trial_only_what_is_kept_was_read():
         cache = model.new_cache()
         model(ids[:, :10], cache)
         cache.fix(20)
-        cache.trails = {}
+        cache.trial = True
         model(torch.cat([ids[:, 10:12], ids[:, 20:22]], dim=1), cache)  # two right, two wrong
         cache.keep(torch.tensor(1))
         got = model(ids[:, 12:13], cache)

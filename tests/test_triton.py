@@ -1,14 +1,13 @@
-"""Every Triton kernel of kernels.py and ssd.py against its definition in float64: outputs, gradients, states.
+"""Every Triton kernel against its definition in float64: outputs, gradients, states.
 
 Without a GPU the kernels run under Triton's interpreter (tests/conftest.py sets TRITON_INTERPRET=1).
 """
-
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import decoding
 import kernels
 import ssd
 from conftest import TINY, scramble
@@ -123,7 +122,7 @@ def test_long_texts_are_cut_into_segments():
 
 
 def bench(op):
-    return next(b for b in kernels.BENCHES + ssd.BENCHES if b.op is op)
+    return next(b for b in kernels.BENCHES + ssd.BENCHES + decoding.BENCHES if b.op is op)
 
 
 def compare_bench(op, sizes, dtype, **options):
@@ -159,7 +158,7 @@ def test_states_after_every_token_are_those_of_shorter_texts(backend):
         kernels.in_low(t, torch.float32)
         for t in bench(ssd.mamba2_steps).inputs(kernels.normal(DEVICE), 2, 4, 4, 8, 2, 8)
     ]
-    projected, *rest = inputs[:-2]
+    projected, *rest = inputs[:-1]
     _, trail, states = ssd.mamba2_steps(projected, *rest, every=True, backend=backend)
     for T in range(1, 5):
         state = rest[1].clone()
@@ -172,16 +171,16 @@ def test_states_after_every_token_are_those_of_shorter_texts(backend):
 @pytest.mark.parametrize("sizes", [(2, 6, 2, 3, 70, 40, 90), (3, 4, 4, 1, 700, 64), (1, 8, 1, 5, 9, 16)], ids=str)
 def test_attention_on_a_cache(sizes, dtype):
     with torch.no_grad():
-        compare_bench(kernels.cached_attention, sizes, dtype)
+        compare_bench(decoding.cached_attention, sizes, dtype)
 
 
-def test_attention_on_a_cache_is_causal_attention():
-    q, k, v = (draw(2, heads, 7, 8) for heads in (4, 2, 2))
-    whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    room = [F.pad(t, (0, 0, 0, 5), value=math.nan) for t in (k, v)]  # what is not filled is not looked at
-    for backend, to in (("torch", dict(dtype=torch.float64)), ("triton", dict(dtype=torch.float32, device=DEVICE))):
-        got = kernels.cached_attention(*(t.to(**to) for t in (q[:, :, 4:], *room)), 7, backend=backend)
-        assert torch.allclose(got.cpu().double(), whole[:, :, 4:], atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes", [(1, 48, 70), (3, 60, 33, 20), (4, 130, 5, None, True), (2, 16, 1, 16), (1, 1, 3)], ids=str
+)
+def test_products_of_a_few_rows(sizes, dtype):
+    with torch.no_grad():
+        compare_bench(decoding.linear_step, sizes, dtype)
 
 
 def test_a_model_in_triton_writes_what_it_writes_in_torch(monkeypatch):

@@ -1,0 +1,528 @@
+"""Writing text one token at a time: choosing the token, guessing ahead, and the kernels that make a step short.
+
+Papers   Speculative decoding, Leviathan et al., arXiv:2211.17192; thinking budgets, Nemotron Nano 2, arXiv:2508.14444;
+         Flash-Decoding, Dao et al., 2023 (attention on a long cache, split among programs).
+Idea     A step for one text reads every weight once and does next to nothing with it. What it costs beyond that is
+         beginning and ending: two hundred kernels, each over before the host has sent the next. So the step becomes a
+         CUDA graph (`Repeated`), its kernels become few (`linear_step` takes the norm before a product, the activation
+         or the sum after it along), and each fetches its weights while the one before is still at work.
+Picture  one Mamba-2 layer, x [1, C]:
+
+         x --[norm, in_proj]-- z | x B C | dt --[conv, recurrence]-- y --[gate, norm, out_proj, + x]-- x
+              linear_step                       ssd.mamba2_steps         linear_step
+Differs  Nothing from the papers' distributions: greedy text is the same with and without drafts, sampled text is
+         equally distributed (tests/test_nano_hybrid.py).
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from kernels import (
+    Bench,
+    at_least_float32,
+    block_of,
+    check_and_time,
+    dot_precision,
+    early_launch,
+    expect,
+    gated_rms_norm,
+    jit,
+    pick_backend,
+    rms_norm,
+    tail_contiguous,
+    tl,
+    triton,
+    wait_for_the_kernel_before,
+)
+
+# ---- 1. choosing the next token -----------------------------------------------------------------------------------
+
+
+def token_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """Returns the probabilities [B, V] that the next token is drawn by, from logits [B, V], as `generate` explains."""
+    logits = at_least_float32(logits)
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]  # [B, 1]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        sorted_probs, order = probs.sort(descending=True)
+        before = sorted_probs.cumsum(-1) - sorted_probs  # probability of all likelier tokens
+        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0))
+    return probs
+
+
+def draw(probs, generator=None):
+    """Returns one token [B] int64 per row of probs [B, V], which need not sum to 1."""
+    waits = torch.empty_like(probs).exponential_(generator=generator)  # the first of B x V clocks to ring is a draw
+    return (probs / waits).argmax(-1)
+
+
+@dataclass
+class Chooser:
+    """How the next token is chosen. Greedily where temperature is 0: then no probabilities are made."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __call__(self, logits):
+        """Returns (a token [B], the probabilities [B, V] it was drawn by or None), from logits [B, V]."""
+        if self.temperature == 0:
+            return logits.argmax(-1), None
+        probs = token_probs(logits, self.temperature, self.top_k, self.top_p)
+        return draw(probs, self.generator), probs
+
+    def check(self, logits, guesses, q):
+        """Returns (how many of the guesses [n] to keep [], the token [1] after them), as `accept`.
+
+        logits [n+1, V]: the model's, after 0, 1, ... n of the guesses; q: for each guess the probabilities [1, V] it
+        was drawn by, or None.
+        """
+        if self.temperature == 0:
+            best = logits.argmax(-1)  # [n+1]
+            kept = (best[:-1] == guesses).long().cumprod(0).sum()
+            return kept, best.index_select(0, kept[None])
+        p = token_probs(logits, self.temperature, self.top_k, self.top_p)
+        return accept(p, torch.cat(q), guesses, self.generator)
+
+
+def accept(p, q, guesses, generator=None):
+    """Returns (how many guesses to keep [], the token [1] after them), so that the text is distributed as by p alone.
+
+    p [n+1, V]: the model's probabilities after 0, 1, ... n of the guesses [n]; q [n, V]: those each was drawn by. A
+    guess is kept with probability min(1, p / q); in place of the first that is not, a token is drawn by max(0, p - q),
+    which is what p has more than was given by keeping. Source: Leviathan et al., arXiv:2211.17192, Alg. 1.
+    """
+    at = torch.arange(len(guesses), device=p.device)
+    keep = torch.rand(len(guesses), generator=generator, device=p.device) * q[at, guesses] < p[at, guesses]
+    kept = keep.long().cumprod(0).sum()
+    rest = p - F.pad(q, (0, 0, 0, 1))  # after the last guess nothing was given yet
+    return kept, draw(rest.index_select(0, kept[None]).clamp(min=0), generator)
+
+
+@dataclass
+class DraftStats:
+    """What came of drafting."""
+
+    forwards: int = 0  # of the model, the prompt's aside
+    tokens: int = 0  # that they gave
+    drafted: list = field(default_factory=list)  # by depth: how often a guess was made after right ones only
+    accepted: list = field(default_factory=list)  # by depth: how often it was right
+
+    def count(self, right, n):
+        """Notes that of n guesses the first `right` were kept."""
+        self.forwards += 1
+        self.tokens += right + 1
+        for counts, many in ((self.drafted, min(n, right + 1)), (self.accepted, right)):
+            counts.extend([0] * (n - len(counts)))
+            for depth in range(many):
+                counts[depth] += 1
+
+
+@dataclass
+class ThinkingBudget:
+    """A cap on the tokens a model thinks for before it answers. It is never told: its thinking is closed for it.
+
+    From `tokens` on, the thinking ends at the next line break, or after `grace` more tokens if there is none: then
+    `end` is inserted, and the answer goes on. Source: Nemotron Nano 2, arXiv:2508.14444, section 3.4.
+    """
+
+    tokens: int  # to think for
+    end: list  # the tokens that close the thinking, "</think>" for one
+    line_breaks: list = ()  # tokens that end a line
+    grace: int = 500  # tokens to wait for one
+
+
+class BudgetControl:
+    """Watches the rows of a batch think, and closes what takes too long."""
+
+    def __init__(self, budget, ids):
+        B, device = len(ids), ids.device
+        self.budget, self.count = budget, 0
+        self.end = torch.tensor(budget.end, device=device)
+        self.line_breaks = torch.tensor(list(budget.line_breaks), dtype=torch.int64, device=device)
+        self.recent = torch.full((B, len(budget.end)), -1, device=device)  # the last tokens of each row
+        self.closed = torch.zeros(B, dtype=torch.bool, device=device)  # by the model or by us
+        self.inserted = torch.full((B,), -1, device=device)  # tokens of `end` so far; -1: not begun
+        self.inserted += int(budget.tokens + budget.grace == 0)
+
+    def __call__(self, token):
+        """Returns the next token [B] of every row, given the one [B] that the model chose."""
+        inserting = (self.inserted >= 0) & ~self.closed
+        token = torch.where(inserting, self.end[self.inserted.clamp(0, len(self.end) - 1)], token)
+        self.inserted += inserting.long()
+        self.recent = torch.cat([self.recent[:, 1:], token[:, None]], dim=1)
+        self.closed |= (self.recent == self.end).all(1)
+        self.count += 1
+        over = self.count >= self.budget.tokens
+        due = (torch.isin(token, self.line_breaks) & over) | (self.count >= self.budget.tokens + self.budget.grace)
+        self.inserted = torch.where(due & ~self.closed & (self.inserted < 0), 0, self.inserted)
+        return token
+
+
+# ---- 2. the step as a CUDA graph ----------------------------------------------------------------------------------
+
+
+def to_host(flag):
+    """Returns a function that gives the value of a tensor []: on a GPU it waits for that alone, not for later work."""
+    if flag.device.type != "cuda":
+        return flag.item
+    value, copied = flag.new_empty((), device="cpu", pin_memory=True), torch.cuda.Event()
+    value.copy_(flag, non_blocking=True)
+    copied.record()
+
+    def read():
+        copied.synchronize()
+        return value.item()
+
+    return read
+
+
+class Repeated:
+    """A step that is taken again and again, and touches only tensors that stay where they are.
+
+    On a GPU its kernels, too many and too short for a host to keep up with, become a CUDA graph: the first call runs
+    them one by one (and compiles them), the second records them, and from then on one launch does all. On a CPU, and
+    where the definitions stand in for the kernels (that of the experts asks the device for numbers), it is the function
+    itself. What a call returns is written over by the next.
+    """
+
+    def __init__(self, step, device, generator=None):
+        self.step, self.generator = step, generator
+        self.graph, self.ready = None, False
+        self.records = device.type == "cuda" and pick_backend(device=device) == "triton"
+
+    def __call__(self):
+        if not (self.records and self.ready):
+            self.ready = True
+            return self.step()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            if self.generator is not None:
+                self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.results = self.step()
+        self.graph.replay()
+        return self.results
+
+    def forget(self):
+        """To be called when a tensor has moved: begins anew."""
+        self.graph, self.results, self.ready = None, None, False
+
+
+# ---- 3. products of a few rows --------------------------------------------------------------------------------------
+
+FEW = 4  # rows that the kernel takes; a larger batch keeps the matrix units busy, and goes to them
+
+
+def linear_step_ref(
+    x, weight, bias=None, norm=None, gate=None, group_size=None, eps=1e-5, relu2=False, residual=None, backend="torch",
+):  # fmt: skip
+    """Returns [..., N]: residual + activation(normed(x) weight^T + bias), each part where it is asked for.
+
+    x [..., C]; weight [N, C]; norm [C], the weight of an RMSNorm before the product; with gate [..., C] it is the
+    gated norm, in groups of group_size. relu2: the activation is relu(.)^2. residual [..., N]. backend: the norm's.
+    """
+    if gate is not None:
+        x = gated_rms_norm(x, gate, norm, group_size, eps, backend)
+    elif norm is not None:
+        x = rms_norm(x, norm, eps, backend)
+    y = F.linear(x, weight, bias)
+    if relu2:
+        y = F.relu(y).square()
+    return y if residual is None else residual + y
+
+
+# The kernel. A program owns BLOCK_N columns of the result: it fetches their rows of the weight whole, which nothing
+# before it can have changed, and only then waits for the kernel that makes x. While one kernel computes, the weights of
+# the next are therefore already on their way (programmatic dependent launch, Hopper; elsewhere kernels take turns).
+# Each program computes the norm again: x is 2 C bytes, in the L2 cache, its share of the weight 2 C BLOCK_N.
+#
+#       weight [N, C]  |-- row n: C numbers, as [groups, group_size] --|     the norm is one sum over the last axis,
+#       x      [1, C]  |-- the same ------------------------------------|    the product a sum over both
+#
+# Bytes: 2 N C in bf16, once for all the rows; FLOPs 2 S N C, in float32 without matrix units: enough for FEW rows.
+
+
+@jit
+def _linear_step_kernel(x_ptr, gate_ptr, norm_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr,
+                        N, C, GROUP, eps, stride_x, stride_gate, stride_residual,
+                        S: tl.constexpr, RELU2: tl.constexpr, PDL: tl.constexpr,
+                        BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    g, i = tl.arange(0, GROUPS)[:, None], tl.arange(0, BLOCK)[None, :]
+    at = g * GROUP + i  # [GROUPS, BLOCK]
+    inside = (i < GROUP) & (at < C)
+    rows = n.to(tl.int64)[:, None, None] * C
+    w = tl.load(w_ptr + rows + at[None], mask=inside[None] & (n < N)[:, None, None], other=0.0)  # [N, GROUPS, BLOCK]
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if norm_ptr is not None:
+        scale = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    wait_for_the_kernel_before(PDL)
+    for s in tl.static_range(S):
+        x = tl.load(x_ptr + s * stride_x + at, mask=inside, other=0.0).to(tl.float32)  # [GROUPS, BLOCK]
+        if gate_ptr is not None:
+            z = tl.load(gate_ptr + s * stride_gate + at, mask=inside, other=0.0).to(tl.float32)
+            x *= z * tl.sigmoid(z)
+        if norm_ptr is not None:
+            x *= tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / GROUP + eps) * scale
+        y = tl.sum(tl.sum(w.to(tl.float32) * x[None], 2), 1) + bias  # [N]
+        if RELU2:
+            y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + s * stride_residual + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(out_ptr + s * N + n, y, mask=n < N)
+
+
+def linear_step_triton(
+    x, weight, bias=None, norm=None, gate=None, group_size=None, eps=1e-5, relu2=False, residual=None
+):
+    """Returns `linear_step_ref(...)`, computed by one kernel that reads the weight once. It has no backward."""
+    (N, C), shape = weight.shape, x.shape[:-1]
+    x, gate, residual = (v if v is None else tail_contiguous(v.reshape(-1, v.shape[-1])) for v in (x, gate, residual))
+    group = C if gate is None else group_size
+    GROUPS, BLOCK = triton.next_power_of_2(C // group), triton.next_power_of_2(group)
+    BLOCK_N = 16
+    # few enough for the registers, and programs enough for two on each multiprocessor
+    while BLOCK_N > 1 and (BLOCK_N * GROUPS * BLOCK > 8192 or N < 264 * BLOCK_N):
+        BLOCK_N //= 2
+    out = torch.empty(len(x), N, dtype=x.dtype, device=x.device)
+    _linear_step_kernel[(triton.cdiv(N, BLOCK_N),)](
+        x, gate, norm, weight.contiguous(), bias, residual, out, N, C, group, eps, x.stride(0),
+        0 if gate is None else gate.stride(0), 0 if residual is None else residual.stride(0),
+        S=len(x), RELU2=relu2, BLOCK_N=BLOCK_N, GROUPS=GROUPS, BLOCK=BLOCK,
+        num_warps=4 if GROUPS * BLOCK < 8192 else 8, **early_launch(),
+    )  # fmt: skip
+    return out.view(*shape, N)
+
+
+def linear_step(
+    x, weight, bias=None, norm=None, gate=None, group_size=None, eps=1e-5, relu2=False, residual=None, backend="auto",
+):  # fmt: skip
+    """Returns `linear_step_ref(...)`, of up to FEW rows by one kernel, which drops gradients: call it under no_grad.
+
+    Raises ValueError if shapes do not match.
+    """
+    (N, C), rows = weight.shape, x.shape[:-1]
+    for name, tensor, expected in (
+        ("x", x, (*rows, C)), ("bias", bias, (N,)), ("norm", norm, (C,)), ("gate", gate, (*rows, C)),
+        ("residual", residual, (*rows, N)),
+    ):  # fmt: skip
+        expect(name, tensor, *expected)
+    if gate is not None and (norm is None or not group_size or C % group_size):
+        raise ValueError(f"a gate needs norm= and a group_size that divides C={C}; got group_size={group_size}")
+    in_triton = pick_backend(backend, x.device, x.dtype) == "triton"
+    if in_triton and 0 < x.numel() <= FEW * C and x.dtype == weight.dtype:
+        return linear_step_triton(x, weight, bias, norm, gate, group_size, eps, relu2, residual)
+    return linear_step_ref(x, weight, bias, norm, gate, group_size, eps, relu2, residual, backend)
+
+
+# ---- 4. attention on what is remembered ---------------------------------------------------------------------------
+
+
+def cached_attention_ref(q, k, v, length, pad=None):
+    """Returns attention [B, Hq, T, D] of the last T tokens of a text on all its keys and values up to their own.
+
+    q [B, Hq, T, D]; k, v [B, Hkv, room, D], of which the first `length` positions are filled, the new tokens' too: a
+    number, or an int64 tensor [] where it is only known on the GPU. pad [B] int64 or None: positions at the start of
+    each row that nobody looks at. Softmax in float32, scaled by 1 / sqrt(D).
+    """
+    T, room = q.shape[2], k.shape[2]
+    if torch.is_tensor(length) and length.device.type == "cpu":
+        length = int(length)
+    if not torch.is_tensor(length):
+        k, v, room = k[:, :, :length], v[:, :, :length], length
+    rows = length - T + torch.arange(T, device=q.device)[:, None]  # [T, 1]
+    columns = torch.arange(room, device=q.device)[None, :]
+    mask = columns <= rows  # [T, room]
+    if pad is not None:
+        mask = mask & (columns >= pad[:, None, None, None])  # [B, 1, T, room]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def append(k_cache, v_cache, k, v, position, backend="auto"):
+    """Writes k, v [B, Hkv, T, D] into k_cache, v_cache [B, Hkv, room, D], from `position` on, an int64 tensor []."""
+    if pick_backend(backend, k.device, k.dtype) == "torch":
+        at = position + torch.arange(k.shape[2], device=k.device)
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache.index_copy_(2, at, new)
+        return
+    (B, Hkv, T, D), (k, v) = k.shape, (tail_contiguous(t) for t in (k, v))
+    _append_kernel[(Hkv * T, B)](
+        k, v, k_cache, v_cache, position, T, D, *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:2],
+        *v_cache.stride()[:2], BLOCK_D=block_of(D), num_warps=1, **early_launch(),
+    )  # fmt: skip
+
+
+@jit
+def _append_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, T, D, stride_kb, stride_kh, stride_kt,
+                   stride_vb, stride_vh, stride_vt, stride_kcb, stride_kch, stride_vcb, stride_vch,
+                   BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    head, t, batch = tl.program_id(0).to(tl.int64) // T, tl.program_id(0) % T, tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    wait_for_the_kernel_before(PDL)
+    at = (tl.load(position_ptr) + t) * D + d
+    k = tl.load(k_ptr + batch * stride_kb + head * stride_kh + t * stride_kt + d, mask=d < D)
+    v = tl.load(v_ptr + batch * stride_vb + head * stride_vh + t * stride_vt + d, mask=d < D)
+    tl.store(k_cache_ptr + batch * stride_kcb + head * stride_kch + at, k, mask=d < D)
+    tl.store(v_cache_ptr + batch * stride_vcb + head * stride_vch + at, v, mask=d < D)
+
+
+# The kernels. Few queries and many keys: what takes time is reading the cache once. The queries of all heads that share
+# a key head are the rows of one small tile, so that they share the reading; and where there are few texts, each text's
+# keys are split among several programs, whose results a second kernel puts together (Flash-Decoding):
+#
+#       keys of one head   |-- split 0 --|-- split 1 --|-- split 2 --|       each: m = max score, l = sum exp(score - m)
+#                              m, l, o       m, l, o       m, l, o                 o = sum exp(score - m) v / l
+#       out = sum_i w_i o_i / sum_i w_i,   w_i = l_i exp(m_i - max m)
+#
+# How many keys there are is read from memory, so that the same launch serves a text as it grows, in a CUDA graph.
+# Bytes: 4 D for each position and key head in bf16; FLOPs 4 D for each query head.
+
+
+@jit
+def _cached_attention_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, o_ptr, stats_ptr, T, GROUP, D, scale,
+                             stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_vb, stride_vh,
+                             SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(T * GROUP, BLOCK_M)
+    kv_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    m, n, d = tl.arange(0, BLOCK_M) + block * BLOCK_M, tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    head, t = kv_head * GROUP + m % GROUP, m // GROUP  # of each row
+    in_q = (t[:, None] < T) & (d[None, :] < D)
+    wait_for_the_kernel_before(PDL)
+    length = tl.load(length_ptr).to(tl.int32)
+    pad = 0
+    if pad_ptr is not None:
+        pad = tl.load(pad_ptr + batch).to(tl.int32)
+    q = tl.load(q_ptr + batch * stride_qb + head[:, None] * stride_qh + t[:, None] * stride_qt + d[None, :],
+                mask=in_q, other=0.0)  # [M, D]  # fmt: skip
+    k_ptr += batch * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + kv_head.to(tl.int64) * stride_vh
+    share = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N  # positions of one split
+    last = length - T + t  # the newest position each row may look at
+    best, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in tl.range(split * share, tl.minimum(split * share + share, length), BLOCK_N):
+        at = first + n
+        inside = (at[:, None] < length) & (d[None, :] < D)
+        here = at[:, None].to(tl.int64) * D + d[None, :]
+        k = tl.load(k_ptr + here, mask=inside, other=0.0)  # [N, D]
+        v = tl.load(v_ptr + here, mask=inside, other=0.0)  # [N, D]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [M, N]
+        scores = tl.where((at[None, :] <= last[:, None]) & (at[None, :] >= pad), scores, -float("inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        weights, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        out = tl.dot(weights.to(v.dtype), v, acc=out * shrink[:, None], input_precision=PRECISION)
+        best = higher
+    out = out / tl.where(total > 0, total, 1.0)[:, None]
+    row = ((batch * SPLITS + split) * (tl.num_programs(0) // blocks * GROUP) + head) * T + t  # [B, splits, Hq, T]
+    tl.store(o_ptr + row[:, None] * D + d[None, :], out, mask=in_q)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + row, tl.log(total) + best, mask=t < T)  # -inf for a split without keys
+
+
+@jit
+def _merge_splits_kernel(parts_ptr, stats_ptr, o_ptr, rows, D, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+                         PDL: tl.constexpr):  # fmt: skip
+    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    wait_for_the_kernel_before(PDL)
+    at = (batch * SPLITS + split) * rows + row
+    stats = tl.load(stats_ptr + at)  # [SPLITS]
+    weights = tl.exp(stats - tl.max(stats, 0))
+    parts = tl.load(parts_ptr + at[:, None] * D + d[None, :], mask=d[None, :] < D, other=0.0)  # [SPLITS, D]
+    out = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(o_ptr + (batch * rows + row) * D + d, out, mask=d < D)
+
+
+def cached_attention_triton(q, k, v, length, pad=None):
+    """Returns `cached_attention_ref(...)`, computed by one kernel, or two where a text is split. It has no backward."""
+    (B, Hq, T, D), (Hkv, room) = q.shape, k.shape[1:3]
+    q = tail_contiguous(q)
+    k, v = tail_contiguous(k, 2), tail_contiguous(v, 2)
+    if not torch.is_tensor(length):
+        length = torch.tensor(length, device=q.device)
+    group, BLOCK_N = Hq // Hkv, 64 if D <= 128 else 32
+    BLOCK_M = min(64, block_of(T * group))
+    programs, splits = B * Hkv * triton.cdiv(T * group, BLOCK_M), 1
+    while programs * splits < 264 and 4 * BLOCK_N * splits < room and splits < 64:  # 2 for each multiprocessor
+        splits *= 2
+    shape = (B, splits, Hq, T, D)
+    parts = torch.empty(shape, dtype=q.dtype if splits == 1 else torch.float32, device=q.device)
+    stats = None if splits == 1 else torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
+    _cached_attention_kernel[(programs // B, splits, B)](
+        q, k, v, length, pad, parts, stats, T, group, D, D**-0.5, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2],
+        SPLITS=splits, PRECISION=dot_precision(), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=block_of(D), num_warps=4,
+        **early_launch(),
+    )  # fmt: skip
+    if splits == 1:
+        return parts[:, 0]
+    out = torch.empty(B, Hq, T, D, dtype=q.dtype, device=q.device)
+    _merge_splits_kernel[(Hq * T, B)](
+        parts, stats, out, Hq * T, D, SPLITS=splits, BLOCK_D=block_of(D), num_warps=1, **early_launch()
+    )
+    return out
+
+
+def cached_attention(q, k, v, length, pad=None, backend="auto"):
+    """Returns `cached_attention_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad.
+
+    Raises ValueError if shapes do not match.
+    """
+    (B, Hq, _, D), Hkv = q.shape, k.shape[1]
+    expect("k", k, B, Hkv, k.shape[2], D)
+    expect("v", v, *k.shape)
+    expect("pad", pad, B)
+    if Hq % Hkv:
+        raise ValueError(f"{Hq} query heads do not divide into {Hkv} key heads")
+    in_triton = pick_backend(backend, q.device, q.dtype) == "triton"
+    return (cached_attention_triton if in_triton else cached_attention_ref)(q, k, v, length, pad)
+
+
+# ---- 5. python decoding.py: check the kernels, then time them -----------------------------------------------------
+
+
+def _linear_inputs(randn, S, C, N, group_size=None, relu2=False):
+    gate = randn(S, C) if group_size else None
+    return [randn(S, C), randn(N, C) / C**0.5, randn(N), randn(C), gate, group_size, 1e-5, relu2, randn(S, N)]
+
+
+def _attention_inputs(randn, B, Hq, Hkv, T, length, D, room=None):
+    shape = (B, Hkv, room or length, D)
+    length = torch.tensor(length, device=randn.keywords["device"])
+    return [randn(B, Hq, T, D), randn(*shape), randn(*shape), length, torch.arange(B, device=length.device)]
+
+
+BENCHES = [
+    Bench(
+        linear_step, _linear_inputs, checks=[(1, 48, 70), (3, 60, 33, 20), (4, 130, 5, None, True)],
+        timings=[(1, 768, 5144), (1, 1536, 768, 192), (4, 768, 3072, None, True), (1, 768, 50304)],
+        cost=lambda S, C, N, group_size=None, relu2=False: (2 * N * C, 2 * S * N * C), has_backward=False,
+    ),
+    Bench(
+        cached_attention, _attention_inputs,
+        checks=[(2, 6, 2, 3, 70, 40, 90), (3, 4, 4, 1, 700, 64), (1, 8, 1, 5, 9, 16)],
+        timings=[(1, 12, 12, 1, 16384, 64), (1, 32, 2, 1, 131072, 128), (64, 32, 8, 1, 16384, 128)],
+        cost=lambda B, Hq, Hkv, T, length, D: (4 * B * Hkv * length * D, 4 * B * Hq * T * length * D),
+        has_backward=False, compiles=False,
+    ),
+]  # fmt: skip
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        raise SystemExit("usage: python decoding.py")
+    check_and_time(BENCHES, "decoding")

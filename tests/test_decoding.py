@@ -1,0 +1,165 @@
+"""Choosing and checking tokens, closing thoughts, and the products and memory of a step."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import decoding
+from decoding import BudgetControl, Chooser, ThinkingBudget, accept, draw, linear_step, token_probs
+
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(decoding.triton is None, reason="no triton"))]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---- choosing ----
+
+
+def test_sampling_follows_the_distribution_that_was_asked_for():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probs.log().expand(20_000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**kwargs):
+        return torch.bincount(draw(token_probs(logits, **kwargs), generator), minlength=4) / 20_000
+
+    for kwargs, expected in [
+        (dict(), probs),
+        (dict(top_k=2), torch.tensor([5, 3, 0, 0]) / 8),
+        (dict(top_p=0.6), torch.tensor([5, 3, 0, 0]) / 8),  # 0.5 is not enough, 0.5 + 0.3 is
+        (dict(top_p=0.5), torch.tensor([1.0, 0, 0, 0])),
+        (dict(top_p=1e-9), torch.tensor([1.0, 0, 0, 0])),
+        (dict(temperature=0.5), probs**2 / (probs**2).sum()),
+        (dict(temperature=0), torch.tensor([1.0, 0, 0, 0])),
+        (dict(top_k=100, top_p=1.0), probs),
+    ]:
+        assert (frequencies(**kwargs) - expected).abs().max() < 0.015, kwargs
+
+
+def test_greedy_choices_need_no_probabilities():
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    token, probs = Chooser(temperature=0)(logits)
+    assert probs is None and torch.equal(token, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("right", [0, 1, 2])
+def test_greedy_guesses_are_right_up_to_the_first_that_is_not(right):
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    guesses = logits.argmax(-1)[:2].clone()
+    guesses[right:] += 1
+    kept, token = Chooser(temperature=0).check(logits, guesses % 9, [None, None])
+    assert kept == right and token == logits[right].argmax()
+
+
+def test_kept_and_replaced_guesses_are_distributed_as_the_model_s_tokens():
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.rand(k, 5, generator=generator).softmax(-1) ** 3 for k in (3, 2))
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    counts, trials = torch.zeros(3, 5), 6000
+    for _ in range(trials):
+        guesses = draw(q, generator)
+        kept, token = accept(p, q, guesses, generator)
+        for depth, t in enumerate([*guesses[:kept].tolist(), token.item()]):
+            counts[depth, t] += 1
+    for depth in range(3):  # the guess at one depth does not change p at the next here
+        expected = p[depth] * counts[depth].sum()
+        chi2 = ((counts[depth] - expected) ** 2 / expected).sum()
+        assert chi2 < 18.5, (depth, chi2)  # 4 degrees of freedom: p = 0.001
+
+
+# ---- thinking budget ----
+
+BREAK, END = 7, [60, 61]
+
+
+def think(thoughts, budget, steps=14):
+    """What becomes of rows that would say `thoughts`, a list of lists, with a budget."""
+    control = BudgetControl(budget, torch.zeros(len(thoughts), 1, dtype=torch.int64))
+    rows = [[] for _ in thoughts]
+    for step in range(steps):
+        for row, token in zip(rows, control(torch.tensor([t[step] for t in thoughts])).tolist()):
+            row.append(token)
+    return rows
+
+
+def test_thinking_is_closed_at_the_next_line_break_or_after_the_grace():
+    breaks = [1, BREAK, 2, 3, BREAK, 4, 5, 6, 8, 9, 10, 11, 12, 13]
+    none = list(range(20, 34))
+    rows = think([breaks, none], ThinkingBudget(3, END, [BREAK], grace=4))
+    assert rows[0] == [1, BREAK, 2, 3, BREAK, *END, 6, 8, 9, 10, 11, 12, 13]
+    assert rows[1] == [*none[:7], *END, *none[9:]]
+
+
+def test_thinking_that_ends_by_itself_is_left_alone():
+    early = [1, *END, BREAK, 2, 3, BREAK, 4, 5, 6, 8, 9, 10, 11]
+    assert think([early], ThinkingBudget(3, END, [BREAK], grace=4)) == [early]
+
+
+def test_a_budget_of_nothing_closes_at_once():
+    assert think([list(range(20, 34))], ThinkingBudget(0, END, grace=0))[0][:4] == [*END, 22, 23]
+
+
+# ---- a step's products and memory ----
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_a_step_without_extras_is_a_product(backend):
+    x, weight = rand(2, 1, 20), rand(7, 20, seed=1)
+    assert torch.allclose(linear_step(x, weight, backend=backend), x @ weight.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_a_row_does_not_depend_on_the_others(backend):
+    x, weight, norm, residual = rand(3, 24), rand(9, 24, seed=1), rand(24, seed=2), rand(3, 9, seed=3)
+    whole = linear_step(x, weight, norm=norm, residual=residual, backend=backend)
+    rows = [
+        linear_step(x[i : i + 1], weight, norm=norm, residual=residual[i : i + 1], backend=backend) for i in range(3)
+    ]
+    assert torch.equal(whole, torch.cat(rows)) if backend == "triton" else torch.allclose(whole, torch.cat(rows))
+
+
+@pytest.mark.parametrize("rows", [0, 1, decoding.FEW, decoding.FEW + 1])
+@torch.no_grad()
+def test_any_number_of_rows(rows):
+    x, weight, gate = rand(rows, 24), rand(9, 24, seed=1), rand(rows, 48, seed=2)[:, ::2]  # a view with gaps
+    options = dict(norm=rand(24, seed=3), gate=gate, group_size=8, relu2=True, residual=rand(rows, 9, seed=4))
+    expected, got = (linear_step(x, weight, **options, backend=b) for b in ("torch", "auto"))
+    assert got.shape == (rows, 9) and torch.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(norm=torch.ones(5)), "norm"),
+        (dict(bias=torch.ones(5)), "bias"),
+        (dict(gate=torch.ones(2, 6)), "gate needs norm"),
+        (dict(gate=torch.ones(2, 6), norm=torch.ones(6), group_size=4), "divides"),
+        (dict(residual=torch.ones(2, 6)), "residual"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        linear_step(torch.ones(2, 6), torch.ones(3, 6), **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_new_keys_and_values_go_behind_the_old(backend):
+    caches, (k, v) = [rand(2, 3, 9, 5), rand(2, 3, 9, 5, seed=1)], (rand(2, 2, 15, seed=s) for s in (2, 3))
+    k, v = (t.view(2, 2, 3, 5).transpose(1, 2) for t in (k, v))  # [B, Hkv, T, D], as a projection leaves them
+    expected = [torch.cat([c[:, :, :4], new, c[:, :, 6:]], dim=2) for c, new in zip(caches, (k, v))]
+    decoding.append(*caches, k, v, torch.tensor(4, device=DEVICE), backend=backend)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(caches, expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_on_a_cache_is_causal_attention(backend):
+    q, k, v = (rand(2, heads, 7, 8, seed=heads) for heads in (4, 2, 2))
+    whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    room = [F.pad(t, (0, 0, 0, 5), value=float("nan")) for t in (k, v)]  # what is not filled is not looked at
+    got = decoding.cached_attention(q[:, :, 4:], *room, 7, backend=backend)
+    assert torch.allclose(got, whole[:, :, 4:], atol=1e-5)
