@@ -8,8 +8,8 @@ Idea     A step for one text reads every weight once and does next to nothing wi
          or the sum after it along), and each fetches its weights while the one before is still at work.
 Picture  one Mamba-2 layer, x [1, C]:
 
-         x --[norm, in_proj]-- z | x B C | dt --[conv, recurrence]-- y --[gate, norm, out_proj, + x]-- x
-              linear_step                       ssd.mamba2_steps         linear_step
+         x --[norm, in_proj]-- z | x B C | dt --[conv, recurrence, gate]-- y --[norm, out_proj, + x]-- x
+              linear_step                       ssd.mamba2_steps               linear_step
 Differs  Nothing from the papers' distributions: greedy text is the same with and without drafts, sampled text is
          equally distributed (tests/test_nano_hybrid.py).
 """
@@ -28,10 +28,10 @@ from kernels import (
     dot_precision,
     early_launch,
     expect,
-    gated_rms_norm,
     jit,
+    norm_forward,
     pick_backend,
-    rms_norm,
+    rms_norm_ref,
     tail_contiguous,
     tl,
     triton,
@@ -58,10 +58,42 @@ def token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     return probs
 
 
+def argmax(x):
+    """Returns the index [B] int64 of the largest of each row of x [B, V], the first of equals."""
+    if pick_backend("auto", x.device, x.dtype) == "torch" or len(x) > 64:
+        return x.argmax(-1)
+    # PyTorch's own takes 15 us for one long row: here all multiprocessors look at a part of it.
+    (B, V), BLOCK = x.shape, 1024
+    n_blocks = triton.cdiv(V, BLOCK)
+    values = torch.empty(B, n_blocks, dtype=torch.float32, device=x.device)
+    places = torch.empty(B, n_blocks, dtype=torch.int32, device=x.device)
+    out = torch.empty(B, dtype=torch.int64, device=x.device)
+    _argmax_kernel[(n_blocks, B)](x, None, values, places, V, x.stride(0), BLOCK, num_warps=4, **early_launch())
+    _argmax_kernel[(1, B)](
+        values, places, None, out, n_blocks, n_blocks, triton.next_power_of_2(n_blocks), num_warps=4, **early_launch()
+    )
+    return out
+
+
+@jit
+def _argmax_kernel(x_ptr, places_ptr, values_ptr, out_ptr, V, stride_x, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    v = block * BLOCK + tl.arange(0, BLOCK)
+    wait_for_the_kernel_before(PDL)
+    x = tl.load(x_ptr + row * stride_x + v, mask=v < V, other=-float("inf")).to(tl.float32)
+    value, place = tl.max(x, 0, return_indices=True)  # of equals the first
+    place += block * BLOCK
+    if places_ptr is not None:
+        place = tl.load(places_ptr + row * V + place)
+    tl.store(out_ptr + row * blocks + block, place)
+    if values_ptr is not None:
+        tl.store(values_ptr + row * blocks + block, value)
+
+
 def draw(probs, generator=None):
     """Returns one token [B] int64 per row of probs [B, V], which need not sum to 1."""
     waits = torch.empty_like(probs).exponential_(generator=generator)  # the first of B x V clocks to ring is a draw
-    return (probs / waits).argmax(-1)
+    return argmax(probs / waits)
 
 
 @dataclass
@@ -76,7 +108,7 @@ class Chooser:
     def __call__(self, logits):
         """Returns (a token [B], the probabilities [B, V] it was drawn by or None), from logits [B, V]."""
         if self.temperature == 0:
-            return logits.argmax(-1), None
+            return argmax(logits), None
         probs = token_probs(logits, self.temperature, self.top_k, self.top_p)
         return draw(probs, self.generator), probs
 
@@ -87,7 +119,7 @@ class Chooser:
         was drawn by, or None.
         """
         if self.temperature == 0:
-            best = logits.argmax(-1)  # [n+1]
+            best = argmax(logits)  # [n+1]
             kept = (best[:-1] == guesses).long().cumprod(0).sum()
             return kept, best.index_select(0, kept[None])
         p = token_probs(logits, self.temperature, self.top_k, self.top_p)
@@ -224,17 +256,19 @@ FEW = 4  # rows that the kernel takes; a larger batch keeps the matrix units bus
 
 
 def linear_step_ref(
-    x, weight, bias=None, norm=None, gate=None, group_size=None, eps=1e-5, relu2=False, residual=None, backend="torch",
-):  # fmt: skip
+    x, weight, bias=None, norm=None, group_size=None, eps=1e-5, relu2=False, residual=None, backend="torch"
+):
     """Returns [..., N]: residual + activation(normed(x) weight^T + bias), each part where it is asked for.
 
-    x [..., C]; weight [N, C]; norm [C], the weight of an RMSNorm before the product; with gate [..., C] it is the
-    gated norm, in groups of group_size. relu2: the activation is relu(.)^2. residual [..., N]. backend: the norm's.
+    x [..., C]; weight [N, C]; norm [C], the weight of an RMSNorm before the product, over groups of group_size channels
+    (None: all). relu2: the activation is relu(.)^2. residual [..., N]. backend: that of the norm.
     """
-    if gate is not None:
-        x = gated_rms_norm(x, gate, norm, group_size, eps, backend)
-    elif norm is not None:
-        x = rms_norm(x, norm, eps, backend)
+    if norm is not None:
+        group = group_size or x.shape[-1]
+        if pick_backend(backend, x.device, x.dtype) == "triton":
+            x = norm_forward(x, None, norm, group, eps)
+        else:
+            x = rms_norm_ref(x.unflatten(-1, (-1, group)), norm.view(-1, group), eps).flatten(-2)
     y = F.linear(x, weight, bias)
     if relu2:
         y = F.relu(y).square()
@@ -246,85 +280,88 @@ def linear_step_ref(
 # the next are therefore already on their way (programmatic dependent launch, Hopper; elsewhere kernels take turns).
 # Each program computes the norm again: x is 2 C bytes, in the L2 cache, its share of the weight 2 C BLOCK_N.
 #
-#       weight [N, C]  |-- row n: C numbers, as [groups, group_size] --|     the norm is one sum over the last axis,
-#       x      [1, C]  |-- the same ------------------------------------|    the product a sum over both
+#       weight [N, C]  row n:  |-- chunk --|-- chunk --|-- chunk --|    8 numbers of a chunk for a thread, few chunks:
+#       x      [1, C]          |-- chunk --|-- chunk --|-- chunk --|    all of them are loaded at once; with groups, a
+#                                                                       chunk is a group of the norm
 #
 # Bytes: 2 N C in bf16, once for all the rows; FLOPs 2 S N C, in float32 without matrix units: enough for FEW rows.
 
 
 @jit
-def _linear_step_kernel(x_ptr, gate_ptr, norm_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr,
-                        N, C, GROUP, eps, stride_x, stride_gate, stride_residual,
-                        S: tl.constexpr, RELU2: tl.constexpr, PDL: tl.constexpr,
-                        BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    g, i = tl.arange(0, GROUPS)[:, None], tl.arange(0, BLOCK)[None, :]
-    at = g * GROUP + i  # [GROUPS, BLOCK]
-    inside = (i < GROUP) & (at < C)
-    rows = n.to(tl.int64)[:, None, None] * C
-    w = tl.load(w_ptr + rows + at[None], mask=inside[None] & (n < N)[:, None, None], other=0.0)  # [N, GROUPS, BLOCK]
+def _linear_step_kernel(x_ptr, norm_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, N, C, eps, stride_x, stride_residual,
+                        S: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPED: tl.constexpr,
+                        RELU2: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK: tl.constexpr):  # fmt: skip
+    n, i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK)
+    rows = w_ptr + n.to(tl.int64)[:, None] * C
+    w, scale = (), ()
+    for c in tl.static_range(CHUNKS):
+        inside = i < tl.minimum(C - c * CHUNK, CHUNK)
+        w += (tl.load(rows + (c * CHUNK + i)[None, :], mask=(n < N)[:, None] & inside[None, :], other=0.0),)
+        if norm_ptr is not None:
+            scale += (tl.load(norm_ptr + c * CHUNK + i, mask=inside, other=0.0),)
     bias = tl.zeros([BLOCK_N], tl.float32)
     if bias_ptr is not None:
         bias += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    if norm_ptr is not None:
-        scale = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
     wait_for_the_kernel_before(PDL)
     for s in tl.static_range(S):
-        x = tl.load(x_ptr + s * stride_x + at, mask=inside, other=0.0).to(tl.float32)  # [GROUPS, BLOCK]
-        if gate_ptr is not None:
-            z = tl.load(gate_ptr + s * stride_gate + at, mask=inside, other=0.0).to(tl.float32)
-            x *= z * tl.sigmoid(z)
-        if norm_ptr is not None:
-            x *= tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / GROUP + eps) * scale
-        y = tl.sum(tl.sum(w.to(tl.float32) * x[None], 2), 1) + bias  # [N]
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + s * stride_residual + n, mask=n < N, other=0.0).to(tl.float32)
+        squares, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK_N, BLOCK], tl.float32)
+        for c in tl.static_range(CHUNKS):
+            inside = i < tl.minimum(C - c * CHUNK, CHUNK)
+            x = tl.load(x_ptr + s * stride_x + c * CHUNK + i, mask=inside, other=0.0).to(tl.float32)
+            if norm_ptr is not None:
+                squares += x * x
+                if GROUPED:
+                    x *= tl.rsqrt(tl.sum(x * x, 0) / CHUNK + eps)
+                x *= scale[c].to(tl.float32)
+            total += w[c].to(tl.float32) * x[None, :]
+        y = tl.sum(total, 1)  # [BLOCK_N]
+        if norm_ptr is not None and not GROUPED:
+            y *= tl.rsqrt(tl.sum(squares, 0) / C + eps)
+        y += bias
         if RELU2:
             y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
         if residual_ptr is not None:
-            y += tl.load(residual_ptr + s * stride_residual + n, mask=n < N, other=0.0).to(tl.float32)
+            y += residual
         tl.store(out_ptr + s * N + n, y, mask=n < N)
 
 
-def linear_step_triton(
-    x, weight, bias=None, norm=None, gate=None, group_size=None, eps=1e-5, relu2=False, residual=None
-):
+def linear_step_triton(x, weight, bias=None, norm=None, group_size=None, eps=1e-5, relu2=False, residual=None):
     """Returns `linear_step_ref(...)`, computed by one kernel that reads the weight once. It has no backward."""
     (N, C), shape = weight.shape, x.shape[:-1]
-    x, gate, residual = (v if v is None else tail_contiguous(v.reshape(-1, v.shape[-1])) for v in (x, gate, residual))
-    group = C if gate is None else group_size
-    GROUPS, BLOCK = triton.next_power_of_2(C // group), triton.next_power_of_2(group)
-    BLOCK_N = 16
-    # few enough for the registers, and programs enough for two on each multiprocessor
-    while BLOCK_N > 1 and (BLOCK_N * GROUPS * BLOCK > 8192 or N < 264 * BLOCK_N):
+    x, residual = (v if v is None else tail_contiguous(v.reshape(-1, v.shape[-1])) for v in (x, residual))
+    grouped = norm is not None and group_size not in (None, C)
+    CHUNK = group_size if grouped else min(1024, max(256, triton.next_power_of_2(triton.cdiv(C, 4))))
+    CHUNKS, BLOCK, BLOCK_N = triton.cdiv(C, CHUNK), max(32, triton.next_power_of_2(CHUNK)), 4
+    while BLOCK_N * CHUNKS > 16 and BLOCK_N > 1:  # what a thread can hold
         BLOCK_N //= 2
     out = torch.empty(len(x), N, dtype=x.dtype, device=x.device)
     _linear_step_kernel[(triton.cdiv(N, BLOCK_N),)](
-        x, gate, norm, weight.contiguous(), bias, residual, out, N, C, group, eps, x.stride(0),
-        0 if gate is None else gate.stride(0), 0 if residual is None else residual.stride(0),
-        S=len(x), RELU2=relu2, BLOCK_N=BLOCK_N, GROUPS=GROUPS, BLOCK=BLOCK,
-        num_warps=4 if GROUPS * BLOCK < 8192 else 8, **early_launch(),
+        x, norm, weight.contiguous(), bias, residual, out, N, C, eps, x.stride(0),
+        0 if residual is None else residual.stride(0), S=len(x), CHUNK=CHUNK, CHUNKS=CHUNKS, GROUPED=grouped,
+        RELU2=relu2, BLOCK_N=BLOCK_N, BLOCK=BLOCK, num_warps=min(8, max(1, BLOCK // 256)), **early_launch(),
     )  # fmt: skip
     return out.view(*shape, N)
 
 
-def linear_step(
-    x, weight, bias=None, norm=None, gate=None, group_size=None, eps=1e-5, relu2=False, residual=None, backend="auto",
-):  # fmt: skip
+def linear_step(x, weight, bias=None, norm=None, group_size=None, eps=1e-5, relu2=False, residual=None, backend="auto"):
     """Returns `linear_step_ref(...)`, of up to FEW rows by one kernel, which drops gradients: call it under no_grad.
 
     Raises ValueError if shapes do not match.
     """
     (N, C), rows = weight.shape, x.shape[:-1]
     for name, tensor, expected in (
-        ("x", x, (*rows, C)), ("bias", bias, (N,)), ("norm", norm, (C,)), ("gate", gate, (*rows, C)),
-        ("residual", residual, (*rows, N)),
+        ("x", x, (*rows, C)), ("bias", bias, (N,)), ("norm", norm, (C,)), ("residual", residual, (*rows, N)),
     ):  # fmt: skip
         expect(name, tensor, *expected)
-    if gate is not None and (norm is None or not group_size or C % group_size):
-        raise ValueError(f"a gate needs norm= and a group_size that divides C={C}; got group_size={group_size}")
+    if group_size is not None and (group_size < 1 or C % group_size):
+        raise ValueError(f"group_size={group_size} does not divide {C} channels")
     in_triton = pick_backend(backend, x.device, x.dtype) == "triton"
     if in_triton and 0 < x.numel() <= FEW * C and x.dtype == weight.dtype:
-        return linear_step_triton(x, weight, bias, norm, gate, group_size, eps, relu2, residual)
-    return linear_step_ref(x, weight, bias, norm, gate, group_size, eps, relu2, residual, backend)
+        return linear_step_triton(x, weight, bias, norm, group_size, eps, relu2, residual)
+    return linear_step_ref(x, weight, bias, norm, group_size, eps, relu2, residual, backend)
 
 
 # ---- 4. attention on what is remembered ---------------------------------------------------------------------------
@@ -458,7 +495,7 @@ def cached_attention_triton(q, k, v, length, pad=None):
     group, BLOCK_N = Hq // Hkv, 64 if D <= 128 else 32
     BLOCK_M = min(64, block_of(T * group))
     programs, splits = B * Hkv * triton.cdiv(T * group, BLOCK_M), 1
-    while programs * splits < 264 and 4 * BLOCK_N * splits < room and splits < 64:  # 2 for each multiprocessor
+    while programs * splits < 264 and BLOCK_N * splits < room and splits < 64:  # 2 for each multiprocessor
         splits *= 2
     shape = (B, splits, Hq, T, D)
     parts = torch.empty(shape, dtype=q.dtype if splits == 1 else torch.float32, device=q.device)
@@ -496,8 +533,7 @@ def cached_attention(q, k, v, length, pad=None, backend="auto"):
 
 
 def _linear_inputs(randn, S, C, N, group_size=None, relu2=False):
-    gate = randn(S, C) if group_size else None
-    return [randn(S, C), randn(N, C) / C**0.5, randn(N), randn(C), gate, group_size, 1e-5, relu2, randn(S, N)]
+    return [randn(S, C), randn(N, C) / C**0.5, randn(N), randn(C), group_size, 1e-5, relu2, randn(S, N)]
 
 
 def _attention_inputs(randn, B, Hq, Hkv, T, length, D, room=None):

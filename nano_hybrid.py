@@ -417,7 +417,7 @@ class Mamba2(nn.Module):
             self.A_log, self.D, c.n_groups, every, overwrite=not every,
         )  # fmt: skip
         return linear_step(
-            y, self.out_proj.weight, self.out_proj.bias, norm=self.norm.weight, gate=projected[..., : c.mamba_size],
+            y, self.out_proj.weight, self.out_proj.bias, norm=self.norm.weight,
             group_size=c.mamba_size // c.n_groups, eps=c.layer_norm_epsilon, residual=x,
         )  # fmt: skip
 
@@ -1170,10 +1170,10 @@ def writing_speed(model, n_texts, length, n_tokens=32):
     """Returns (seconds a token takes, bytes of the cache) for n_texts at once, each after `length` random tokens."""
     device = model.lm_head.weight.device
     cache = random_cache(model, n_texts, length, length + n_tokens + 4)
-    token = torch.zeros(n_texts, dtype=torch.int64, device=device)
+    token, choose = torch.zeros(n_texts, dtype=torch.int64, device=device), Chooser(temperature=0)
 
     def step():
-        token.copy_(model.lm_head(model.model(token[:, None], cache)[:, -1]).argmax(-1))
+        token.copy_(choose(model._logits(model.model(token[:, None], cache)[:, -1]))[0])
 
     step, wait = Repeated(step, device), torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for _ in range(4):

@@ -859,7 +859,7 @@ def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_w
     return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
 
 
-# A few tokens, for writing: from the layer's in_proj to its gated norm, which `decoding.linear_step` takes along with
+# A few tokens, for writing: from the layer's in_proj to its last norm, which `decoding.linear_step` takes along with
 # out_proj. Operation by operation one token is some twenty launches of next to no work; here it is one: a program
 # owns up to 32 channels of a head, takes the convolution's steps for them and for its group's B and C, then the
 # recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens.
@@ -889,8 +889,8 @@ def _conv_steps(x_ptr, state_ptr, weight_ptr, bias_ptr, inputs_ptr, channels, in
 
 
 @jit
-def _mamba2_steps_kernel(xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr, A_log_ptr,
-                         D_ptr, y_ptr, inputs_ptr, new_state_ptr,
+def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr,
+                         A_log_ptr, D_ptr, y_ptr, inputs_ptr, new_state_ptr,
                          H, R, P, N, conv_size, stride_b, stride_t,
                          T: tl.constexpr, W: tl.constexpr, EVERY: tl.constexpr, PDL: tl.constexpr,
                          BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -922,6 +922,8 @@ def _mamba2_steps_kernel(xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr,
         dt = tl.where(raw > 20, raw, tl.log(1 + tl.exp(tl.minimum(raw, 20.0))))  # softplus
         state = tl.exp(dt * A) * state + (dt * x[t])[:, None] * b[t][None, :]
         y = tl.sum(state * c[t][None, :], 1) + D * x[t]  # [P]
+        z = tl.load(z_ptr + row * stride_b + t * stride_t + head * P + p, mask=p < P, other=0.0).to(tl.float32)
+        y *= z * tl.sigmoid(z)
         tl.store(y_ptr + ((row * T + t) * H + head) * P + p, y, mask=p < P)
         if EVERY:
             tl.store(new_state_ptr + row * (T - 1) * H * P * N + t * H * P * N + here, state, mask=inside)
@@ -935,13 +937,13 @@ def mamba2_steps_ref(
     """Returns (y [B, T, di], inputs, states) of a few tokens that go on from a state, one after the other.
 
     projected [B, T, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32;
-    A = -exp(A_log). y is what the recurrence gives, to be gated and normalised. inputs, states: the next conv_state and
+    A = -exp(A_log). y is what the recurrence gives, gated, to be normalised. inputs, states: the next conv_state and
     ssm_state; with `every`, what they are after any of the tokens: inputs [B, di + 2 G N, W-1 + T], of which
     t+1 ... t+W-1 are the state after token t, and states [B, T, H, P, N]. overwrite: the last ssm_state may be put in
     place of the one given (not with `every`).
     """
     H, P = ssm_state.shape[1:3]
-    _, xBC, dt = _parts(projected, H * P, conv_weight.shape[0])
+    z, xBC, dt = _parts(projected, H * P, conv_weight.shape[0])
     inputs = torch.cat([conv_state, xBC.transpose(1, 2)], dim=-1)  # [B, di + 2 G N, W-1 + T]
     xBC = causal_conv1d(xBC, conv_weight, conv_bias, conv_state, backend="torch")
     x, Bmat, Cmat = _by_heads(xBC, H * P, H, n_groups)
@@ -950,7 +952,7 @@ def mamba2_steps_ref(
         y, ssm_state = ssd_step_ref(ssm_state, x[:, t], dt[:, t], A, Bmat[:, t], Cmat[:, t], D)
         ys.append(y)
         states.append(ssm_state)
-    y = torch.stack(ys, dim=1).flatten(2)  # [B, T, di]
+    y = torch.stack(ys, dim=1).flatten(2) * F.silu(z)  # [B, T, di]
     return (y, inputs, torch.stack(states, dim=1)) if every else (y, inputs[..., len(ys) :], ssm_state)
 
 
@@ -961,7 +963,7 @@ def mamba2_steps_triton(
     projected, conv_weight = tail_contiguous(projected), conv_weight.contiguous()
     conv_state, ssm_state = conv_state.contiguous(), ssm_state.float().contiguous()
     (B, H, P, N), (conv_size, W), T = ssm_state.shape, conv_weight.shape, projected.shape[1]
-    _, xBC, dt = _parts(projected, H * P, conv_size)
+    z, xBC, dt = _parts(projected, H * P, conv_size)
     empty = partial(torch.empty, dtype=projected.dtype, device=projected.device)
     y, inputs = empty(B, T, H * P), empty(B, conv_size, W - 1 + T if every else W - 1)
     states = empty(B, T, H, P, N, dtype=torch.float32) if every else ssm_state
@@ -969,7 +971,7 @@ def mamba2_steps_triton(
         states = torch.empty_like(ssm_state)
     BLOCK_P = min(32, block_of(P))
     _mamba2_steps_kernel[(H * triton.cdiv(P, BLOCK_P), B)](
-        xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, y, inputs, states,
+        z, xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, y, inputs, states,
         H, H // n_groups, P, N, conv_size, projected.stride(0), projected.stride(1),
         T, W, every, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N), **early_launch(),
     )  # fmt: skip
