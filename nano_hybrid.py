@@ -51,6 +51,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -58,6 +59,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
+from tqdm import tqdm
 
 from decoding import BudgetControl, Chooser, DraftStats, Repeated, append, cached_attention, linear_step, to_host
 from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
@@ -84,6 +86,7 @@ class HybridConfig:
     num_attention_heads: int = 2  # query heads of an attention layer
     num_key_value_heads: int = 1  # key/value heads, each shared by a group of query heads
     head_dim: int = 64  # D, channels of an attention head; heads * head_dim need not be hidden_size
+    rotary_base: float | None = None  # base of rotary positions in attention (1e4 is usual); default: none, as released
     intermediate_size: int = 512  # width of the MLP
     mamba_num_heads: int = 4  # H, heads of a Mamba-2 layer
     mamba_head_dim: int = 64  # P, channels of a Mamba head; the mixer is H * P wide
@@ -132,6 +135,8 @@ class HybridConfig:
         for many, few in (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups")):
             if getattr(self, many) % getattr(self, few):
                 raise ValueError(f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}")
+        if self.rotary_base is not None and (self.rotary_base <= 0 or self.head_dim % 2):
+            raise ValueError(f"rotary_base={self.rotary_base} must be positive, and head_dim={self.head_dim} even")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
         if "E" in self.hybrid_override_pattern or (self.num_nextn_predict_layers and "E" in pattern):
@@ -422,12 +427,27 @@ class Mamba2(nn.Module):
         )  # fmt: skip
 
 
+def rotate(x, start, base):
+    """Returns x [B, H, T, D], each position turned by its own angles: rotary embedding, arXiv:2104.09864, section 3.2.
+
+    Channels (d, d + D/2) turn by position * base^(-2d/D), so that q.k depends on how far the two are apart alone.
+    start: the first position, a number or a tensor []. Angles are float32: in 16 bits, positions past a few hundred are
+    no longer told apart. For comparisons only: the released models and `transformers` have no positions here, whatever
+    rope_theta a config.json carries.
+    """
+    (T, D), dtype = x.shape[2:], at_least_float32(x).dtype
+    speed = base ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)  # [D/2]
+    angle = (start + torch.arange(T, device=x.device))[:, None] * speed  # [T, D/2]
+    (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention without position embedding."""
+    """Causal grouped-query attention: without positions as published, or with rotary ones (config.rotary_base)."""
 
     def __init__(self, config, index):
         super().__init__()
-        self.head_dim, self.index = config.head_dim, index
+        self.head_dim, self.index, self.rotary_base = config.head_dim, index, config.rotary_base
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
@@ -436,23 +456,27 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         """Returns [B, T, C]. A query sees the cache, and of the T new positions its own and those before it."""
-        q, k, v = (self.by_heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))  # [B, heads, T, D]
+        q, k, v = self.qkv(lambda projection: projection(x), cache)
         return self.o_proj(self.read(q, k, v, cache).transpose(1, 2).flatten(2))
-
-    def by_heads(self, x):
-        """Returns x [B, T, heads * D] as [B, heads, T, D]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def step(self, x, norm, cache):
         """Returns x + forward(norm(x)) [B, T, C] of a few tokens on a fixed cache."""
         state = cache.layers[self.index]
-        q, k, v = (
-            self.by_heads(linear_step(x, p.weight, norm=norm.weight, eps=norm.eps))
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.qkv(lambda p: linear_step(x, p.weight, norm=norm.weight, eps=norm.eps), cache)
         append(state.k, state.v, k, v, cache.position)
         out = cached_attention(q, state.k, state.v, cache.end, cache.pad)
         return linear_step(out.transpose(1, 2).flatten(2), self.o_proj.weight, residual=x)
+
+    def qkv(self, product, cache):
+        """Returns q, k, v, each [B, heads, T, D]: product(projection) of each projection, at its position."""
+        q, k, v = (
+            product(p).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.rotary_base:
+            start = 0 if cache is None else cache.position if cache.fixed else cache.length
+            q, k = (rotate(t, start, self.rotary_base) for t in (q, k))
+        return q, k, v
 
     def read(self, q, k, v, cache):
         """Returns [B, Hq, T, D]: attention of a text, or of a piece of it with those before in the cache."""
@@ -1137,8 +1161,13 @@ def to_device(model, *arrays):
 
 
 def attention_twin(config):
-    """Returns the config with attention for every Mamba-2 layer, its MLPs resized to the same number of parameters."""
-    twin = replace(config, hybrid_override_pattern=config.hybrid_override_pattern.replace("M", "*"))
+    """Returns the config with attention for every Mamba-2 layer, at the same number of parameters."""
+    return twin_of(config, hybrid_override_pattern=config.hybrid_override_pattern.replace("M", "*"))
+
+
+def twin_of(config, **changes):
+    """Returns the config with these changes, its MLPs resized to the same number of parameters."""
+    twin = replace(config, **changes)
     with torch.device("meta"):
         missing = Hybrid(config).num_parameters() - Hybrid(twin).num_parameters()
     per_unit = 2 * config.hidden_size * twin.hybrid_override_pattern.count("-")
@@ -1392,7 +1421,156 @@ def bench():
         torch.cuda.empty_cache()
 
 
+# ---- 10. python nano_hybrid.py passkey: how far beyond its training texts a model finds a key again ---------------
+
+SEEDS = (0,)  # of weights and texts; with more of them a cell is their mean
+DEPTHS = (0, 0.25, 0.5, 0.75, 1)  # where the key stands, of the text
+PASSKEY_SHAPE = HybridConfig(
+    vocab_size=64,  # data.PASSKEY_VOCAB
+    hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32, intermediate_size=128,
+    mamba_num_heads=4, mamba_head_dim=32, ssm_state_size=32, chunk_size=32, hybrid_override_pattern="M-*-M-*-",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PasskeyStudy:
+    """How the models are trained and asked.
+
+    All have the same steps, enough for attention to learn its task. What Mamba alone lacks by then is training, not
+    necessarily memory: its states could hold a key.
+    """
+
+    config: HybridConfig = PASSKEY_SHAPE  # the hybrid; the others are its twins of the same size
+    context: int = 64  # tokens of the longest training texts
+    steps: int = 800
+    tokens: int = 2048  # per step
+    lr: float = 3e-3
+    reading: int = 2**14  # tokens read at once when asked
+    times: tuple = (1, 2, 4, 8, 16)  # lengths asked for, in contexts
+    texts: int = 32  # for each length, depth and seed
+
+    def configs(self):
+        """Returns name -> HybridConfig."""
+        pattern = self.config.hybrid_override_pattern
+        return {
+            "hybrid, no positions": self.config,
+            "attention, RoPE": replace(attention_twin(self.config), rotary_base=1e4),
+            "Mamba": twin_of(self.config, hybrid_override_pattern=pattern.replace("*", "M")),
+        }
+
+
+GPU_STUDY = PasskeyStudy(
+    replace(PASSKEY_SHAPE, hidden_size=256, num_attention_heads=4, num_key_value_heads=4, head_dim=64,
+            intermediate_size=512, mamba_num_heads=8, mamba_head_dim=64, ssm_state_size=64, chunk_size=64),
+    context=256, steps=1500, tokens=2**15, lr=1e-3, times=(1, 2, 4, 8, 16, 32, 64), texts=64, reading=2**18,
+)  # fmt: skip
+
+
+def autocast(device):
+    """Returns bfloat16 autocast on a GPU, and on a CPU one that does nothing."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def train_on_passkeys(config, study, seed, device):
+    """Returns a Hybrid trained to answer texts of up to study.context tokens. The loss is that of the answer alone."""
+    from data import passkey_batch  # here: whoever copies this file for the model needs no data.py
+
+    torch.manual_seed(seed)
+    model, rng = Hybrid(config).to(device), np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=study.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, study.lr, total_steps=study.steps, pct_start=0.1, cycle_momentum=False
+    )
+    for _ in tqdm(range(study.steps), desc="training", delay=2, leave=False):
+        length = study.context // int(rng.choice([1, 1, 2, 4]))  # short texts are where finding is learnt first
+        batch = to_device(model, *passkey_batch(rng, study.tokens // length, length))
+        with autocast(device):
+            loss, _ = model.loss(*batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
+
+
+@torch.inference_mode()
+def passkey_accuracy(model, length, depth, study, seed):
+    """Returns the share of study.texts texts whose answer has every digit right.
+
+    The digits before each are given: all right so is all right when written greedily.
+    """
+    from data import passkey_batch
+
+    rng, device, right = np.random.default_rng([seed, length]), model.lm_head.weight.device.type, 0
+    ids, targets = map(torch.from_numpy, passkey_batch(rng, study.texts, length, depth))
+    answers = targets[targets >= 0].view(study.texts, -1)  # [texts, digits]
+    at_once = max(1, study.reading // length)  # all of the long texts together would not fit the memory
+    for part, answer in zip(ids.split(at_once), answers.split(at_once)):
+        with autocast(device):
+            hidden = model.model(part.to(device))[:, -answer.shape[1] :]  # only the answer needs logits
+            right += int((model.lm_head(hidden).argmax(-1).cpu() == answer).all(dim=1).sum())
+    return right / study.texts
+
+
+def passkey(study=None):
+    """Trains the three, prints how often each finds the key, draws out/passkey.png; on a GPU writes assets/bench, too.
+
+    Returns name -> accuracy [depth][length].
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    study = study or (GPU_STUDY if device == "cuda" else PasskeyStudy())
+    lengths, began, found, sizes = [t * study.context for t in study.times], time.perf_counter(), {}, {}
+    print(f"trained on texts of up to {study.context} tokens, {device}")
+    print(f"every digit right, mean over depths {DEPTHS} (worst of them), {study.texts} texts each\n")
+    print(f"{'tokens':>20}" + "".join(f"{length:>13,}" for length in lengths))
+    for name, config in study.configs().items():
+        runs = []
+        for seed in SEEDS:
+            model = train_on_passkeys(config, study, seed, device)
+            runs.append([[passkey_accuracy(model, n, depth, study, seed) for n in lengths] for depth in DEPTHS])
+        table, sizes[name] = np.mean(runs, axis=0), model.num_parameters()  # [depth, length]
+        found[name] = table.tolist()
+        print(f"{name:>20}" + "".join(f"{c.mean():6.2f} ({c.min():.2f})" for c in table.T))
+    seconds = time.perf_counter() - began
+    print(f"\n{seconds:.0f} s; parameters: " + ", ".join(f"{name} {n / 1e3:,.0f}K" for name, n in sizes.items()))
+    plot_passkeys(found, lengths, study.context, Path("out/passkey.png"))
+    if device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        record = dict(machine=machine, command="python nano_hybrid.py passkey", seconds=seconds, settings=asdict(study),
+                      seeds=SEEDS, parameters=sizes, depths=DEPTHS, lengths=lengths, accuracy=found)  # fmt: skip
+        path = Path(__file__).parent / "assets" / "bench" / "passkey.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    return found
+
+
+def plot_passkeys(found, lengths, context, path):
+    """Draws accuracy over length and depth, a panel for each model, and writes it to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found), figsize=(10, 3.2), dpi=150, layout="constrained", sharey=True)
+    for axes, (name, table) in zip(panels, found.items()):
+        axes.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for row, column in np.ndindex(len(table), len(lengths)):
+            value = table[row][column]
+            color = "black" if value > 0.5 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+        axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
+        axes.set_yticks(range(len(DEPTHS)), DEPTHS)
+        axes.set(xlabel="tokens in the text", title=name)
+    panels[0].set_ylabel("depth of the key")
+    figure.suptitle(f"How often every digit of a key is found again; trained on texts of up to {context} tokens")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["bench"]):
-        raise SystemExit("usage: python nano_hybrid.py [bench]")
-    bench() if sys.argv[1:] else demo()
+    commands = {"": demo, "bench": bench, "passkey": passkey}
+    if len(sys.argv) > 2 or "".join(sys.argv[1:]) not in commands:
+        raise SystemExit("usage: python nano_hybrid.py [bench | passkey]")
+    commands["".join(sys.argv[1:])]()

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, scramble
+from data import PASSKEY_VOCAB
 from decoding import DraftStats, ThinkingBudget
-from nano_hybrid import PRESETS, Hybrid, HybridConfig, attention_twin, memory_per_text
+from nano_hybrid import PRESETS, Hybrid, HybridConfig, PasskeyStudy, attention_twin, memory_per_text, passkey, rotate
 
 
 def build(dtype=torch.float32, seed=0, **changes):
@@ -674,3 +675,65 @@ def test_a_text_outgrows_its_room(monkeypatch, predictor, draft):
     whole = torch.stack(list(predictor.generate(prompt, 60, temperature=0)))
     monkeypatch.setattr("nano_hybrid.ROOM", 5)
     assert torch.equal(torch.stack(list(predictor.generate(prompt, 60, temperature=0, draft=draft))), whole)
+
+
+# ---- rotary positions, passkeys ----
+
+
+def test_rotary_scores_are_those_of_complex_numbers_and_relative():
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def score(i, j):
+        return (rotate(q, i, 100.0) * rotate(k, j, 100.0)).sum()
+
+    a, b = (torch.complex(*t[0, 0, 0].chunk(2)) for t in (q, k))  # channels (d, d + D/2) as one number
+    turns = torch.polar(torch.ones(4).double(), 4 * 100.0 ** -(torch.arange(4).double() / 4))  # 4 positions apart
+    assert score(9, 5).item() == pytest.approx((a * b.conj() * turns).real.sum().item())
+    assert torch.allclose(score(9, 5), score(1004, 1000)) and not torch.allclose(score(9, 5), score(9, 6))
+    assert torch.equal(rotate(q, 0, 100.0), q)
+    both = rotate(torch.cat([q, k], dim=2), torch.tensor(3), 100.0)
+    assert torch.allclose(both, torch.cat([rotate(q, 3, 100.0), rotate(k, 4, 100.0)], dim=2))
+
+
+def test_attention_knows_the_order_only_with_rotary_positions(tmp_path):
+    ids = draw_ids(1, 9)
+    swapped = ids[:, [1, 0, *range(2, 9)]]
+    for base, same in ((None, True), (1e4, False)):
+        model = build(torch.float64, hybrid_override_pattern="*-", rotary_base=base)
+        assert torch.allclose(model(ids)[:, -1], model(swapped)[:, -1]) == same
+        model.save_pretrained(tmp_path)
+        again = Hybrid.from_pretrained(tmp_path)
+        assert again.config.rotary_base == base and torch.allclose(again(ids), model(ids))
+    for wrong in (dict(rotary_base=-1.0), dict(rotary_base=1e4, head_dim=7)):
+        with pytest.raises(ValueError, match="rotary_base="):
+            HybridConfig(**(TINY | wrong))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_cache_of_rotary_attention_goes_on_where_it_was(fixed, dtype):
+    model, ids = build(dtype, rotary_base=1e4), draw_ids(2, 20)
+    pad = torch.tensor([0, 4])
+    with torch.no_grad():
+        expected = model(ids), model(ids[1:, 4:])  # the second row begins after its padding
+        cache = model.new_cache(pad)
+        got = [model(ids[:, :10], cache)]
+        if fixed:
+            cache.fix(24)
+        got = torch.cat(got + [model(part, cache) for part in ids[:, 10:].split([1, 3, 6], dim=1)], dim=1)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    assert torch.allclose(got[:1], expected[0][:1], atol=tolerance)
+    assert torch.allclose(got[1:, 4:], expected[1], atol=tolerance)
+
+
+def test_the_passkey_study_compares_models_of_a_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    study = PasskeyStudy(context=44, steps=3, tokens=88, times=(1, 2), texts=3, reading=100)
+    assert study.config.vocab_size == PASSKEY_VOCAB
+    found = passkey(study)
+    sizes = [Hybrid(config).num_parameters() for config in study.configs().values()]
+    assert max(sizes) < 1.01 * min(sizes) and (tmp_path / "out" / "passkey.png").is_file()
+    assert all(len(table) == 5 and len(row) == 2 and 0 <= min(row) <= max(row) <= 1
+               for table in found.values() for row in table)  # fmt: skip
+    assert "worst of them" in capsys.readouterr().out
