@@ -410,7 +410,9 @@ def rotate(x, start, base):
     """Returns x [B, H, T, D], each position turned by its own angles: rotary embedding, arXiv:2104.09864, section 3.2.
 
     Channels (d, d + D/2) turn by position * base^(-2d/D), so that q.k depends on how far the two are apart alone.
-    start: the first position, a number or a tensor []. Angles are float32: those of 16 bits repeat after a few hundred.
+    start: the first position, a number or a tensor []. Angles are float32: in 16 bits, positions past a few hundred are
+    no longer told apart. For comparisons only: the released models and `transformers` have no positions here, whatever
+    rope_theta a config.json carries.
     """
     (T, D), dtype = x.shape[2:], at_least_float32(x).dtype
     speed = base ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)  # [D/2]
@@ -1500,7 +1502,11 @@ PASSKEY_SHAPE = HybridConfig(
 
 @dataclass(frozen=True)
 class PasskeyStudy:
-    """How the models are trained and asked."""
+    """How the models are trained and asked.
+
+    All have the same steps, enough for the hybrid and for attention to learn the training lengths. On a CPU Mamba alone
+    does not get there in them: its row then says how fast it learns, not how much it could hold.
+    """
 
     config: HybridConfig = PASSKEY_SHAPE  # the hybrid; the others are its twins of the same size
     context: int = 64  # tokens of the longest training texts
