@@ -1436,8 +1436,8 @@ PASSKEY_SHAPE = HybridConfig(
 class PasskeyStudy:
     """How the models are trained and asked.
 
-    All have the same steps, enough for attention to learn its task. What Mamba alone lacks by then is training, not
-    necessarily memory: its states could hold a key.
+    All have the same steps, enough for the hybrid and for attention to learn the training lengths. On a CPU Mamba alone
+    does not get there in them: its row then says how fast it learns, not how much it could hold.
     """
 
     config: HybridConfig = PASSKEY_SHAPE  # the hybrid; the others are its twins of the same size
