@@ -905,9 +905,6 @@ def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weig
     keeps = n < tl.where((head % R == 0) & (block == 0), N, 0)  # B and C of a group are kept by its first program
     b_at = H * P + group * N
     c_at = b_at + H // R * N
-    here = (row * H + head) * P * N + p[:, None] * N + n[None, :]
-    inside = (p[:, None] < P) & (n[None, :] < N)
-    state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
     A, D = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32)), tl.load(D_ptr + head).to(tl.float32)
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     wait_for_the_kernel_before(PDL)
@@ -917,6 +914,9 @@ def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weig
                     T, W, FIRST)  # T times [N]  # fmt: skip
     c = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, c_at + n, n < N, keeps, stride_t,
                     T, W, FIRST)  # fmt: skip
+    here = (row * H + head) * P * N + p[:, None] * N + n[None, :]
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
     for t in tl.static_range(T):
         raw = tl.load(dt_ptr + row * stride_b + t * stride_t + head).to(tl.float32) + dt_bias
         dt = tl.where(raw > 20, raw, tl.log(1 + tl.exp(tl.minimum(raw, 20.0))))  # softplus
@@ -969,7 +969,7 @@ def mamba2_steps_triton(
     states = empty(B, T, H, P, N, dtype=torch.float32) if every else ssm_state
     if not every and not overwrite:
         states = torch.empty_like(ssm_state)
-    BLOCK_P = min(32, block_of(P))
+    BLOCK_P = min(16 if B * H <= 132 else 32, block_of(P))  # narrow, so that one text fills the GPU
     _mamba2_steps_kernel[(H * triton.cdiv(P, BLOCK_P), B)](
         z, xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, y, inputs, states,
         H, H // n_groups, P, N, conv_size, projected.stride(0), projected.stride(1),
