@@ -5,13 +5,16 @@ Papers   Speculative decoding, Leviathan et al., arXiv:2211.17192; thinking budg
 Idea     A step for one text reads every weight once and does next to nothing with it. What it costs beyond that is
          beginning and ending: two hundred kernels, each over before the host has sent the next. So the step becomes a
          CUDA graph (`Repeated`), its kernels become few (`linear_step` takes the norm before a product, the activation
-         or the sum after it along), and each fetches its weights while the one before is still at work.
+         or the sum after it along), and each fetches its weights while the one before is still at work. And since
+         reading the weights costs the same for a few tokens as for one, a cheap predictor guesses some tokens ahead
+         ("drafts") and the model checks them in one step (`Chooser.check`).
 Picture  one Mamba-2 layer, x [1, C]:
 
          x --[norm, in_proj]-- z | x B C | dt --[conv, recurrence, gate]-- y --[norm, out_proj, + x]-- x
               linear_step                       ssd.mamba2_steps               linear_step
 Differs  Nothing from the papers' distributions: greedy text is the same with and without drafts, sampled text is
-         equally distributed (tests/test_nano_hybrid.py).
+         equally distributed (tests/test_nano_hybrid.py). In 16 bits two likeliest tokens may tie, and the tie may fall
+         otherwise where several tokens are checked at once.
 """
 
 import sys
@@ -56,38 +59,6 @@ def token_probs(logits, temperature=1.0, top_k=None, top_p=None):
         before = sorted_probs.cumsum(-1) - sorted_probs  # probability of all likelier tokens
         probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0))
     return probs
-
-
-def argmax(x):
-    """Returns the index [B] int64 of the largest of each row of x [B, V], the first of equals."""
-    if pick_backend("auto", x.device, x.dtype) == "torch" or len(x) > 64:
-        return x.argmax(-1)
-    # PyTorch's own takes 15 us for one long row: here all multiprocessors look at a part of it.
-    (B, V), BLOCK = x.shape, 1024
-    n_blocks = triton.cdiv(V, BLOCK)
-    values = torch.empty(B, n_blocks, dtype=torch.float32, device=x.device)
-    places = torch.empty(B, n_blocks, dtype=torch.int32, device=x.device)
-    out = torch.empty(B, dtype=torch.int64, device=x.device)
-    _argmax_kernel[(n_blocks, B)](x, None, values, places, V, x.stride(0), BLOCK, num_warps=4, **early_launch())
-    _argmax_kernel[(1, B)](
-        values, places, None, out, n_blocks, n_blocks, triton.next_power_of_2(n_blocks), num_warps=4, **early_launch()
-    )
-    return out
-
-
-@jit
-def _argmax_kernel(x_ptr, places_ptr, values_ptr, out_ptr, V, stride_x, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
-    v = block * BLOCK + tl.arange(0, BLOCK)
-    wait_for_the_kernel_before(PDL)
-    x = tl.load(x_ptr + row * stride_x + v, mask=v < V, other=-float("inf")).to(tl.float32)
-    value, place = tl.max(x, 0, return_indices=True)  # of equals the first
-    place += block * BLOCK
-    if places_ptr is not None:
-        place = tl.load(places_ptr + row * V + place)
-    tl.store(out_ptr + row * blocks + block, place)
-    if values_ptr is not None:
-        tl.store(values_ptr + row * blocks + block, value)
 
 
 def draw(probs, generator=None):
@@ -164,7 +135,8 @@ class ThinkingBudget:
     """A cap on the tokens a model thinks for before it answers. It is never told: its thinking is closed for it.
 
     From `tokens` on, the thinking ends at the next line break, or after `grace` more tokens if there is none: then
-    `end` is inserted, and the answer goes on. Source: Nemotron Nano 2, arXiv:2508.14444, section 3.4.
+    `end` is inserted, and the answer goes on. What the prompt holds does not count. Source: Nemotron Nano 2,
+    arXiv:2508.14444, section 3.4.
     """
 
     tokens: int  # to think for
@@ -223,14 +195,14 @@ class Repeated:
 
     On a GPU its kernels, too many and too short for a host to keep up with, become a CUDA graph: the first call runs
     them one by one (and compiles them), the second records them, and from then on one launch does all. On a CPU, and
-    where the definitions stand in for the kernels (that of the experts asks the device for numbers), it is the function
-    itself. What a call returns is written over by the next.
+    where PyTorch stands in for Triton (float64, NANO_BACKEND=torch), it is the function itself. What a call returns is
+    written over by the next.
     """
 
-    def __init__(self, step, device, generator=None):
+    def __init__(self, step, device, dtype, generator=None):
         self.step, self.generator = step, generator
         self.graph, self.ready = None, False
-        self.records = device.type == "cuda" and pick_backend(device=device) == "triton"
+        self.records = device.type == "cuda" and pick_backend(device=device, dtype=dtype) == "triton"
 
     def __call__(self):
         if not (self.records and self.ready):
@@ -261,7 +233,8 @@ def linear_step_ref(
     """Returns [..., N]: residual + activation(normed(x) weight^T + bias), each part where it is asked for.
 
     x [..., C]; weight [N, C]; norm [C], the weight of an RMSNorm before the product, over groups of group_size channels
-    (None: all). relu2: the activation is relu(.)^2. residual [..., N]. backend: that of the norm.
+    (None: all); what goes into the norm may be float32 beside 16-bit weights. relu2: the activation is relu(.)^2.
+    residual [..., N]. backend: that of the norm, for batches that the kernel below does not take.
     """
     if norm is not None:
         group = group_size or x.shape[-1]
@@ -269,6 +242,7 @@ def linear_step_ref(
             x = norm_forward(x, None, norm, group, eps)
         else:
             x = rms_norm_ref(x.unflatten(-1, (-1, group)), norm.view(-1, group), eps).flatten(-2)
+        x = x.to(weight.dtype)
     y = F.linear(x, weight, bias)
     if relu2:
         y = F.relu(y).square()
@@ -322,7 +296,7 @@ def _linear_step_kernel(x_ptr, norm_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr,
             y *= tl.rsqrt(tl.sum(squares, 0) / C + eps)
         y += bias
         if RELU2:
-            y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
+            y = tl.where(y < 0, 0.0, y * y)  # NaN stays
         if residual_ptr is not None:
             y += residual
         tl.store(out_ptr + s * N + n, y, mask=n < N)
@@ -337,9 +311,9 @@ def linear_step_triton(x, weight, bias=None, norm=None, group_size=None, eps=1e-
     CHUNKS, BLOCK, BLOCK_N = triton.cdiv(C, CHUNK), max(32, triton.next_power_of_2(CHUNK)), 4
     while BLOCK_N * CHUNKS > 16 and BLOCK_N > 1:  # what a thread can hold
         BLOCK_N //= 2
-    out = torch.empty(len(x), N, dtype=x.dtype, device=x.device)
+    out = torch.empty(len(x), N, dtype=weight.dtype, device=x.device)
     _linear_step_kernel[(triton.cdiv(N, BLOCK_N),)](
-        x, norm, weight.contiguous(), bias, residual, out, N, C, eps, x.stride(0),
+        x, norm, weight, bias, residual, out, N, C, eps, x.stride(0),
         0 if residual is None else residual.stride(0), S=len(x), CHUNK=CHUNK, CHUNKS=CHUNKS, GROUPED=grouped,
         RELU2=relu2, BLOCK_N=BLOCK_N, BLOCK=BLOCK, num_warps=min(8, max(1, BLOCK // 256)), **early_launch(),
     )  # fmt: skip
@@ -359,12 +333,81 @@ def linear_step(x, weight, bias=None, norm=None, group_size=None, eps=1e-5, relu
     if group_size is not None and (group_size < 1 or C % group_size):
         raise ValueError(f"group_size={group_size} does not divide {C} channels")
     in_triton = pick_backend(backend, x.device, x.dtype) == "triton"
-    if in_triton and 0 < x.numel() <= FEW * C and x.dtype == weight.dtype:
+    few = 0 < x.numel() <= FEW * C and not torch.is_autocast_enabled(x.device.type)
+    whole = all(t is None or t.is_contiguous() for t in (weight, norm, bias))  # no copy that is still being made
+    if in_triton and few and whole and (x.dtype == weight.dtype or norm is not None):
         return linear_step_triton(x, weight, bias, norm, group_size, eps, relu2, residual)
     return linear_step_ref(x, weight, bias, norm, group_size, eps, relu2, residual, backend)
 
 
+def argmax(x):
+    """Returns the index [B] int64 of the largest of each row of x [B, V], the first of equals."""
+    if pick_backend("auto", x.device, x.dtype) == "torch" or len(x) > 64:
+        return x.argmax(-1)
+    # PyTorch's own takes 15 us for one long row: here all multiprocessors look at a part of it.
+    x, (B, V), BLOCK = tail_contiguous(x), x.shape, 1024
+    n_blocks = triton.cdiv(V, BLOCK)
+    values = torch.empty(B, n_blocks, dtype=torch.float32, device=x.device)
+    places = torch.empty(B, n_blocks, dtype=torch.int32, device=x.device)
+    out = torch.empty(B, dtype=torch.int64, device=x.device)
+    _argmax_kernel[(n_blocks, B)](x, None, values, places, V, x.stride(0), BLOCK, num_warps=4, **early_launch())
+    _argmax_kernel[(1, B)](
+        values, places, None, out, n_blocks, n_blocks, triton.next_power_of_2(n_blocks), num_warps=4, **early_launch()
+    )
+    return out
+
+
+@jit
+def _argmax_kernel(x_ptr, places_ptr, values_ptr, out_ptr, V, stride_x, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    v = block * BLOCK + tl.arange(0, BLOCK)
+    wait_for_the_kernel_before(PDL)
+    x = tl.load(x_ptr + row * stride_x + v, mask=v < V, other=-float("inf")).to(tl.float32)
+    value, place = tl.max(x, 0, return_indices=True)  # of equals the first
+    place = tl.minimum(place, V - 1 - block * BLOCK) + block * BLOCK  # inside, whatever a row of NaN gives
+    if places_ptr is not None:
+        place = tl.load(places_ptr + row * V + place)
+    tl.store(out_ptr + row * blocks + block, place)
+    if values_ptr is not None:
+        tl.store(values_ptr + row * blocks + block, value)
+
+
 # ---- 4. attention on what is remembered ---------------------------------------------------------------------------
+
+
+def append(k_cache, v_cache, k, v, position, backend="auto"):
+    """Writes k, v [B, Hkv, T, D] into k_cache, v_cache [B, Hkv, room, D], from `position` on, an int64 tensor [].
+
+    What does not fit the room is left out. Raises ValueError if shapes do not match.
+    """
+    expect("v", v, *k.shape)
+    expect("k_cache", k_cache, *k.shape[:2], k_cache.shape[2], k.shape[3])
+    expect("v_cache", v_cache, *k_cache.shape)
+    if pick_backend(backend, k.device, k.dtype) == "torch":
+        at = position + torch.arange(k.shape[2], device=k.device)
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache.index_copy_(2, at, new)
+        return
+    (B, Hkv, T, D), (k, v) = k.shape, (tail_contiguous(t) for t in (k, v))
+    _append_kernel[(Hkv * T, B)](
+        k, v, k_cache, v_cache, position, T, D, k_cache.shape[2], *k.stride()[:3], *v.stride()[:3],
+        *k_cache.stride()[:2], *v_cache.stride()[:2], BLOCK_D=block_of(D), num_warps=1, **early_launch(),
+    )  # fmt: skip
+
+
+@jit
+def _append_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, T, D, room, stride_kb, stride_kh, stride_kt,
+                   stride_vb, stride_vh, stride_vt, stride_kcb, stride_kch, stride_vcb, stride_vch,
+                   BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    head, t, batch = tl.program_id(0).to(tl.int64) // T, tl.program_id(0) % T, tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    wait_for_the_kernel_before(PDL)
+    at = tl.load(position_ptr) + t
+    inside, at = d < tl.where(at < room, D, 0), at * D + d
+    k = tl.load(k_ptr + batch * stride_kb + head * stride_kh + t * stride_kt + d, mask=d < D)
+    v = tl.load(v_ptr + batch * stride_vb + head * stride_vh + t * stride_vt + d, mask=d < D)
+    tl.store(k_cache_ptr + batch * stride_kcb + head * stride_kch + at, k, mask=inside)
+    tl.store(v_cache_ptr + batch * stride_vcb + head * stride_vch + at, v, mask=inside)
 
 
 def cached_attention_ref(q, k, v, length, pad=None):
@@ -385,34 +428,6 @@ def cached_attention_ref(q, k, v, length, pad=None):
     if pad is not None:
         mask = mask & (columns >= pad[:, None, None, None])  # [B, 1, T, room]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-def append(k_cache, v_cache, k, v, position, backend="auto"):
-    """Writes k, v [B, Hkv, T, D] into k_cache, v_cache [B, Hkv, room, D], from `position` on, an int64 tensor []."""
-    if pick_backend(backend, k.device, k.dtype) == "torch":
-        at = position + torch.arange(k.shape[2], device=k.device)
-        for cache, new in ((k_cache, k), (v_cache, v)):
-            cache.index_copy_(2, at, new)
-        return
-    (B, Hkv, T, D), (k, v) = k.shape, (tail_contiguous(t) for t in (k, v))
-    _append_kernel[(Hkv * T, B)](
-        k, v, k_cache, v_cache, position, T, D, *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:2],
-        *v_cache.stride()[:2], BLOCK_D=block_of(D), num_warps=1, **early_launch(),
-    )  # fmt: skip
-
-
-@jit
-def _append_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, T, D, stride_kb, stride_kh, stride_kt,
-                   stride_vb, stride_vh, stride_vt, stride_kcb, stride_kch, stride_vcb, stride_vch,
-                   BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    head, t, batch = tl.program_id(0).to(tl.int64) // T, tl.program_id(0) % T, tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    wait_for_the_kernel_before(PDL)
-    at = (tl.load(position_ptr) + t) * D + d
-    k = tl.load(k_ptr + batch * stride_kb + head * stride_kh + t * stride_kt + d, mask=d < D)
-    v = tl.load(v_ptr + batch * stride_vb + head * stride_vh + t * stride_vt + d, mask=d < D)
-    tl.store(k_cache_ptr + batch * stride_kcb + head * stride_kch + at, k, mask=d < D)
-    tl.store(v_cache_ptr + batch * stride_vcb + head * stride_vch + at, v, mask=d < D)
 
 
 # The kernels. Few queries and many keys: what takes time is reading the cache once. The queries of all heads that share

@@ -141,7 +141,7 @@ def early_launch():
 def wait_for_the_kernel_before(PDL: tl.constexpr):
     """To be called once in a kernel launched with `early_launch`, before it reads what is new and before it writes.
 
-    Until then it may load only what no kernel of the last few has written: weights, and states of an earlier step.
+    Until then it may load only what no kernel of the last few has written: weights.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

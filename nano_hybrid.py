@@ -247,7 +247,7 @@ class KVState:
 
     k: torch.Tensor  # [B, Hkv, room, D]
     v: torch.Tensor  # [B, Hkv, room, D]
-    length: int  # T, those that are filled
+    length: int  # T, those that are filled; in a fixed Cache the whole room, and Cache.position counts
 
     @classmethod
     def after(cls, state, k, v, room=0):
@@ -282,7 +282,7 @@ class Cache:
     a padded position writes nothing to any state and is never looked at.
 
     To write, `fix` it: then states are written over in place and `position` counts on the device, so that a CUDA graph
-    can repeat a step. Tokens of a `trial` can be taken back, all but the first few: `keep`.
+    can repeat a step. `keep` says how many tokens of a `trial` were right; the rest are taken back.
     """
 
     layers: list  # one MambaState, KVState or None per layer; None before the first token, and for one without memory
@@ -310,16 +310,20 @@ class Cache:
         positions = torch.arange(self.length, self.length + T, device=self.pad.device)
         return positions[None, :] >= self.pad[:, None]
 
-    def fix(self, room):
-        """Gives each state a place to be written over, with room for `room` positions; again, for more room."""
+    def fix(self, room, device):
+        """Gives each state a place to be written over, with room for `room` positions; again, for more room.
+
+        From then on without gradients. Raises ValueError if what was read does not fit, or padding is still to come.
+        """
+        if not self.fixed and (room < self.length or self.length < self.longest_pad):
+            raise ValueError(f"read {self.length} positions, {self.longest_pad} of padding; room={room} does not fit")
         for index, state in enumerate(self.layers):
             if isinstance(state, KVState):
                 self.layers[index] = state.in_room(room, room)  # from now on `position` says how many are filled
-            elif isinstance(state, MambaState) and self.position is None:
+            elif isinstance(state, MambaState) and not self.fixed:
                 self.layers[index] = MambaState(*(t.clone(memory_format=torch.contiguous_format)
                                                   for t in (state.conv, state.ssm)))  # fmt: skip
-        if self.position is None:
-            device = next(s.k if isinstance(s, KVState) else s.ssm for s in self.layers if s).device
+        if not self.fixed:
             self.position = torch.tensor(self.length, device=device)
 
     @property
@@ -363,10 +367,12 @@ class Cache:
         self.trial = False
 
 
-# ---- 3. the three mixers --------------------------------------------------------------------------------------
+# ---- 3. the mixers that remember ------------------------------------------------------------------------------
 #
-# Each maps x [B, T, C] to what its layer adds to the residual stream, [B, T, C]. With a cache it goes on from
-# cache.layers[index] and leaves there what the next call will need.
+# `forward` maps x [B, T, C] to what its layer adds to the residual stream, [B, T, C]. With a cache it goes on from
+# cache.layers[index] and leaves there what the next call will need. `step` is the same for a few tokens on a fixed
+# cache, with the norm before and the sum after taken into the products; it reads the weights themselves, so whoever
+# replaces a Linear by a layer of their own writes by `forward` alone. MLPs and experts are in latent_moe.py.
 
 
 class RMSNorm(nn.Module):
@@ -503,16 +509,11 @@ def mixer_of(config, letter, index):
     return MoE(config.moe()) if letter == "E" else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
 
-OUTPUT_PROJECTIONS = (
-    "out_proj",
-    "o_proj",
-    "down_proj",
-    "fc2_latent_proj",
-)  # what a layer adds to the residual stream comes from these
-
-ROOM = 1024  # tokens that `generate` makes room for at once, or as many as the prompt has
-
 # ---- 4. the model -----------------------------------------------------------------------------------------------
+
+# What a layer adds to the residual stream comes from these.
+OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
+ROOM = 1024  # tokens that `generate` makes room for at once, or as many as the prompt has
 
 
 class Block(nn.Module):
@@ -531,6 +532,7 @@ class Block(nn.Module):
         added = self.mixer(self.norm(x), cache) if self.remembers else self.mixer(self.norm(x))
         return x + F.dropout(added, self.dropout, self.training)
 
+    @torch.compiler.disable  # a CUDA graph repeats it: nothing for a compiler to gain
     def step(self, x, cache):
         """Returns the same for a few tokens on a fixed cache: norm and sum go along with the mixer's products."""
         mixer, norm = self.mixer, self.norm
@@ -799,10 +801,20 @@ class Hybrid(nn.Module):
 
         Raises ValueError for an empty prompt, a setting out of range, or drafts where there can be none.
         """
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        good_temperature = 0 <= temperature < math.inf
+        if not good_temperature or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise ValueError(f"need temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
-        if any(len(row) == 0 for row in ids) or len(ids) == 0:
+        if max_new_tokens < 0 or draft < 0 or prefill_size < 1:
+            raise ValueError(
+                f"need max_new_tokens={max_new_tokens} and draft={draft} >= 0, prefill_size={prefill_size} >= 1"
+            )
+        if len(ids) == 0 or any(getattr(row, "ndim", 1) == 0 or isinstance(row, int) for row in ids):
+            raise ValueError(
+                "ids must hold one row of token ids for each text, as [[1, 2, 3]]; an empty prompt has none"
+            )
+        if any(len(row) == 0 for row in ids):
             raise ValueError("cannot go on from an empty prompt; give at least one token per row")
+        temperature = 0 if temperature < 1e-6 else temperature  # logits / 1e-40 would overflow
         if draft and (self.mtp is None or len(ids) > 1 or budget):
             raise ValueError(
                 f"draft={draft} needs a model trained with num_nextn_predict_layers=1 (--recipe=super3 is), "
@@ -814,7 +826,7 @@ class Hybrid(nn.Module):
         ids = torch.stack([F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in ids])  # [B, T]
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         choose = Chooser(temperature, top_k, top_p, generator)
-        room = T + min(max_new_tokens, max(T, ROOM)) + 2 * draft + 2
+        room = T + min(max_new_tokens, max(T, ROOM)) + 2 * (draft + 1)  # two steps: see _steps_with_drafts
         if draft:
             drafts = DraftStats() if drafts is None else drafts
             steps = self._steps_with_drafts(ids, draft, choose, drafts, prefill_size, room)
@@ -829,10 +841,6 @@ class Hybrid(nn.Module):
                 done |= torch.isin(token, stop)  # a row that has stopped goes on unseen: the batch keeps its shape
                 all_done = to_host(done.all())
 
-    def _read(self, ids, cache, size):
-        """Returns hidden states [B, T, C] of ids [B, T] after what the cache holds, read `size` tokens at a time."""
-        return torch.cat([self.model(part, cache) for part in ids.split(size, dim=1)], dim=1)
-
     def _steps(self, ids, pad, choose, budget, prefill_size, room):
         """Yields the next token [B] of every row, without end."""
         cache = self.new_cache(pad, room)
@@ -840,24 +848,25 @@ class Hybrid(nn.Module):
         for part in ids.split(prefill_size, dim=1):
             hidden = self.model(part, cache)
         token, _ = choose(self._logits(hidden[:, -1]))  # [B]; only the last position needs logits
-        cache.fix(room)
+        cache.fix(room, ids.device)
 
         def step():
             hidden = self.model(token[:, None], cache)
             token.copy_(choose(self._logits(hidden[:, -1]))[0])
 
-        step = Repeated(step, ids.device, choose.generator)
+        step = Repeated(step, ids.device, self.lm_head.weight.dtype, choose.generator)
         for length in itertools.count(ids.shape[1] + 1):
             if control:
                 token.copy_(control(token))
             yield token.clone()
             if length > room:
                 room *= 2
-                cache.fix(room)
+                cache.fix(room, ids.device)
                 step.forget()
             step()
 
     def _logits(self, hidden):
+        """Returns the logits of hidden states of a step, in the model's dtype."""
         return linear_step(hidden, self.lm_head.weight)
 
     def _steps_with_drafts(self, ids, n, choose, stats, prefill_size, room):
@@ -868,13 +877,18 @@ class Hybrid(nn.Module):
         going back to the state after the last right one, since they were all kept.
         """
         cache, memory = self.new_cache(room=room), Cache([None] * len(self.mtp.layers), room=room)
-        hidden = self._read(ids, cache, prefill_size)  # [1, T, C]
-        token, _ = choose(self._logits(hidden[:, -1]))  # [1]
+        for part in ids.split(prefill_size, dim=1):
+            hidden = self.model(part, cache)  # [1, part, C]
+            following = ids[:, cache.length - part.shape[1] + 1 : cache.length + 1]  # the token after each
+            if cache.length == ids.shape[1]:
+                token, _ = choose(self._logits(hidden[:, -1]))  # [1]
+                following = torch.cat([following, token[:, None]], dim=1)
+            ahead = self.mtp(self.model.embeddings(following), hidden, memory)[
+                :, -1:
+            ]  # [1, 1, C], in the end of `token`
         yield token.clone()
-        following = torch.cat([ids[:, 1:], token[:, None]], dim=1)  # the token after each
-        ahead = self.mtp(self.model.embeddings(following), hidden, memory)[:, -1:]  # [1, 1, C] knows `token`
         for what in (cache, memory):
-            what.fix(room)
+            what.fix(room, ids.device)
 
         def step():
             """Guesses, checks, and takes what is right: returns (tokens [1, n+1], how many of them are guesses [])."""
@@ -899,12 +913,16 @@ class Hybrid(nn.Module):
             token.copy_(new)
             return tokens, right
 
-        step, length, before = Repeated(step, ids.device, choose.generator), ids.shape[1], None
+        step, length, before = (
+            Repeated(step, ids.device, self.lm_head.weight.dtype, choose.generator),
+            ids.shape[1],
+            None,
+        )
         while True:
             if length + 2 * (n + 1) > room:  # this step, and the one whose outcome the host does not know yet
                 room *= 2
                 for what in (cache, memory):
-                    what.fix(room)
+                    what.fix(room, ids.device)
                 step.forget()
             tokens, right = step()
             now = tokens.clone(), to_host(right)
@@ -1186,7 +1204,7 @@ def random_cache(model, n_texts, length, room):
     """Returns a fixed Cache as after `length` tokens, its memories drawn at random: they do not change the speed."""
     cache = model.new_cache()
     model.model(torch.zeros(n_texts, 1, dtype=torch.int64, device=model.lm_head.weight.device), cache)
-    cache.fix(room)
+    cache.fix(room, model.lm_head.weight.device)
     for state in cache.layers:
         for tensor in vars(state).values() if state else ():
             tensor.normal_() if torch.is_tensor(tensor) else None
@@ -1204,7 +1222,10 @@ def writing_speed(model, n_texts, length, n_tokens=32):
     def step():
         token.copy_(choose(model._logits(model.model(token[:, None], cache)[:, -1]))[0])
 
-    step, wait = Repeated(step, device), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    step, wait = (
+        Repeated(step, device, model.lm_head.weight.dtype),
+        torch.cuda.synchronize if device.type == "cuda" else lambda: None,
+    )
     for _ in range(4):
         step()
     wait()

@@ -72,7 +72,7 @@ def load(config):
     model = Hybrid.from_pretrained(folder).to(device).eval()
     for name, p in model.named_parameters():
         # A_log, D, dt_bias, norms and routers stay as they are: small, and states and choices hang on them
-        if p.dim() > 1 and not name.endswith("gate.weight"):
+        if p.dim() > 1 and not name.endswith("gate.weight") or name.endswith("_proj.bias"):
             p.data = p.data.to(dtype)
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(

@@ -686,9 +686,10 @@ def ssd(
     return op(x, dt, A, Bmat, Cmat, D, chunk_size, initial_state, return_final_state, number_documents(seq_idx))
 
 
-# ---- 5. one decoding step ----------------------------------------------------------------------------------------
+# ---- 5. one step of the recurrence -------------------------------------------------------------------------------
 #
-# A program owns one head: it reads the state once and writes it once, 8PN bytes of
+# On its own, for one token on a state. (Writing goes through `mamba2_steps` below, which takes the convolution and the
+# gate along.) A program owns one head: it reads the state once and writes it once, 8PN bytes of
 # float32; the definition, op by op, moves several times that in a dozen launches.
 
 
@@ -919,7 +920,8 @@ def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weig
     state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
     for t in tl.static_range(T):
         raw = tl.load(dt_ptr + row * stride_b + t * stride_t + head).to(tl.float32) + dt_bias
-        dt = tl.where(raw > 20, raw, tl.log(1 + tl.exp(tl.minimum(raw, 20.0))))  # softplus
+        e = tl.exp(tl.minimum(raw, 20.0))
+        dt = tl.where(raw > 20, raw, tl.where(raw < -8, e - 0.5 * e * e, tl.log(1 + e)))  # softplus
         state = tl.exp(dt * A) * state + (dt * x[t])[:, None] * b[t][None, :]
         y = tl.sum(state * c[t][None, :], 1) + D * x[t]  # [P]
         z = tl.load(z_ptr + row * stride_b + t * stride_t + head * P + p, mask=p < P, other=0.0).to(tl.float32)
@@ -931,13 +933,18 @@ def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weig
         tl.store(new_state_ptr + here, state, mask=inside)
 
 
+def _gated_dtype(projected):
+    return torch.float32 if projected.dtype == torch.float16 else projected.dtype
+
+
 def mamba2_steps_ref(
     projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False, overwrite=False
 ):
     """Returns (y [B, T, di], inputs, states) of a few tokens that go on from a state, one after the other.
 
     projected [B, T, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32;
-    A = -exp(A_log). y is what the recurrence gives, gated, to be normalised. inputs, states: the next conv_state and
+    A = -exp(A_log). y is what the recurrence gives, gated, to be normalised (float32 where the rest
+    is float16, which the product with the gate can overflow). inputs, states: the next conv_state and
     ssm_state; with `every`, what they are after any of the tokens: inputs [B, di + 2 G N, W-1 + T], of which
     t+1 ... t+W-1 are the state after token t, and states [B, T, H, P, N]. overwrite: the last ssm_state may be put in
     place of the one given (not with `every`).
@@ -952,7 +959,8 @@ def mamba2_steps_ref(
         y, ssm_state = ssd_step_ref(ssm_state, x[:, t], dt[:, t], A, Bmat[:, t], Cmat[:, t], D)
         ys.append(y)
         states.append(ssm_state)
-    y = torch.stack(ys, dim=1).flatten(2) * F.silu(z)  # [B, T, di]
+    y = torch.stack(ys, dim=1).flatten(2)  # [B, T, di]
+    y = (at_least_float32(y) * F.silu(at_least_float32(z))).to(_gated_dtype(projected))
     return (y, inputs, torch.stack(states, dim=1)) if every else (y, inputs[..., len(ys) :], ssm_state)
 
 
@@ -965,7 +973,7 @@ def mamba2_steps_triton(
     (B, H, P, N), (conv_size, W), T = ssm_state.shape, conv_weight.shape, projected.shape[1]
     z, xBC, dt = _parts(projected, H * P, conv_size)
     empty = partial(torch.empty, dtype=projected.dtype, device=projected.device)
-    y, inputs = empty(B, T, H * P), empty(B, conv_size, W - 1 + T if every else W - 1)
+    y, inputs = empty(B, T, H * P, dtype=_gated_dtype(projected)), empty(B, conv_size, W - 1 + T if every else W - 1)
     states = empty(B, T, H, P, N, dtype=torch.float32) if every else ssm_state
     if not every and not overwrite:
         states = torch.empty_like(ssm_state)
@@ -984,8 +992,16 @@ def mamba2_steps(
 ):  # fmt: skip
     """Returns `mamba2_steps_ref(...)` on the backend asked for. The kernel drops gradients: call it under no_grad.
 
-    It is unrolled over the tokens: meant for a handful.
+    It is unrolled over the tokens: meant for a handful. Raises ValueError if shapes do not match.
     """
+    (B, T, _), (H, P, N), (channels, W) = projected.shape, ssm_state.shape[1:], conv_weight.shape
+    for name, tensor, shape in (
+        ("projected", projected, (B, T, 2 * H * P + 2 * n_groups * N + H)), ("ssm_state", ssm_state, (B, H, P, N)),
+        ("conv_state", conv_state, (B, channels, W - 1)), ("conv_bias", conv_bias, (channels,)),
+        ("conv_weight", conv_weight, (H * P + 2 * n_groups * N, W)), ("dt_bias", dt_bias, (H,)),
+        ("A_log", A_log, (H,)), ("D", D, (H,)),
+    ):  # fmt: skip
+        expect(name, tensor, *shape)
     in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
     return (mamba2_steps_triton if in_triton else mamba2_steps_ref)(
         projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite

@@ -166,6 +166,14 @@ def test_new_keys_and_values_go_behind_the_old(backend):
     assert all(torch.equal(got, wanted) for got, wanted in zip(caches, expected))
 
 
+@pytest.mark.skipif(decoding.triton is None, reason="no triton")
+def test_what_does_not_fit_the_room_is_left_out():
+    caches, k = [torch.zeros(1, 2, 4, 5, device=DEVICE) for _ in range(2)], rand(1, 2, 3, 5)
+    decoding.append(*(c[:, :1] for c in caches), k[:, :1], k[:, :1], torch.tensor(2, device=DEVICE), backend="triton")
+    for cache in caches:
+        assert torch.equal(cache[:, :1, 2:], k[:, :1, :2]) and not cache[:, 1].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_on_a_cache_is_causal_attention(backend):
     q, k, v = (rand(2, heads, 7, 8, seed=heads) for heads in (4, 2, 2))

@@ -647,7 +647,7 @@ def test_a_fixed_cache_remembers_the_same(pattern):
         moving, fixed = model.new_cache(pad), model.new_cache(pad)
         for cache in (moving, fixed):
             model(ids[:, :10], cache)
-        fixed.fix(20)
+        fixed.fix(20, "cpu")
         places = [t.data_ptr() for s in fixed.layers if s for t in vars(s).values() if torch.is_tensor(t)]
         for at, T in ((10, 1), (11, 3), (14, 1)):
             expected, got = (model(ids[:, at : at + T], cache) for cache in (moving, fixed))
@@ -661,7 +661,7 @@ def test_of_a_trial_only_what_is_kept_was_read():
     with torch.no_grad():
         cache = model.new_cache()
         model(ids[:, :10], cache)
-        cache.fix(20)
+        cache.fix(20, "cpu")
         cache.trial = True
         model(torch.cat([ids[:, 10:12], ids[:, 20:22]], dim=1), cache)  # two right, two wrong
         cache.keep(torch.tensor(1))
@@ -719,7 +719,7 @@ def test_a_cache_of_rotary_attention_goes_on_where_it_was(fixed, dtype):
         cache = model.new_cache(pad)
         got = [model(ids[:, :10], cache)]
         if fixed:
-            cache.fix(24)
+            cache.fix(24, "cpu")
         got = torch.cat(got + [model(part, cache) for part in ids[:, 10:].split([1, 3, 6], dim=1)], dim=1)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
     assert torch.allclose(got[:1], expected[0][:1], atol=tolerance)
@@ -737,3 +737,43 @@ def test_the_passkey_study_compares_models_of_a_size(tmp_path, monkeypatch, caps
     assert all(len(table) == 5 and len(row) == 2 and 0 <= min(row) <= max(row) <= 1
                for table in found.values() for row in table)  # fmt: skip
     assert "worst of them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pattern", ["-", "E-"])
+@pytest.mark.parametrize("draft", [0, 2])
+def test_a_model_that_remembers_nothing_writes(pattern, draft):
+    changes = MOE | MTP | dict(hybrid_override_pattern=pattern, mtp_hybrid_override_pattern="-")
+    model, ids = build(**changes), draw_ids(1, 4)
+    texts = [torch.stack(list(model.generate(ids, 9, 0, draft=n))) for n in (0, draft)]
+    assert torch.equal(*texts)
+
+
+def test_a_cache_is_fixed_only_when_all_of_it_fits():
+    model, pad = build(), torch.tensor([0, 5])
+    with torch.no_grad():
+        cache = model.new_cache(pad)
+        model(draw_ids(2, 3), cache)
+        for room, ready in ((20, False), (2, False), (20, True)):
+            if ready:
+                model(draw_ids(2, 3), cache)
+                cache.fix(room, "cpu")
+            else:
+                with pytest.raises(ValueError, match="does not fit"):
+                    cache.fix(room, "cpu")
+
+
+@pytest.mark.parametrize("options", [dict(draft=-1), dict(prefill_size=0), dict(temperature=math.nan)], ids=str)
+def test_settings_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match="need "):
+        next(build(**MTP).generate([[1, 2]], 4, **options))
+
+
+def test_a_prompt_without_rows_is_refused():
+    for ids in ([3, 4, 5], torch.tensor([3, 4, 5]), []):
+        with pytest.raises(ValueError, match="one row"):
+            next(build().generate(ids, 4))
+
+
+def test_a_tiny_temperature_is_greedy():
+    model, ids = build(), draw_ids(1, 4)
+    assert torch.equal(*(torch.stack(list(model.generate(ids, 9, t))) for t in (0, 1e-40)))

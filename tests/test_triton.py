@@ -153,6 +153,18 @@ def test_the_inside_of_a_layer_for_a_few_tokens(sizes, dtype):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_gate_does_not_overflow_float16(backend):
+    inputs = [
+        kernels.in_low(t, torch.float16)
+        for t in bench(ssd.mamba2_steps).inputs(kernels.normal(DEVICE), 1, 2, 2, 8, 1, 8)
+    ]
+    inputs[0][..., :32] = 200.0  # z, and x before the convolution
+    inputs[7] *= 10  # D
+    y, _, _ = ssd.mamba2_steps(*inputs, backend=backend)
+    assert y.dtype == torch.float32 and y.isfinite().all() and y.abs().max() > torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_states_after_every_token_are_those_of_shorter_texts(backend):
     inputs = [
         kernels.in_low(t, torch.float32)
