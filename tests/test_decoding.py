@@ -166,6 +166,13 @@ def test_new_keys_and_values_go_behind_the_old(backend):
     assert all(torch.equal(got, wanted) for got, wanted in zip(caches, expected))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_what_is_not_a_number_stays_so(backend):
+    x, weight = torch.full((1, 8), torch.nan, device=DEVICE), rand(3, 8)
+    assert linear_step(x, weight, relu2=True, backend=backend).isnan().all()
+
+
 @pytest.mark.skipif(decoding.triton is None, reason="no triton")
 def test_what_does_not_fit_the_room_is_left_out():
     caches, k = [torch.zeros(1, 2, 4, 5, device=DEVICE) for _ in range(2)], rand(1, 2, 3, 5)

@@ -45,6 +45,12 @@ def test_half_precision_keeps_the_vectors_in_float32(run, capsys):
     assert {p.dtype for p in model.parameters() if p.dim() == 1} == {torch.float32}
 
 
+def test_biases_go_with_their_matrices_in_half_precision(run, capsys):
+    changes = dict(vocab_size=320, use_bias=True, mlp_bias=True)
+    scramble(Hybrid(HybridConfig(**(TINY | changes)))).save_pretrained("out/a", nanopapers={"tokenizer": "bytes"})
+    assert make(capsys, "--prompt=def ", "--dtype=bfloat16").startswith("def ")
+
+
 def test_several_samples_differ(run, capsys):
     texts = make(capsys, "--prompt=x", "--num_samples=3", "--temperature=2").split("\n---\n")
     assert len(texts) == 3 and len(set(texts)) == 3 and all(t.startswith("x") for t in texts)

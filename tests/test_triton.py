@@ -207,6 +207,29 @@ def test_a_model_in_triton_writes_what_it_writes_in_torch(monkeypatch):
     assert all(torch.equal(text, texts[0]) for text in texts)
 
 
+def test_writing_under_autocast(monkeypatch):
+    torch.manual_seed(0)
+    model = scramble(Hybrid(HybridConfig(**(TINY | dict(hybrid_override_pattern="M*-"))))).to(DEVICE).eval()
+    texts = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(kernels, "BACKEND", backend)
+        with torch.autocast(DEVICE, torch.float16):
+            texts.append(torch.stack(list(model.generate([[1, 2, 3]], 5, temperature=0))))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("raw", [-30.0, -17.0, -8.5, -7.5, 0.0, 19.0, 21.0])
+def test_the_step_size_keeps_its_digits(raw):
+    """dt * x * B goes into the state: with A = 0, x and B known, the state tells dt."""
+    inputs = [
+        kernels.in_low(t, torch.float32)
+        for t in bench(ssd.mamba2_steps).inputs(kernels.normal(DEVICE), 1, 1, 2, 8, 1, 8)
+    ]
+    inputs[0][..., -2:], inputs[2][:], inputs[5][:] = raw, 0.0, 0.0  # raw dt, state, dt_bias
+    states = [ssd.mamba2_steps(*inputs, backend=backend)[2] for backend in ("torch", "triton")]
+    assert torch.allclose(*states, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(2, 20, 16, 8, 2, 8), (1, 70, 8, 8, 1, 8)], ids=str)
 def test_the_fused_inside_of_a_layer(sizes, dtype):
