@@ -287,12 +287,12 @@ class Cache:
 
     layers: list  # one MambaState, KVState or None per layer; None before the first token, and for one without memory
     length: int = 0  # T, positions read before `fix`, padding included
-    room: int = 0  # positions to make room for at the first token
+    room: int = 0  # positions that keys and values get room for at once
     pad: torch.Tensor | None = None  # [B] int64, padded positions at the start of each row; None: no padding
     longest_pad: int = 0  # the largest of them
     position: torch.Tensor | None = None  # [] int64, positions read, once it is fixed
     end: torch.Tensor | None = None  # [] int64, positions with the tokens that are being read
-    trial: bool = False
+    trial: bool = False  # whether those tokens may be taken back
     found: dict = field(default_factory=dict)  # layer -> (inputs, states) of `mamba2_steps` for those tokens
 
     def size(self):

@@ -934,6 +934,7 @@ def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weig
 
 
 def _gated_dtype(projected):
+    """Returns the dtype of y * silu(z): float16 can overflow before the norm makes it small again."""
     return torch.float32 if projected.dtype == torch.float16 else projected.dtype
 
 
@@ -943,8 +944,7 @@ def mamba2_steps_ref(
     """Returns (y [B, T, di], inputs, states) of a few tokens that go on from a state, one after the other.
 
     projected [B, T, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32;
-    A = -exp(A_log). y is what the recurrence gives, gated, to be normalised (float32 where the rest
-    is float16, which the product with the gate can overflow). inputs, states: the next conv_state and
+    A = -exp(A_log). y is what the recurrence gives, gated, to be normalised. inputs, states: the next conv_state and
     ssm_state; with `every`, what they are after any of the tokens: inputs [B, di + 2 G N, W-1 + T], of which
     t+1 ... t+W-1 are the state after token t, and states [B, T, H, P, N]. overwrite: the last ssm_state may be put in
     place of the one given (not with `every`).
