@@ -9,8 +9,14 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from kernels import at_least_float32, expect, pick_backend, rms_norm
+from kernels import at_least_float32, dot_precision, expect, jit, pick_backend, rms_norm, tl, triton
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    pass
 
 # ---- 1. the definition --------------------------------------------------------------------------------------------
 
@@ -83,6 +89,393 @@ def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, back
     """Returns `lla_step_ref(...)` on the backend asked for."""
     pick_backend(backend, q.device, q.dtype)
     return lla_step_ref(q, k_cache, v_cache, ridge, length, pad, scale)
+
+
+# ---- 3. the kernels -----------------------------------------------------------------------------------------------
+
+
+@jit
+def _rows(desc, batch, head, first):
+    """Returns the rows first.. of one head of a tensor [B, heads, rows, D]; those past the end are zeros."""
+    return desc.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(desc.block_shape[2], desc.block_shape[3])
+
+
+@jit
+def _weights(q, k, best, scale, last, first, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Returns exp2(scale q k^T - best) [M, N]; with MASKED, zero for positions past each row's last."""
+    w = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - best[:, None])
+    if MASKED:
+        w = tl.where(first + tl.arange(0, k.shape[0])[None, :] <= last[:, None], w, 0.0)
+    return w
+
+
+@jit
+def _reach(first, T, S, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Returns (last position that each of M queries sees [M], how many all of them see, in whole tiles; end of the rest)."""
+    if CAUSAL:
+        last = tl.minimum(first + tl.arange(0, M) + S - T, S - 1)
+        return last, (first + S - T + 1) // N * N, tl.minimum(first + M + S - T, S)
+    return tl.full([M], S - 1, tl.int32), S // N * N, S
+
+
+@jit
+def _place(T, H, GROUP, M: tl.constexpr):
+    """Returns (first query, batch, head, key head, number of this head) of a program: the longest tiles come first."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    at = tl.program_id(1)
+    batch, head = at // H, at % H
+    return first, batch, head, head // GROUP, at.to(tl.int64)
+
+
+@jit
+def _stats_kernel(q_desc, k_desc, best_ptr, total_ptr, kbar_ptr, T, S, H, GROUP, scale, CAUSAL: tl.constexpr,
+                  PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    first, batch, head, kv_head, at = _place(T, H, GROUP, M)
+    last, full, end = _reach(first, T, S, CAUSAL, M, N)
+    q = _rows(q_desc, batch, head, first)  # [M, D]
+    best, total, total16 = tl.full([M], -float("inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    for MASKED in tl.static_range(2):
+        for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
+            k = _rows(k_desc, batch, kv_head, start)  # [N, D]
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [M, N], in powers of two
+            if MASKED:
+                logits = tl.where(start + tl.arange(0, N)[None, :] <= last[:, None], logits, -float("inf"))
+            higher = tl.maximum(best, tl.max(logits, 1))
+            w, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(best - higher)
+            w16 = w.to(k.dtype)
+            total = total * shrink + tl.sum(w, 1)
+            total16 = total16 * shrink + tl.sum(w16.to(tl.float32), 1)
+            acc = tl.dot(w16, k, acc=acc * shrink[:, None], input_precision=PRECISION)
+            best = higher
+    t, d = first + tl.arange(0, M), tl.arange(0, D)
+    tl.store(best_ptr + at * T + t, best, mask=t < T)
+    tl.store(total_ptr + at * T + t, total, mask=t < T)
+    tl.store(kbar_ptr + (at * T + t)[:, None] * D + d[None, :], acc / total16[:, None], mask=(t < T)[:, None])
+
+
+@jit
+def _solve_kernel(q_desc, k_desc, best_ptr, total_ptr, kbar_ptr, ridge_ptr, rhs_ptr, x_ptr, norm_ptr, xk_ptr, iters_ptr,
+                  T, S, H, GROUP, scale, iters, tol, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+                  M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    first, batch, head, kv_head, at = _place(T, H, GROUP, M)
+    last, full, end = _reach(first, T, S, CAUSAL, M, N)
+    q = _rows(q_desc, batch, head, first)  # [M, D]
+    t, d = first + tl.arange(0, M), tl.arange(0, D)
+    row, inside = at * T + t, t < T
+    here = row[:, None] * D + d[None, :]
+    best = tl.load(best_ptr + row, mask=inside, other=0.0)
+    total = tl.load(total_ptr + row, mask=inside, other=1.0)
+    ridge = tl.load(ridge_ptr + head)
+    kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
+    if rhs_ptr is None:
+        r = tl.where(inside[:, None], q.to(tl.float32) - kbar, 0.0)
+    else:
+        r = tl.load(rhs_ptr + here, mask=inside[:, None], other=0.0)
+    x = tl.zeros([M, D], tl.float32)
+    rr = tl.sum(r * r, 1)
+    limit = tol * tol * rr
+    active = rr > limit
+    p = (r * tl.rsqrt(tl.maximum(rr, 1e-30))[:, None]).to(k_desc.dtype)
+    step_no = 0
+    used = tl.zeros([M], tl.int32)
+    more = tl.max(active.to(tl.int32), 0)
+    while (step_no < iters) & (more > 0):
+        kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
+        pk = tl.sum(p.to(tl.float32) * kbar, 1)
+        Cp, sums = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32)
+        for MASKED in tl.static_range(2):
+            for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
+                k = _rows(k_desc, batch, kv_head, start)  # [N, D]
+                w = _weights(q, k, best, scale, last, start, MASKED, PRECISION)
+                alpha = (w * (tl.dot(p, tl.trans(k), input_precision=PRECISION) - pk[:, None])).to(k.dtype)  # [M, N]
+                sums += tl.sum(alpha.to(tl.float32), 1)
+                Cp = tl.dot(alpha, k, acc=Cp, input_precision=PRECISION)
+        pf = p.to(tl.float32)
+        kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
+        Cp = (Cp - sums[:, None] * kbar) / total[:, None] + ridge * pf
+        pCp = tl.maximum(tl.sum(pf * Cp, 1), 1e-30)
+        step = tl.where(active, tl.sum(pf * r, 1) / pCp, 0.0)
+        x += step[:, None] * pf
+        r -= step[:, None] * Cp
+        used += active.to(tl.int32)
+        active = active & (tl.sum(r * r, 1) > limit)
+        pf = r - (tl.sum(r * Cp, 1) / pCp)[:, None] * pf
+        pf = pf * tl.rsqrt(tl.maximum(tl.sum(pf * pf, 1), 1e-30))[:, None]
+        p = pf.to(k_desc.dtype)
+        more = tl.max(active.to(tl.int32), 0)
+        step_no += 1
+    norm = tl.sqrt(tl.sum(x * x, 1))
+    x16 = (x / tl.maximum(norm, 1e-30)[:, None]).to(k_desc.dtype)
+    kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
+    tl.store(x_ptr + here, x16, mask=inside[:, None])
+    tl.store(norm_ptr + row, norm, mask=inside)
+    tl.store(xk_ptr + row, tl.sum(x16.to(tl.float32) * kbar, 1), mask=inside)
+    if iters_ptr is not None:
+        tl.store(iters_ptr + row, used, mask=inside)
+
+
+@jit
+def _output_kernel(q_desc, x_desc, k_desc, v_desc, norm_ptr, xk_ptr, best_ptr, total_ptr, o_ptr, T, S, H, GROUP, scale,
+                   CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                   D: tl.constexpr):  # fmt: skip
+    first, batch, head, kv_head, at = _place(T, H, GROUP, M)
+    last, full, end = _reach(first, T, S, CAUSAL, M, N)
+    q, x = _rows(q_desc, batch, head, first), _rows(x_desc, batch, head, first)  # [M, D]
+    t, d = first + tl.arange(0, M), tl.arange(0, D)
+    row, inside = at * T + t, t < T
+    best = tl.load(best_ptr + row, mask=inside, other=0.0)
+    norm = tl.load(norm_ptr + row, mask=inside, other=0.0)
+    f0 = 1 - norm * tl.load(xk_ptr + row, mask=inside, other=0.0)
+    acc = tl.zeros([M, D], tl.float32)
+    for MASKED in tl.static_range(2):
+        for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
+            k, v = _rows(k_desc, batch, kv_head, start), _rows(v_desc, batch, kv_head, start)  # [N, D]
+            w = _weights(q, k, best, scale, last, start, MASKED, PRECISION)
+            f = norm[:, None] * tl.dot(x, tl.trans(k), input_precision=PRECISION) + f0[:, None]  # [M, N]
+            acc = tl.dot((w * f).to(v.dtype), v, acc=acc, input_precision=PRECISION)
+    total = tl.load(total_ptr + row, mask=inside, other=1.0)
+    tl.store(o_ptr + row[:, None] * D + d[None, :], acc / total[:, None], mask=inside[:, None])
+
+
+@jit
+def _rhs_kernel(q_desc, g_desc, k_desc, v_desc, best_ptr, total_ptr, kbar_ptr, rhs_ptr, gnorm_ptr, gbar_ptr,
+                T, S, H, GROUP, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                D: tl.constexpr):  # fmt: skip
+    first, batch, head, kv_head, at = _place(T, H, GROUP, M)
+    last, full, end = _reach(first, T, S, CAUSAL, M, N)
+    q, g = _rows(q_desc, batch, head, first), _rows(g_desc, batch, head, first)  # [M, D]
+    t, d = first + tl.arange(0, M), tl.arange(0, D)
+    row, inside = at * T + t, t < T
+    here = row[:, None] * D + d[None, :]
+    best = tl.load(best_ptr + row, mask=inside, other=0.0)
+    gf = g.to(tl.float32)
+    gnorm = tl.sqrt(tl.sum(gf * gf, 1))
+    unit = 1 / tl.maximum(gnorm, 1e-30)
+    acc, sums, sums16 = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    for MASKED in tl.static_range(2):
+        for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
+            k, v = _rows(k_desc, batch, kv_head, start), _rows(v_desc, batch, kv_head, start)  # [N, D]
+            w = _weights(q, k, best, scale, last, start, MASKED, PRECISION)
+            wg = w * (tl.dot(g, tl.trans(v), input_precision=PRECISION) * unit[:, None])  # [M, N]
+            wg16 = wg.to(k.dtype)
+            sums += tl.sum(wg, 1)
+            sums16 += tl.sum(wg16.to(tl.float32), 1)
+            acc = tl.dot(wg16, k, acc=acc, input_precision=PRECISION)
+    total = tl.load(total_ptr + row, mask=inside, other=1.0)
+    kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
+    tl.store(rhs_ptr + here, (acc - sums16[:, None] * kbar) / total[:, None], mask=inside[:, None])
+    tl.store(gnorm_ptr + row, gnorm, mask=inside)
+    tl.store(gbar_ptr + row, sums / total, mask=inside)
+
+
+@jit
+def _dq_kernel(q_desc, g_desc, x_desc, u_desc, k_desc, v_desc, best_ptr, total_ptr, kbar_ptr, xnorm_ptr, xk_ptr,
+               unorm_ptr, uk_ptr, gnorm_ptr, gbar_ptr, dq_ptr, ux_ptr, rows_ptr, T, S, H, GROUP, scale, raw_scale,
+               CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+               D: tl.constexpr):  # fmt: skip
+    first, batch, head, kv_head, at = _place(T, H, GROUP, M)
+    last, full, end = _reach(first, T, S, CAUSAL, M, N)
+    q, g = _rows(q_desc, batch, head, first), _rows(g_desc, batch, head, first)  # [M, D]
+    x, u = _rows(x_desc, batch, head, first), _rows(u_desc, batch, head, first)  # [M, D]
+    t, d = first + tl.arange(0, M), tl.arange(0, D)
+    row, inside = at * T + t, t < T
+    here = row[:, None] * D + d[None, :]
+    best = tl.load(best_ptr + row, mask=inside, other=0.0)
+    xnorm = tl.load(xnorm_ptr + row, mask=inside, other=0.0)
+    unorm = tl.load(unorm_ptr + row, mask=inside, other=0.0)
+    gnorm = tl.load(gnorm_ptr + row, mask=inside, other=0.0)
+    f0 = 1 - xnorm * tl.load(xk_ptr + row, mask=inside, other=0.0)
+    e0 = unorm * tl.load(uk_ptr + row, mask=inside, other=0.0) - tl.load(gbar_ptr + row, mask=inside, other=0.0)
+    unit = 1 / tl.maximum(gnorm, 1e-30)
+    acc, sums, sums16 = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    for MASKED in tl.static_range(2):
+        for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
+            k, v = _rows(k_desc, batch, kv_head, start), _rows(v_desc, batch, kv_head, start)  # [N, D]
+            w = _weights(q, k, best, scale, last, start, MASKED, PRECISION)
+            f = xnorm[:, None] * tl.dot(x, tl.trans(k), input_precision=PRECISION) + f0[:, None]  # [M, N]
+            n = unorm[:, None] * tl.dot(u, tl.trans(k), input_precision=PRECISION)
+            e = tl.dot(g, tl.trans(v), input_precision=PRECISION) * unit[:, None] + e0[:, None] - n
+            dw = w * f * e
+            dw16 = dw.to(k.dtype)
+            sums += tl.sum(dw, 1)
+            sums16 += tl.sum(dw16.to(tl.float32), 1)
+            acc = tl.dot(dw16, k, acc=acc, input_precision=PRECISION)
+    total = tl.load(total_ptr + row, mask=inside, other=1.0)
+    kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
+    uf = u.to(tl.float32) * unorm[:, None]
+    dq = uf + raw_scale * (acc - sums16[:, None] * kbar) / total[:, None]
+    tl.store(dq_ptr + here, dq * gnorm[:, None], mask=inside[:, None])
+    tl.store(ux_ptr + row, gnorm * xnorm * tl.sum(uf * x.to(tl.float32), 1), mask=inside)
+    # What the other kernel needs of each row.
+    stride = tl.num_programs(1).to(tl.int64) * T
+    tl.store(rows_ptr + row, best + tl.log2(total), mask=inside)
+    tl.store(rows_ptr + stride + row, f0, mask=inside)
+    tl.store(rows_ptr + 2 * stride + row, unorm * gnorm, mask=inside)
+    tl.store(rows_ptr + 3 * stride + row, e0 * gnorm, mask=inside)
+    tl.store(rows_ptr + 4 * stride + row, gnorm * sums / total, mask=inside)
+
+
+@jit
+def _dkv_kernel(q_desc, g_desc, x_desc, u_desc, x16_desc, u16_desc, k_desc, k16_desc, v_desc, xnorm_ptr, rows_ptr,
+                dk_ptr, dv_ptr, T, S, H, GROUP, scale, raw_scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+                M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    first = tl.program_id(0) * N
+    HKV = H // GROUP
+    batch, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
+    k, v = _rows(k_desc, batch, kv_head, first), _rows(v_desc, batch, kv_head, first)  # [N, D]
+    k16 = _rows(k16_desc, batch, kv_head, first)
+    keys, d = first + tl.arange(0, N), tl.arange(0, D)
+    dk, dv = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
+    stride = (tl.num_programs(1) * GROUP).to(tl.int64) * T
+    begin, clear = 0, 0  # queries before `begin` see none of these keys, those from `clear` on all
+    if CAUSAL:
+        begin = tl.maximum(first - (S - T), 0) // M * M
+        clear = tl.minimum(tl.cdiv(tl.maximum(first + N - 1 - (S - T), 0), M) * M, tl.cdiv(T, M) * M)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        at = (batch * H + head).to(tl.int64) * T
+        for MASKED in tl.static_range(2):
+            for start in tl.range(begin if MASKED else clear, clear if MASKED else T, M):
+                q, g = _rows(q_desc, batch, head, start), _rows(g_desc, batch, head, start)  # [M, D]
+                x, u = _rows(x_desc, batch, head, start), _rows(u_desc, batch, head, start)
+                x16, u16 = _rows(x16_desc, batch, head, start), _rows(u16_desc, batch, head, start)
+                t = start + tl.arange(0, M)
+                row, inside = at + t, t < T
+                best = tl.load(rows_ptr + row, mask=inside, other=float("inf"))
+                f0 = tl.load(rows_ptr + stride + row, mask=inside, other=0.0)
+                unorm = tl.load(rows_ptr + 2 * stride + row, mask=inside, other=0.0)
+                e0 = tl.load(rows_ptr + 3 * stride + row, mask=inside, other=0.0)
+                mean = tl.load(rows_ptr + 4 * stride + row, mask=inside, other=0.0)
+                xnorm = tl.load(xnorm_ptr + row, mask=inside, other=0.0)
+                s = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - best[None, :])  # [N, M]
+                if MASKED:
+                    s = tl.where(keys[:, None] <= (t + S - T)[None, :], s, 0.0)
+                a = s * (tl.dot(k16, tl.trans(x16), input_precision=PRECISION) * xnorm[None, :] + f0[None, :])
+                n = tl.dot(k16, tl.trans(u16), input_precision=PRECISION) * unorm[None, :]
+                e = tl.dot(v, tl.trans(g), input_precision=PRECISION) + e0[None, :] - n
+                dv = tl.dot(a.to(g.dtype), g, acc=dv, input_precision=PRECISION)
+                dlogits = (a * e - s * mean[None, :]) * raw_scale
+                dk = tl.dot(dlogits.to(q.dtype), q, acc=dk, input_precision=PRECISION)
+                dk = tl.dot((s * e * xnorm[None, :]).to(x.dtype), x, acc=dk, input_precision=PRECISION)
+                dk = tl.dot((-a * unorm[None, :]).to(u.dtype), u, acc=dk, input_precision=PRECISION)
+    here = (tl.program_id(1).to(tl.int64) * S + keys)[:, None] * D + d[None, :]
+    tl.store(dk_ptr + here, dk, mask=(keys < S)[:, None])
+    tl.store(dv_ptr + here, dv, mask=(keys < S)[:, None])
+
+
+# Tiles of each kernel: queries, keys, warps, stages.
+TILES = {
+    64: dict(stats=(128, 64, 8, 3), solve=(128, 64, 8, 3), output=(128, 64, 8, 3), rhs=(128, 64, 8, 3),
+             dq=(128, 64, 8, 2), dkv=(64, 64, 4, 2)),
+    128: dict(stats=(128, 64, 8, 3), solve=(128, 64, 8, 3), output=(128, 64, 8, 3), rhs=(128, 64, 8, 2),
+              dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2)),
+}  # fmt: skip
+TILES[32] = TILES[64]
+
+
+
+def _blocks(x, rows):
+    """Returns a descriptor of x [B, heads, T, D], to be loaded in tiles of `rows` rows of one head."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]])
+
+
+class _Kernels:
+    """The kernels, for operands q [B, H, T, D] and k [B, Hkv, S, D] of one dtype."""
+
+    def __init__(self, q, k, scale, causal):
+        self.q, self.k = q, k
+        (self.B, self.H, self.T, self.D), (self.Hkv, self.S) = q.shape, k.shape[1:3]
+        self.scale, self.raw_scale, self.causal = scale / math.log(2), scale, causal
+
+    def row(self):
+        """Returns an empty float32 number for each query [B, H, T]."""
+        return torch.empty(self.B, self.H, self.T, dtype=torch.float32, device=self.q.device)
+
+    def vector(self, dtype=torch.float32):
+        """Returns an empty vector for each query [B, H, T, D]."""
+        return torch.empty(self.B, self.H, self.T, self.D, dtype=dtype, device=self.q.device)
+
+    def run(self, kernel, name, queries, keys, *rest, over_keys=False):
+        """Launches a kernel. queries, keys: tensors to load in tiles of either; rest: its further arguments."""
+        M, N, warps, stages = TILES[self.D][name]
+        size, heads, length = (N, self.Hkv, self.S) if over_keys else (M, self.H, self.T)
+        descs = [_blocks(t, M) for t in queries] + [_blocks(t, N) for t in keys]
+        kernel[(triton.cdiv(length, size), self.B * heads)](
+            *descs, *rest, CAUSAL=self.causal, PRECISION=dot_precision(), M=M, N=N, D=self.D,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    @property
+    def sizes(self):
+        return self.T, self.S, self.H, self.H // self.Hkv, self.scale
+
+    def stats(self):
+        best, total, kbar = self.row(), self.row(), self.vector()
+        self.run(_stats_kernel, "stats", [self.q], [self.k], best, total, kbar, *self.sizes)
+        return best, total, kbar
+
+    def solve(self, stats, ridge, rhs, iters, tol, used=None):
+        x, norm, xk = self.vector(self.k.dtype), self.row(), self.row()
+        self.run(_solve_kernel, "solve", [self.q], [self.k], *stats, ridge, rhs, x, norm, xk, used, *self.sizes, iters, tol)
+        return x, norm, xk
+
+    def output(self, stats, solution, v, o):
+        x, norm, xk = solution
+        self.run(_output_kernel, "output", [self.q, x], [self.k, v], norm, xk, *stats[:2], o, *self.sizes)
+        return o
+
+    def rhs(self, stats, v, g):
+        rhs, gnorm, gbar = self.vector(), self.row(), self.row()
+        self.run(_rhs_kernel, "rhs", [self.q, g], [self.k, v], *stats, rhs, gnorm, gbar, *self.sizes)
+        return rhs, gnorm, gbar
+
+    def dq(self, stats, x, u, v, g, gnorm, gbar, dq):
+        ux, rows = self.row(), torch.empty(5, self.B, self.H, self.T, dtype=torch.float32, device=self.q.device)
+        self.run(_dq_kernel, "dq", [self.q, g, x[0], u[0]], [self.k, v], *stats, *x[1:], *u[1:], gnorm, gbar, dq, ux, rows,
+                 *self.sizes, self.raw_scale)
+        return ux, rows
+
+    def dkv(self, q, k, v, g, x, u, rows, dk, dv):
+        """q, k, v, g in the dtype of the inputs."""
+        self.run(_dkv_kernel, "dkv", [q, g, x[0].to(q.dtype), u[0].to(q.dtype), x[0], u[0]], [k, self.k, v], x[1], rows, dk, dv, *self.sizes,
+                 self.raw_scale, over_keys=True)
+
+
+class _FlashLLA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, ridge, scale, iters, tol, causal, used):
+        operands = torch.float32 if q.dtype == torch.float32 else torch.float16
+        kernels = _Kernels(q.to(operands), k.to(operands), scale, causal)
+        stats = kernels.stats()
+        x = kernels.solve(stats, ridge, None, iters, tol, used)
+        ctx.save_for_backward(q, k, v, ridge, *stats, *x)
+        ctx.settings = scale, iters, tol, causal, operands
+        return kernels.output(stats, x, v, torch.empty(q.shape, dtype=q.dtype, device=q.device))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        q, k, v, ridge, *saved = ctx.saved_tensors
+        stats, x = saved[:3], saved[3:]
+        scale, iters, tol, causal, operands = ctx.settings
+        g = g.contiguous()
+        kernels = _Kernels(q.to(operands), k.to(operands), scale, causal)
+        rhs, gnorm, gbar = kernels.rhs(stats, v, g)
+        u = kernels.solve(stats, ridge, rhs, iters, tol)
+        del rhs
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        ux, rows = kernels.dq(stats, x, u, v, g, gnorm, gbar, dq)
+        kernels.dkv(q, k, v, g, x, u, rows, dk, dv)
+        return dq, dk, dv, -ux.sum((0, 2)), None, None, None, None, None
+
+
+def lla_triton(q, k, v, ridge, scale=None, iters=None, causal=True, tol=None, used=None):
+    D = q.shape[3]
+    scale = D**-0.5 if scale is None else scale
+    ridge = torch.as_tensor(ridge, dtype=torch.float32, device=q.device).expand(q.shape[1]).contiguous()
+    tol = tol or (1e-3 if q.dtype != torch.float32 else 1e-5)
+    return _FlashLLA.apply(q, k, v, ridge, scale, iters or 2 * D, tol, causal, used)
 
 
 # ---- 4. the layer -------------------------------------------------------------------------------------------------
