@@ -5,13 +5,26 @@ Paper    Zuo, Yin, Zeng, Li, Zhu, Wang: "Local Linear Attention: An Optimal Inte
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels import at_least_float32, dot_precision, expect, jit, pick_backend, rms_norm, tl, triton
+from kernels import (
+    at_least_float32,
+    block_of,
+    dot_precision,
+    early_launch,
+    jit,
+    pick_backend,
+    rms_norm,
+    tail_contiguous,
+    tl,
+    triton,
+    wait_for_the_kernel_before,
+)  # fmt: skip
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -30,26 +43,57 @@ def softmax_weights(q, k, scale=None, causal=True):
     return logits.softmax(-1)
 
 
+def conjugate_gradients(C, c, steps):
+    """Returns x [..., D], about C^-1 c, for symmetric positive C [..., D, D]: exact after D steps, but for rounding."""
+    x, r, p, tiny = torch.zeros_like(c), c, c, torch.finfo(c.dtype).tiny
+    rr = (r * r).sum(-1, keepdim=True)
+    for _ in range(steps):
+        Cp = (C @ p[..., None])[..., 0]
+        step = rr / (p * Cp).sum(-1, keepdim=True).clamp_min(tiny)
+        x, r = x + step * p, r - step * Cp
+        before, rr = rr, (r * r).sum(-1, keepdim=True)
+        p = r + rr / before.clamp_min(tiny) * p
+    return x
+
+
+def local_fit(s, q, k, v, ridge, iters=None):
+    """Returns o [B, H, T, Dv], the intercepts at q of ridge regressions of v on k with weights s [B, H, T, S].
+
+    Equation by equation, the centred form. q [B, H, T, D]; k [B, H, S, D]; v [B, H, S, Dv]; ridge [H or 1, 1, 1].
+    iters: steps of conjugate gradients in place of an exact solve.
+    """
+    D = k.shape[-1]
+    kbar = s @ k  # [B, H, T, D]
+    kk = (k[..., :, None] * k[..., None, :]).flatten(-2)  # [B, H, S, D D]
+    C = (s @ kk).unflatten(-1, (D, D)) - kbar[..., :, None] * kbar[..., None, :]  # [B, H, T, D, D]
+    C = C + ridge[..., None] * torch.eye(D, dtype=k.dtype, device=k.device)
+    c = q - kbar
+    x = torch.linalg.solve(C, c) if iters is None else conjugate_gradients(C, c, iters)  # [B, H, T, D]
+    y = x @ k.mT - (x * kbar).sum(-1, keepdim=True)  # [B, H, T, S]
+    return (s * (1 + y)) @ v
+
+
+def paper_fit(s, q, k, v, ridge):
+    """Returns what `local_fit` returns, by the formula of the paper: the same function, worse conditioned.
+
+    With z_j = k_j - q:  Sigma = sum_j s_j z_j z_j^T + ridge I,  mu = sum_j s_j z_j,  rho = Sigma^-1 mu,
+    o = sum_j s_j (1 - z_j.rho) v_j / (1 - mu.rho).
+    """
+    z = k[:, :, None] - q[..., None, :]  # [B, H, T, S, D]
+    mu = (s[..., None] * z).sum(-2)  # [B, H, T, D]
+    Sigma = torch.einsum("bhts,bhtsd,bhtse->bhtde", s, z, z)
+    Sigma = Sigma + ridge[..., None] * torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    rho = torch.linalg.solve(Sigma, mu)
+    a = s * (1 - (z @ rho[..., None])[..., 0]) / (1 - (mu * rho).sum(-1, keepdim=True))  # [B, H, T, S]
+    return a @ v
+
+
 def _each_head(q, k, v, ridge):
     """Returns q, k, v, ridge in float32 or float64, k and v once for each query head, ridge [1 or H, 1, 1]."""
     group = q.shape[1] // k.shape[1]
     q, k, v = (at_least_float32(t) for t in (q, k, v))
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     return q, k, v, torch.as_tensor(ridge, device=q.device, dtype=q.dtype).view(-1, 1, 1)
-
-
-def local_fit(s, q, k, v, ridge, iters=None):
-    """Returns o [B, H, T, Dv], the intercepts at q of ridge regressions of v on k with weights s [B, H, T, S].
-
-    The centred form. iters: steps of conjugate gradients in place of an exact solve.
-    """
-    kbar = s @ k  # [B, H, T, D]
-    C = torch.einsum("bhts,bhsd,bhse->bhtde", s, k, k) - kbar[..., :, None] * kbar[..., None, :]
-    C = C + ridge[..., None] * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)  # [B, H, T, D, D]
-    c = q - kbar
-    x = torch.linalg.solve(C, c)  # [B, H, T, D]
-    y = x @ k.mT - (x * kbar).sum(-1, keepdim=True)  # [B, H, T, S]
-    return (s * (1 + y)) @ v
 
 
 def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
@@ -62,12 +106,6 @@ def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
     return local_fit(softmax_weights(q, k, scale, causal), q, k, v, ridge, iters).to(dtype)
 
 
-def lla(q, k, v, ridge, scale=None, iters=None, causal=True, backend="auto"):
-    """Returns `lla_ref(...)` on the backend asked for."""
-    pick_backend(backend, q.device, q.dtype)
-    return lla_ref(q, k, v, ridge, scale, iters, causal)
-
-
 def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
     """Returns o [B, H, D]: `lla` of one new query on its cache, which holds its own key and value already.
 
@@ -77,18 +115,11 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
     dtype, room = q.dtype, k_cache.shape[2]
     q, k, v, ridge = _each_head(q[:, :, None], k_cache, v_cache, ridge)
     at = torch.arange(room, device=q.device)
-    seen = at < (room if length is None else length)  # [room]
-    if pad is not None:
-        seen = seen & (at >= pad[:, None, None, None])  # [B, 1, 1, room]
+    filled = at < (room if length is None else length)  # [room]
+    k, v = (torch.where(filled[:, None], t, 0.0) for t in (k, v))  # what lies behind may be anything, NaN too
+    seen = filled if pad is None else filled & (at >= pad[:, None, None, None])  # [room] or [B, 1, 1, room]
     logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
-    k, v = (torch.where(at[:, None] < (room if length is None else length), t, 0.0) for t in (k, v))
     return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
-
-
-def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, backend="auto"):
-    """Returns `lla_step_ref(...)` on the backend asked for."""
-    pick_backend(backend, q.device, q.dtype)
-    return lla_step_ref(q, k_cache, v_cache, ridge, length, pad, scale)
 
 
 # ---- 3. the kernels -----------------------------------------------------------------------------------------------
@@ -97,7 +128,9 @@ def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, back
 @jit
 def _rows(desc, batch, head, first):
     """Returns the rows first.. of one head of a tensor [B, heads, rows, D]; those past the end are zeros."""
-    return desc.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(desc.block_shape[2], desc.block_shape[3])
+    return desc.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(
+        desc.block_shape[2], desc.block_shape[3]
+    )
 
 
 @jit
@@ -364,6 +397,100 @@ def _dkv_kernel(q_desc, g_desc, x_desc, u_desc, x16_desc, u16_desc, k_desc, k16_
     tl.store(dv_ptr + here, dv, mask=(keys < S)[:, None])
 
 
+@jit
+def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, kk_ptr, kv_ptr, sums_ptr, H, GROUP, D, scale,
+                    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr,
+                    PRECISION: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    head, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, d = tl.arange(0, N), tl.arange(0, BLOCK)
+    wait_for_the_kernel_before(PDL)
+    length, pad = tl.load(length_ptr).to(tl.int32), tl.cast(0, tl.int32)
+    if pad_ptr is not None:
+        pad = tl.load(pad_ptr + batch).to(tl.int32)
+    k_ptr += batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + (head // GROUP).to(tl.int64) * stride_vh
+    q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32) * scale
+    origin = tl.load(k_ptr + pad.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
+    share = tl.cdiv(tl.cdiv(length - pad, N), SPLITS) * N  # positions of one split
+    begin = pad + split * share
+    best, total = -float("inf"), tl.zeros([N], tl.float32)
+    ksum, vsum = tl.zeros([N, BLOCK], tl.float32), tl.zeros([N, BLOCK], tl.float32)
+    kk, kv = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK, BLOCK], tl.float32)
+    for first in tl.range(begin, tl.minimum(begin + share, length), N):
+        at = first + n
+        inside = (at[:, None] < length) & (d[None, :] < D)
+        here = at[:, None].to(tl.int64) * D + d[None, :]
+        k = tl.load(k_ptr + here, mask=inside, other=0.0).to(tl.float32)  # [N, D]
+        v = tl.load(v_ptr + here, mask=inside, other=0.0).to(tl.float32)  # [N, D]
+        logits = tl.where(at < length, tl.sum(k * q[None, :], 1), -float("inf"))  # [N], in powers of two
+        higher = tl.maximum(best, tl.max(logits, 0))
+        shrink, w, root = tl.exp2(best - higher), tl.exp2(logits - higher), tl.exp2(0.5 * (logits - higher))
+        rk = (root[:, None] * (k - origin[None, :])).to(k_ptr.dtype.element_ty)
+        rv = (root[:, None] * v).to(v_ptr.dtype.element_ty)
+        total = total * shrink + w
+        ksum = ksum * shrink + root[:, None] * rk.to(tl.float32)
+        vsum = vsum * shrink + root[:, None] * rv.to(tl.float32)
+        kk = tl.dot(tl.trans(rk), rk, acc=kk * shrink, input_precision=PRECISION)
+        kv = tl.dot(tl.trans(rk), rv, acc=kv * shrink, input_precision=PRECISION)
+        best = higher
+    part = (batch * H + head) * SPLITS + split
+    e = tl.arange(0, BLOCK)[:, None]
+    square = part * BLOCK * BLOCK + e * BLOCK + d[None, :]
+    tl.store(kk_ptr + square, kk)
+    tl.store(kv_ptr + square, kv)
+    sums_ptr += part * (2 * BLOCK + 2)
+    tl.store(sums_ptr + d, tl.sum(ksum, 0))
+    tl.store(sums_ptr + BLOCK + d, tl.sum(vsum, 0))
+    tl.store(sums_ptr + 2 * BLOCK, tl.sum(total, 0))
+    tl.store(sums_ptr + 2 * BLOCK + 1, best)
+
+
+@jit
+def _moments_fit_kernel(q_ptr, k_ptr, pad_ptr, kk_ptr, kv_ptr, sums_ptr, ridge_ptr, o_ptr, H, GROUP, D, tol,
+                        stride_qb, stride_qh, stride_kb, stride_kh, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+                        PDL: tl.constexpr):  # fmt: skip
+    head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK)[:, None]
+    wait_for_the_kernel_before(PDL)
+    pad = tl.cast(0, tl.int64)
+    if pad_ptr is not None:
+        pad = tl.load(pad_ptr + batch)
+    part = (batch * H + head) * SPLITS
+    sums_ptr += part * (2 * BLOCK + 2)
+    split = tl.arange(0, SPLITS)
+    best = tl.max(tl.load(sums_ptr + split * (2 * BLOCK + 2) + 2 * BLOCK + 1), 0)
+    C, total = tl.zeros([BLOCK, BLOCK], tl.float32), 0.0
+    kbar, vbar = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for i in range(SPLITS):
+        at = sums_ptr + i * (2 * BLOCK + 2)
+        weight = tl.exp2(tl.load(at + 2 * BLOCK + 1) - best)
+        total += weight * tl.load(at + 2 * BLOCK)
+        kbar += weight * tl.load(at + d)
+        vbar += weight * tl.load(at + BLOCK + d)
+        C += weight * tl.load(kk_ptr + (part + i) * BLOCK * BLOCK + e * BLOCK + d[None, :])
+    kbar, vbar = kbar / total, vbar / total
+    C = C / total - kbar[:, None] * kbar[None, :] + tl.where(e == d[None, :], tl.load(ridge_ptr + head), 0.0)
+    q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32)
+    origin = tl.load(k_ptr + batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh + pad * D + d, mask=d < D,
+                     other=0.0).to(tl.float32)  # fmt: skip
+    r = q - origin - kbar
+    x, p, rr = tl.zeros([BLOCK], tl.float32), r, tl.sum(r * r, 0)
+    limit, step_no = tol * tol * rr, 0
+    while (rr > limit) & (step_no < 2 * BLOCK):
+        Cp = tl.sum(C * p[:, None], 0)  # C is symmetric
+        step = rr / tl.maximum(tl.sum(p * Cp, 0), 1e-30)
+        x += step * p
+        r -= step * Cp
+        before, rr = rr, tl.sum(r * r, 0)
+        p = r + (rr / before) * p
+        step_no += 1
+    o = vbar * (1 - tl.sum(x * kbar, 0))
+    for i in range(SPLITS):
+        weight = tl.exp2(tl.load(sums_ptr + i * (2 * BLOCK + 2) + 2 * BLOCK + 1) - best) / total
+        o += weight * tl.sum(tl.load(kv_ptr + (part + i) * BLOCK * BLOCK + e * BLOCK + d[None, :]) * x[:, None], 0)
+    tl.store(o_ptr + (batch * H + head) * D + d, o, mask=d < D)
+
+
 # Tiles of each kernel: queries, keys, warps, stages.
 TILES = {
     64: dict(stats=(128, 64, 8, 3), solve=(128, 64, 8, 3), output=(128, 64, 8, 3), rhs=(128, 64, 8, 3),
@@ -374,9 +501,11 @@ TILES = {
 TILES[32] = TILES[64]
 
 
-
 def _blocks(x, rows):
     """Returns a descriptor of x [B, heads, T, D], to be loaded in tiles of `rows` rows of one head."""
+    align = 16 // x.element_size()
+    if x.data_ptr() % 16 or x.stride(3) != 1 or any(s % align or not s for s in x.stride()[:3]):
+        x = x.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]])
 
 
@@ -417,7 +546,9 @@ class _Kernels:
 
     def solve(self, stats, ridge, rhs, iters, tol, used=None):
         x, norm, xk = self.vector(self.k.dtype), self.row(), self.row()
-        self.run(_solve_kernel, "solve", [self.q], [self.k], *stats, ridge, rhs, x, norm, xk, used, *self.sizes, iters, tol)
+        self.run(
+            _solve_kernel, "solve", [self.q], [self.k], *stats, ridge, rhs, x, norm, xk, used, *self.sizes, iters, tol
+        )
         return x, norm, xk
 
     def output(self, stats, solution, v, o):
@@ -432,14 +563,39 @@ class _Kernels:
 
     def dq(self, stats, x, u, v, g, gnorm, gbar, dq):
         ux, rows = self.row(), torch.empty(5, self.B, self.H, self.T, dtype=torch.float32, device=self.q.device)
-        self.run(_dq_kernel, "dq", [self.q, g, x[0], u[0]], [self.k, v], *stats, *x[1:], *u[1:], gnorm, gbar, dq, ux, rows,
-                 *self.sizes, self.raw_scale)
+        self.run(
+            _dq_kernel,
+            "dq",
+            [self.q, g, x[0], u[0]],
+            [self.k, v],
+            *stats,
+            *x[1:],
+            *u[1:],
+            gnorm,
+            gbar,
+            dq,
+            ux,
+            rows,
+            *self.sizes,
+            self.raw_scale,
+        )
         return ux, rows
 
     def dkv(self, q, k, v, g, x, u, rows, dk, dv):
         """q, k, v, g in the dtype of the inputs."""
-        self.run(_dkv_kernel, "dkv", [q, g, x[0].to(q.dtype), u[0].to(q.dtype), x[0], u[0]], [k, self.k, v], x[1], rows, dk, dv, *self.sizes,
-                 self.raw_scale, over_keys=True)
+        self.run(
+            _dkv_kernel,
+            "dkv",
+            [q, g, x[0].to(q.dtype), u[0].to(q.dtype), x[0], u[0]],
+            [k, self.k, v],
+            x[1],
+            rows,
+            dk,
+            dv,
+            *self.sizes,
+            self.raw_scale,
+            over_keys=True,
+        )
 
 
 class _FlashLLA(torch.autograd.Function):
@@ -470,12 +626,64 @@ class _FlashLLA(torch.autograd.Function):
         return dq, dk, dv, -ux.sum((0, 2)), None, None, None, None, None
 
 
+WIDTHS = (32, 64, 128)  # channels of a head that the kernels take; in between, zeros are added
+
+
+@torch.compiler.disable  # large products in a few kernels: nothing for a compiler to gain
 def lla_triton(q, k, v, ridge, scale=None, iters=None, causal=True, tol=None, used=None):
-    D = q.shape[3]
+    """Returns `lla_ref(...)`, solved until the residual is `tol` of the right side, or for at most `iters` steps."""
+    (H, D), Dv = q.shape[1::2], v.shape[3]
+    width = min(w for w in WIDTHS if w >= max(D, Dv))
+    q, k, v = (F.pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t for t in (q, k, v))
+    ridge = torch.as_tensor(ridge, dtype=torch.float32, device=q.device).expand(H).contiguous()
+    tol = tol or (1e-5 if q.dtype == torch.float32 else 1e-3)
     scale = D**-0.5 if scale is None else scale
-    ridge = torch.as_tensor(ridge, dtype=torch.float32, device=q.device).expand(q.shape[1]).contiguous()
-    tol = tol or (1e-3 if q.dtype != torch.float32 else 1e-5)
-    return _FlashLLA.apply(q, k, v, ridge, scale, iters or 2 * D, tol, causal, used)
+    return _FlashLLA.apply(q, k, v, ridge, scale, iters or 2 * D, tol, causal, used)[..., :Dv]
+
+
+def lla(q, k, v, ridge, scale=None, iters=None, causal=True, backend="auto"):
+    """Returns `lla_ref(...)` on the backend asked for."""
+    in_triton = pick_backend(backend, q.device, q.dtype) == "triton"
+    return (lla_triton if in_triton else lla_ref)(q, k, v, ridge, scale, iters, causal)
+
+
+def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
+    """Returns `lla_step_ref(...)`, computed by two kernels that read the cache once. It has no backward."""
+    (B, H, D), (Hkv, room) = q.shape, k_cache.shape[1:3]
+    q, k, v = tail_contiguous(q), tail_contiguous(k_cache, 2), tail_contiguous(v_cache, 2)
+    if not torch.is_tensor(length):
+        length = torch.tensor(room if length is None else length, device=q.device)
+    ridge = torch.as_tensor(ridge, dtype=torch.float32, device=q.device).expand(H).contiguous()
+    BLOCK, splits = block_of(D), 1
+    N, warps, stages = STEP_TILES[BLOCK]
+    while B * H * splits < 128 and 512 * splits < room:
+        splits *= 2
+    empty = partial(torch.empty, dtype=torch.float32, device=q.device)
+    kk, kv, sums = (
+        empty(B, H, splits, BLOCK, BLOCK),
+        empty(B, H, splits, BLOCK, BLOCK),
+        empty(B, H, splits, 2 * BLOCK + 2),
+    )
+    scale = (D**-0.5 if scale is None else scale) / math.log(2)
+    o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    _moments_kernel[(H, splits, B)](
+        q, k, v, length, pad, kk, kv, sums, H, H // Hkv, D, scale, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        SPLITS=splits, PRECISION=dot_precision(), N=N, BLOCK=BLOCK, num_warps=warps, num_stages=stages, **early_launch(),
+    )  # fmt: skip
+    _moments_fit_kernel[(H, B)](
+        q, k, pad, kk, kv, sums, ridge, o, H, H // Hkv, D, 1e-5, *q.stride()[:2], *k.stride()[:2],
+        SPLITS=splits, BLOCK=BLOCK, num_warps=8, **early_launch(),
+    )  # fmt: skip
+    return o
+
+
+STEP_TILES = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (32, 8, 3)}
+
+
+def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, backend="auto"):
+    """Returns `lla_step_ref(...)` on the backend asked for."""
+    in_triton = pick_backend(backend, q.device, q.dtype) == "triton"
+    return (lla_step_triton if in_triton else lla_step_ref)(q, k_cache, v_cache, ridge, length, pad, scale)
 
 
 # ---- 4. the layer -------------------------------------------------------------------------------------------------
