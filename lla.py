@@ -88,6 +88,11 @@ def paper_fit(s, q, k, v, ridge):
     return a @ v
 
 
+def _per_head(ridge, H, device):
+    ridge = ridge.float() if torch.is_tensor(ridge) else torch.full((), ridge, dtype=torch.float32, device=device)
+    return ridge.to(device).expand(H).contiguous()
+
+
 def _each_head(q, k, v, ridge):
     """Returns q, k, v, ridge in float32 or float64, k and v once for each query head, ridge [1 or H, 1, 1]."""
     group = q.shape[1] // k.shape[1]
@@ -398,11 +403,12 @@ def _dkv_kernel(q_desc, g_desc, x_desc, u_desc, x16_desc, u16_desc, k_desc, k16_
 
 
 @jit
-def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, kk_ptr, kv_ptr, sums_ptr, H, GROUP, D, scale,
-                    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr,
-                    PRECISION: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    head, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n, d = tl.arange(0, N), tl.arange(0, BLOCK)
+def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, H, GROUP, D, scale, margin, stride_qb, stride_qh,
+                    stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+                    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    head, slab = tl.program_id(0) // (BLOCK // ROWS), tl.program_id(0) % (BLOCK // ROWS)
+    split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, d, rows = tl.arange(0, N), tl.arange(0, BLOCK), slab * ROWS + tl.arange(0, ROWS)
     wait_for_the_kernel_before(PDL)
     length, pad = tl.load(length_ptr).to(tl.int32), tl.cast(0, tl.int32)
     if pad_ptr is not None:
@@ -410,70 +416,86 @@ def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, kk_ptr, kv_ptr, su
     k_ptr += batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + (head // GROUP).to(tl.int64) * stride_vh
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32) * scale
-    origin = tl.load(k_ptr + pad.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
+    origin = tl.load(k_ptr + pad.to(tl.int64) * D + d, mask=d < D, other=0.0)
+    my_origin = tl.load(k_ptr + pad.to(tl.int64) * D + rows, mask=rows < D, other=0.0)
     share = tl.cdiv(tl.cdiv(length - pad, N), SPLITS) * N  # positions of one split
     begin = pad + split * share
-    best, total = -float("inf"), tl.zeros([N], tl.float32)
-    ksum, vsum = tl.zeros([N, BLOCK], tl.float32), tl.zeros([N, BLOCK], tl.float32)
-    kk, kv = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK, BLOCK], tl.float32)
-    for first in tl.range(begin, tl.minimum(begin + share, length), N):
-        at = first + n
-        inside = (at[:, None] < length) & (d[None, :] < D)
-        here = at[:, None].to(tl.int64) * D + d[None, :]
-        k = tl.load(k_ptr + here, mask=inside, other=0.0).to(tl.float32)  # [N, D]
-        v = tl.load(v_ptr + here, mask=inside, other=0.0).to(tl.float32)  # [N, D]
-        logits = tl.where(at < length, tl.sum(k * q[None, :], 1), -float("inf"))  # [N], in powers of two
-        higher = tl.maximum(best, tl.max(logits, 0))
-        shrink, w, root = tl.exp2(best - higher), tl.exp2(logits - higher), tl.exp2(0.5 * (logits - higher))
-        rk = (root[:, None] * (k - origin[None, :])).to(k_ptr.dtype.element_ty)
-        rv = (root[:, None] * v).to(v_ptr.dtype.element_ty)
-        total = total * shrink + w
-        ksum = ksum * shrink + root[:, None] * rk.to(tl.float32)
-        vsum = vsum * shrink + root[:, None] * rv.to(tl.float32)
-        kk = tl.dot(tl.trans(rk), rk, acc=kk * shrink, input_precision=PRECISION)
-        kv = tl.dot(tl.trans(rk), rv, acc=kv * shrink, input_precision=PRECISION)
-        best = higher
-    part = (batch * H + head) * SPLITS + split
-    e = tl.arange(0, BLOCK)[:, None]
-    square = part * BLOCK * BLOCK + e * BLOCK + d[None, :]
-    tl.store(kk_ptr + square, kk)
-    tl.store(kv_ptr + square, kv)
-    sums_ptr += part * (2 * BLOCK + 2)
-    tl.store(sums_ptr + d, tl.sum(ksum, 0))
-    tl.store(sums_ptr + BLOCK + d, tl.sum(vsum, 0))
-    tl.store(sums_ptr + 2 * BLOCK, tl.sum(total, 0))
-    tl.store(sums_ptr + 2 * BLOCK + 1, best)
+    end = tl.minimum(begin + share, length)
+    at = begin + n
+    k = tl.load(k_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=(at[:, None] < end) & (d[None, :] < D), other=0.0)
+    best = tl.max(tl.where(at < end, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf")), 0)
+    best = tl.where(begin < end, best, 0.0)
+    seen, total = tl.full([N], -float("inf"), tl.float32), tl.zeros([N], tl.float32)
+    squares = tl.zeros([ROWS, 2 * BLOCK], tl.float32)
+    ksum, vsum = tl.zeros([N, ROWS], tl.float32), tl.zeros([N, BLOCK], tl.float32)
+    again = 1
+    while again > 0:
+        total, squares, ksum, vsum = total * 0, squares * 0, ksum * 0, vsum * 0
+        for first in tl.range(begin, end, N):
+            at = first + n
+            here, inside = at[:, None].to(tl.int64) * D, at[:, None] < end
+            k = tl.load(k_ptr + here + d[None, :], mask=inside & (d[None, :] < D), other=0.0)  # [N, D]
+            v = tl.load(v_ptr + here + d[None, :], mask=inside & (d[None, :] < D), other=0.0)  # [N, D]
+            logits = tl.where(at < end, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))  # in powers of two
+            seen = tl.maximum(seen, logits)
+            root = tl.exp2(tl.minimum(0.5 * (logits - best), margin)).to(k.dtype)  # [N]
+            rk, rv = root[:, None] * (k - origin[None, :]), root[:, None] * v
+            mine = rk
+            if ROWS < BLOCK:
+                mine = tl.load(k_ptr + here + rows[None, :], mask=inside & (rows[None, :] < D), other=0.0)  # [N, ROWS]
+                mine = root[:, None] * (mine - my_origin[None, :])
+            rootf = root.to(tl.float32)
+            total += rootf * rootf
+            ksum += rootf[:, None] * mine.to(tl.float32)
+            vsum += rootf[:, None] * rv.to(tl.float32)
+            pairs = tl.join(rk, rv).reshape(N, 2 * BLOCK)  # k and v by turns
+            squares = tl.dot(tl.trans(mine), pairs, acc=squares, input_precision=PRECISION)
+        highest = tl.max(seen, 0)
+        again = (highest - best > 2 * margin).to(tl.int32)
+        best = tl.where(again > 0, highest, best)
+    size = 2 * BLOCK * BLOCK + 2 * BLOCK + 2
+    part = parts_ptr + ((batch * H + head) * SPLITS + split) * size
+    tl.store(part + rows[:, None] * 2 * BLOCK + tl.arange(0, 2 * BLOCK)[None, :], squares)
+    part += 2 * BLOCK * BLOCK
+    tl.store(part + rows, tl.sum(ksum, 0))
+    if slab == 0:
+        tl.store(part + BLOCK + d, tl.sum(vsum, 0))
+        tl.store(part + 2 * BLOCK, tl.sum(total, 0))
+        tl.store(part + 2 * BLOCK + 1, best)
 
 
 @jit
-def _moments_fit_kernel(q_ptr, k_ptr, pad_ptr, kk_ptr, kv_ptr, sums_ptr, ridge_ptr, o_ptr, H, GROUP, D, tol,
-                        stride_qb, stride_qh, stride_kb, stride_kh, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-                        PDL: tl.constexpr):  # fmt: skip
+def _merge_kernel(parts_ptr, sums_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    head, split = tl.program_id(1).to(tl.int64), tl.arange(0, SPLITS)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_the_kernel_before(PDL)
+    part = parts_ptr + (head * SPLITS + split) * size  # [SPLITS]
+    best = tl.load(part + size - 1)
+    best = tl.where(tl.load(part + size - 2) > 0, best, -float("inf"))  # a split without keys has none
+    weight = tl.exp2(best - tl.max(best, 0))
+    numbers = tl.load(part[:, None] + at[None, :], mask=at[None, :] < size - 1, other=0.0)  # [SPLITS, BLOCK]
+    tl.store(sums_ptr + head * size + at, tl.sum(numbers * weight[:, None], 0), mask=at < size - 1)
+
+
+@jit
+def _moments_fit_kernel(q_ptr, k_ptr, pad_ptr, sums_ptr, ridge_ptr, o_ptr, H, GROUP, D, tol, stride_qb, stride_qh,
+                        stride_kb, stride_kh, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK)[:, None]
     wait_for_the_kernel_before(PDL)
     pad = tl.cast(0, tl.int64)
     if pad_ptr is not None:
         pad = tl.load(pad_ptr + batch)
-    part = (batch * H + head) * SPLITS
-    sums_ptr += part * (2 * BLOCK + 2)
-    split = tl.arange(0, SPLITS)
-    best = tl.max(tl.load(sums_ptr + split * (2 * BLOCK + 2) + 2 * BLOCK + 1), 0)
-    C, total = tl.zeros([BLOCK, BLOCK], tl.float32), 0.0
-    kbar, vbar = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for i in range(SPLITS):
-        at = sums_ptr + i * (2 * BLOCK + 2)
-        weight = tl.exp2(tl.load(at + 2 * BLOCK + 1) - best)
-        total += weight * tl.load(at + 2 * BLOCK)
-        kbar += weight * tl.load(at + d)
-        vbar += weight * tl.load(at + BLOCK + d)
-        C += weight * tl.load(kk_ptr + (part + i) * BLOCK * BLOCK + e * BLOCK + d[None, :])
-    kbar, vbar = kbar / total, vbar / total
-    C = C / total - kbar[:, None] * kbar[None, :] + tl.where(e == d[None, :], tl.load(ridge_ptr + head), 0.0)
+    sums_ptr += (batch * H + head) * (2 * BLOCK * BLOCK + 2 * BLOCK + 2)
+    squares = tl.load(sums_ptr + e * 2 * BLOCK + tl.arange(0, 2 * BLOCK)[None, :])
+    sums_ptr += 2 * BLOCK * BLOCK
+    total = tl.load(sums_ptr + 2 * BLOCK)
+    kbar, vbar = tl.load(sums_ptr + d) / total, tl.load(sums_ptr + BLOCK + d) / total
+    C, B = tl.split((squares / total).reshape(BLOCK, BLOCK, 2))  # [D, D] each
+    C += tl.where(e == d[None, :], tl.load(ridge_ptr + head), 0.0) - kbar[:, None] * kbar[None, :]
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32)
-    origin = tl.load(k_ptr + batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh + pad * D + d, mask=d < D,
-                     other=0.0).to(tl.float32)  # fmt: skip
-    r = q - origin - kbar
+    k_ptr += batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh + pad * D
+    r = q - tl.load(k_ptr + d, mask=d < D, other=0.0).to(tl.float32) - kbar
     x, p, rr = tl.zeros([BLOCK], tl.float32), r, tl.sum(r * r, 0)
     limit, step_no = tol * tol * rr, 0
     while (rr > limit) & (step_no < 2 * BLOCK):
@@ -484,19 +506,20 @@ def _moments_fit_kernel(q_ptr, k_ptr, pad_ptr, kk_ptr, kv_ptr, sums_ptr, ridge_p
         before, rr = rr, tl.sum(r * r, 0)
         p = r + (rr / before) * p
         step_no += 1
-    o = vbar * (1 - tl.sum(x * kbar, 0))
-    for i in range(SPLITS):
-        weight = tl.exp2(tl.load(sums_ptr + i * (2 * BLOCK + 2) + 2 * BLOCK + 1) - best) / total
-        o += weight * tl.sum(tl.load(kv_ptr + (part + i) * BLOCK * BLOCK + e * BLOCK + d[None, :]) * x[:, None], 0)
+    o = vbar * (1 - tl.sum(x * kbar, 0)) + tl.sum(B * x[:, None], 0)
     tl.store(o_ptr + (batch * H + head) * D + d, o, mask=d < D)
 
 
 # Tiles of each kernel: queries, keys, warps, stages.
 TILES = {
-    64: dict(stats=(128, 64, 8, 3), solve=(128, 64, 8, 3), output=(128, 64, 8, 3), rhs=(128, 64, 8, 3),
-             dq=(128, 64, 8, 2), dkv=(64, 64, 4, 2)),
-    128: dict(stats=(128, 64, 8, 3), solve=(128, 64, 8, 3), output=(128, 64, 8, 3), rhs=(128, 64, 8, 2),
-              dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2)),
+    64: dict(
+        stats=(64, 128, 4, 3), solve=(64, 64, 4, 3), output=(64, 64, 4, 3),
+        rhs=(64, 64, 4, 3), dq=(64, 64, 4, 3), dkv=(32, 64, 4, 2),
+    ),
+    128: dict(
+        stats=(64, 64, 4, 3), solve=(64, 64, 4, 2), output=(128, 64, 8, 3),
+        rhs=(128, 64, 8, 3), dq=(64, 32, 4, 3), dkv=(32, 128, 8, 2),
+    ),
 }  # fmt: skip
 TILES[32] = TILES[64]
 
@@ -528,6 +551,8 @@ class _Kernels:
     def run(self, kernel, name, queries, keys, *rest, over_keys=False):
         """Launches a kernel. queries, keys: tensors to load in tiles of either; rest: its further arguments."""
         M, N, warps, stages = TILES[self.D][name]
+        if self.k.dtype == torch.float32:
+            M, N, warps, stages = 32, 32, 4, 1
         size, heads, length = (N, self.Hkv, self.S) if over_keys else (M, self.H, self.T)
         descs = [_blocks(t, M) for t in queries] + [_blocks(t, N) for t in keys]
         kernel[(triton.cdiv(length, size), self.B * heads)](
@@ -635,7 +660,7 @@ def lla_triton(q, k, v, ridge, scale=None, iters=None, causal=True, tol=None, us
     (H, D), Dv = q.shape[1::2], v.shape[3]
     width = min(w for w in WIDTHS if w >= max(D, Dv))
     q, k, v = (F.pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t for t in (q, k, v))
-    ridge = torch.as_tensor(ridge, dtype=torch.float32, device=q.device).expand(H).contiguous()
+    ridge = _per_head(ridge, H, q.device)
     tol = tol or (1e-5 if q.dtype == torch.float32 else 1e-3)
     scale = D**-0.5 if scale is None else scale
     return _FlashLLA.apply(q, k, v, ridge, scale, iters or 2 * D, tol, causal, used)[..., :Dv]
@@ -653,30 +678,35 @@ def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=Non
     q, k, v = tail_contiguous(q), tail_contiguous(k_cache, 2), tail_contiguous(v_cache, 2)
     if not torch.is_tensor(length):
         length = torch.tensor(room if length is None else length, device=q.device)
-    ridge = torch.as_tensor(ridge, dtype=torch.float32, device=q.device).expand(H).contiguous()
+    ridge = _per_head(ridge, H, q.device)
     BLOCK, splits = block_of(D), 1
-    N, warps, stages = STEP_TILES[BLOCK]
-    while B * H * splits < 128 and 512 * splits < room:
+    N, warps, stages, *maxnreg = STEP_TILES[BLOCK]
+    while B * H * splits < SPLIT_TARGET and 512 * splits < room:
         splits *= 2
+    size, ROWS = 2 * BLOCK * BLOCK + 2 * BLOCK + 2, min(64, BLOCK)
     empty = partial(torch.empty, dtype=torch.float32, device=q.device)
-    kk, kv, sums = (
-        empty(B, H, splits, BLOCK, BLOCK),
-        empty(B, H, splits, BLOCK, BLOCK),
-        empty(B, H, splits, 2 * BLOCK + 2),
-    )
+    parts = empty(B * H, splits, size)
     scale = (D**-0.5 if scale is None else scale) / math.log(2)
+    margin = 8.0 if q.dtype == torch.float16 else 32.0
     o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
-    _moments_kernel[(H, splits, B)](
-        q, k, v, length, pad, kk, kv, sums, H, H // Hkv, D, scale, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        SPLITS=splits, PRECISION=dot_precision(), N=N, BLOCK=BLOCK, num_warps=warps, num_stages=stages, **early_launch(),
+    _moments_kernel[(H * BLOCK // ROWS, splits, B)](
+        q, k, v, length, pad, parts, H, H // Hkv, D, scale, margin, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        SPLITS=splits, PRECISION=dot_precision(), N=N, ROWS=ROWS, BLOCK=BLOCK, num_warps=warps, num_stages=stages,
+        **early_launch(), **(dict(maxnreg=maxnreg[0]) if maxnreg else {}),
     )  # fmt: skip
+    sums = parts
+    if splits > 1:
+        sums = empty(B * H, size)
+        _merge_kernel[(triton.cdiv(size, 512), B * H)](parts, sums, size, SPLITS=splits, BLOCK=512, **early_launch())
     _moments_fit_kernel[(H, B)](
-        q, k, pad, kk, kv, sums, ridge, o, H, H // Hkv, D, 1e-5, *q.stride()[:2], *k.stride()[:2],
-        SPLITS=splits, BLOCK=BLOCK, num_warps=8, **early_launch(),
+        q, k, pad, sums, ridge, o, H, H // Hkv, D, 1e-5 if q.dtype == torch.float32 else 1e-4,
+        *q.stride()[:2], *k.stride()[:2], BLOCK=BLOCK, num_warps=FIT_WARPS[BLOCK], **early_launch(),
     )  # fmt: skip
     return o
 
 
+FIT_WARPS = {16: 4, 32: 4, 64: 8, 128: 16}
+SPLIT_TARGET = 264
 STEP_TILES = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (32, 8, 3)}
 
 
