@@ -1,11 +1,33 @@
 """Local Linear Attention: attention as a local linear regression, not a local average.
 
 Paper    Zuo, Yin, Zeng, Li, Zhu, Wang: "Local Linear Attention: An Optimal Interpolation of Linear and Softmax
-         Attention For Test-Time Regression", arXiv:2510.01450. Parallax: arXiv:2605.29157.
+         Attention for Test-Time Regression", arXiv:2510.01450. Parallax, its follow-up: arXiv:2605.29157.
+Idea     Softmax attention is the Nadaraya-Watson estimator: around the query it fits a constant to the values, weighted
+         by softmax(q.k). Where values change across the keys, a constant is biased. Fit an affine function there
+         instead, with a ridge on its slope, and return its value at the query: a d x d linear system for each query.
+         FlashLLA solves them by conjugate gradients in sweeps over the keys, so that no [T, T] and no [T, d, d] exists.
+Picture  q [B,H,T,D] ---.                                      k_j, v_j of one query i, j <= i:
+                        |-- softmax --> s [T,T]                                    v |      . /
+         k [B,Hkv,T,D] -+-- mean, covariance under s --> kbar, C                     |   . /.     fit, weights s
+                        |                 C x = q - kbar                             | ./.   .
+                        |-- a_j = s_j (1 + (k_j - kbar).x)                           |/________|_____ k
+         v [B,Hkv,T,D] -'-- o = sum_j a_j v_j                                                  q_i: o_i = fit there
+Symbols  code    paper      meaning
+         ridge   lambda     strength of the penalty on the slope, > 0, against weights that sum to one
+         scale   1/h        of the logits, 1 / bandwidth; default 1 / sqrt(D)
+         s       w / omega  softmax weights [T, S]
+         kbar               mean of the keys under s          C   their covariance + ridge I
+         x       -> rho     C^-1 (q - kbar); the paper solves for rho = Sigma^-1 mu around the query: see `paper_fit`
+Limits   ridge -> inf gives softmax attention; scale = 0 gives ridge regression on all keys; values that are an affine
+         map of the keys come back exactly, outside of the keys too; the first token returns v_1: tests/test_lla.py.
+Differs  From the authors' kernels (Yifei-Zuo/FlashLLA): the ridge stands against normalised weights, as theirs, but its
+         gradient is complete (theirs holds the sum of the weights in it constant, 5 to 7 % of dq and dk); the system is
+         centred on the keys' mean, not on the query, which has no vanishing denominator; a row stops when it is solved
+         (theirs takes 32 steps always); keys and directions are multiplied as float16, not bfloat16.
 """
 
 import math
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,25 +39,25 @@ from kernels import (
     block_of,
     dot_precision,
     early_launch,
+    expect,
     jit,
     pick_backend,
     rms_norm,
+    shared_memory,
     tail_contiguous,
     tl,
     triton,
     wait_for_the_kernel_before,
 )  # fmt: skip
 
-try:
+if triton:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    pass
 
 # ---- 1. the definition --------------------------------------------------------------------------------------------
 
 
 def softmax_weights(q, k, scale=None, causal=True):
-    """Returns softmax(scale q k^T) [B, H, T, S]. The T queries are the last of the S positions; scale: 1 / sqrt(D)."""
+    """Returns softmax(scale q k^T) [B, H, T, S]. The T queries are the last of the S positions."""
     (T, D), S = q.shape[2:], k.shape[2]
     logits = q @ k.mT * (D**-0.5 if scale is None else scale)  # [B, H, T, S]
     if causal:
@@ -88,11 +110,6 @@ def paper_fit(s, q, k, v, ridge):
     return a @ v
 
 
-def _per_head(ridge, H, device):
-    ridge = ridge.float() if torch.is_tensor(ridge) else torch.full((), ridge, dtype=torch.float32, device=device)
-    return ridge.to(device).expand(H).contiguous()
-
-
 def _each_head(q, k, v, ridge):
     """Returns q, k, v, ridge in float32 or float64, k and v once for each query head, ridge [1 or H, 1, 1]."""
     group = q.shape[1] // k.shape[1]
@@ -102,40 +119,62 @@ def _each_head(q, k, v, ridge):
 
 
 def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
-    """Returns o [B, H, T, Dv]: local linear attention, in q's dtype.
+    """Returns o [B, H, T, Dv]: local linear attention, in q's dtype; computed in float32 (float64 for float64).
 
-    q [B, H, T, D]; k [B, Hkv, S, D]; v [B, Hkv, S, Dv]; H a multiple of Hkv; ridge > 0: a number, or a tensor [] or [H].
+    q [B, H, T, D]; k [B, Hkv, S, D]; v [B, Hkv, S, Dv]; H a multiple of Hkv, a key head for each group of query heads.
+    ridge > 0: a number, or a tensor [] or [H]. scale: 1 / sqrt(D) if None. causal: the T queries are the last of the S
+    positions, and each sees its own and those before. iters: steps of conjugate gradients; None solves exactly.
+    Source: section 3 of the paper in the centred form, which `paper_fit` is tested to agree with. Memory S D^2 + T D^2.
     """
     dtype = q.dtype
     q, k, v, ridge = _each_head(q, k, v, ridge)
     return local_fit(softmax_weights(q, k, scale, causal), q, k, v, ridge, iters).to(dtype)
 
 
-def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
-    """Returns o [B, H, D]: `lla` of one new query on its cache, which holds its own key and value already.
-
-    q [B, H, D]; k_cache, v_cache [B, Hkv, room, D], of which the first `length` positions are filled: a number, an int64
-    tensor [] where it is only known on the GPU, None: all. pad [B] int64: positions at the start that nobody looks at.
-    """
-    dtype, room = q.dtype, k_cache.shape[2]
-    q, k, v, ridge = _each_head(q[:, :, None], k_cache, v_cache, ridge)
-    at = torch.arange(room, device=q.device)
-    filled = at < (room if length is None else length)  # [room]
-    k, v = (torch.where(filled[:, None], t, 0.0) for t in (k, v))  # what lies behind may be anything, NaN too
-    seen = filled if pad is None else filled & (at >= pad[:, None, None, None])  # [room] or [B, 1, 1, room]
-    logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
-    return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
-
-
-# ---- 3. the kernels -----------------------------------------------------------------------------------------------
+# ---- 2. FlashLLA: the kernels -------------------------------------------------------------------------------------
+#
+# Every kernel is a sweep: a program holds a tile of M queries and walks over the keys in tiles of N, as in
+# FlashAttention; or, for dk and dv, the other way round. It makes the weights again from q k^T in each sweep and writes
+# only what is of size [T, D].
+#
+#                products on tensor cores, each 2 M N D FLOPs a tile                       result
+#     stats      q k^T   w k                                                   2          softmax sum, kbar
+#     solve      q k^T   p k^T   alpha k                    for each step      3 N        x = C^-1 (q - kbar)
+#     output     q k^T   x k^T   a v                                           3          o
+#     ---- backward, g = do
+#     rhs        q k^T   g v^T   (w G) k                                       3          t = Cov_s(k, G), G_j = g.v_j
+#     solve      as above                                   for each step      3 N'       u = C^-1 t
+#     dq         q k^T   x k^T   u k^T   g v^T   dl k                          5          dq, dridge
+#     dkv        q k^T   x k^T   u k^T   g v^T   a^T g   dl^T q   e^T x   a^T u   8       dk, dv
+#
+# so 5 + 3 N forward and 16 + 3 N' backward; softmax attention has 2 and 5. Bytes matter little: M queries share each
+# key that is read, mostly from the L2 cache.
+#
+# Conjugate gradients needs only C p, and that is a sweep too, since the mean of the keys comes off by a row scalar:
+#     C p = sum_j alpha_j k_j - (sum_j alpha_j) kbar + ridge p,     alpha_j = s_j (p.k_j - p.kbar)
+# Each row is a system of its own: it stops moving once its residual is `tol` of where it began, and the tile goes on
+# until the last row has stopped. So a row never depends on its tile-mates: causality and batching hold bit for bit.
+#
+# Backward. o = sum_j s_j f_j v_j with f_j = 1 + y_j, y_j = x.(k_j - kbar), C x = q - kbar. With t as above, u = C^-1 t:
+#     g.do has t.dx = u.(dq - dkbar - dC x), and the parts of dC that move kbar vanish: sum_j s_j (k_j - kbar) = 0. So
+#     n_j = u.(k_j - kbar)      e_j = G_j - Gbar - n_j      mean = sum_j s_j f_j e_j  ( = ridge u.x)
+#     dlogit_j = s_j (f_j e_j - mean)                       whose sum over j is 0, as it must be for softmax
+#     dq_i = u_i + scale sum_j dlogit_ij k_j                dv_j = sum_i s_ij f_ij g_i      dridge = - sum_i u_i.x_i
+#     dk_j = sum_i (scale dlogit_ij q_i + s_ij e_ij x_i - s_ij f_ij u_i)
+# This differentiates the exact solution: it is off by the residuals of x and u, which `tol` bounds.
+#
+# Rounding. Errors in C p come out of the solve multiplied by the condition of C, up to |k|^2 / ridge, so these products
+# get 11 bits: 16-bit inputs are multiplied as float16 wherever a key is (|q|, |k| < 65504), weights relative to the
+# row's largest, and each direction p scaled to length one *and rounded before it is used*: then C p is that of the very
+# p that x moves along. x and u are stored so too, as unit vector, length and (unit vector).kbar, which `Probe` holds:
+# in y_j the same rounded x must meet k_j and kbar. Gradients are taken per unit of |g|, as float16 has no room for
+# small ones. Products with v and g, and the sums of dk and dv, stay in the inputs' dtype.
 
 
 @jit
 def _rows(desc, batch, head, first):
-    """Returns the rows first.. of one head of a tensor [B, heads, rows, D]; those past the end are zeros."""
-    return desc.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(
-        desc.block_shape[2], desc.block_shape[3]
-    )
+    """Returns a tile of rows, from `first` on, of one head of a tensor [B, heads, rows, D]; past its end are zeros."""
+    return desc.load([batch, head, first, 0]).reshape(desc.block_shape[2], desc.block_shape[3])
 
 
 @jit
@@ -149,7 +188,7 @@ def _weights(q, k, best, scale, last, first, MASKED: tl.constexpr, PRECISION: tl
 
 @jit
 def _reach(first, T, S, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Returns (last position that each of M queries sees [M], how many all of them see, in whole tiles; end of the rest)."""
+    """Returns what M queries see: the last position of each [M], the end of the tiles all see whole, and the end."""
     if CAUSAL:
         last = tl.minimum(first + tl.arange(0, M) + S - T, S - 1)
         return last, (first + S - T + 1) // N * N, tl.minimum(first + M + S - T, S)
@@ -158,11 +197,10 @@ def _reach(first, T, S, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 
 @jit
 def _place(T, H, GROUP, M: tl.constexpr):
-    """Returns (first query, batch, head, key head, number of this head) of a program: the longest tiles come first."""
+    """Returns first query, batch, head, key head and number of the head in all. The longest sweeps start first."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    at = tl.program_id(1)
-    batch, head = at // H, at % H
-    return first, batch, head, head // GROUP, at.to(tl.int64)
+    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    return first, batch, head, head // GROUP, tl.program_id(1).to(tl.int64)
 
 
 @jit
@@ -186,85 +224,86 @@ def _stats_kernel(q_desc, k_desc, best_ptr, total_ptr, kbar_ptr, T, S, H, GROUP,
             total16 = total16 * shrink + tl.sum(w16.to(tl.float32), 1)
             acc = tl.dot(w16, k, acc=acc * shrink[:, None], input_precision=PRECISION)
             best = higher
-    t, d = first + tl.arange(0, M), tl.arange(0, D)
-    tl.store(best_ptr + at * T + t, best, mask=t < T)
-    tl.store(total_ptr + at * T + t, total, mask=t < T)
-    tl.store(kbar_ptr + (at * T + t)[:, None] * D + d[None, :], acc / total16[:, None], mask=(t < T)[:, None])
+    t = first + tl.arange(0, M)
+    row, inside = at * T + t, t < T
+    tl.store(best_ptr + row, best, mask=inside)
+    tl.store(total_ptr + row, total, mask=inside)
+    here = row[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(kbar_ptr + here, acc / total16[:, None], mask=inside[:, None])  # by the sum of what was summed
 
 
 @jit
-def _solve_kernel(q_desc, k_desc, best_ptr, total_ptr, kbar_ptr, ridge_ptr, rhs_ptr, x_ptr, norm_ptr, xk_ptr, iters_ptr,
-                  T, S, H, GROUP, scale, iters, tol, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+def _solve_kernel(q_desc, k_desc, best_ptr, total_ptr, kbar_ptr, ridge_ptr, rhs_ptr, x_ptr, norm_ptr, mean_ptr,
+                  used_ptr, T, S, H, GROUP, scale, iters, tol, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
                   M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    # 1. Start at x = 0: the residual r is the right side, q - kbar or what rhs_ptr holds.
     first, batch, head, kv_head, at = _place(T, H, GROUP, M)
     last, full, end = _reach(first, T, S, CAUSAL, M, N)
     q = _rows(q_desc, batch, head, first)  # [M, D]
-    t, d = first + tl.arange(0, M), tl.arange(0, D)
+    t = first + tl.arange(0, M)
     row, inside = at * T + t, t < T
-    here = row[:, None] * D + d[None, :]
+    here, in_rows = row[:, None] * D + tl.arange(0, D)[None, :], inside[:, None]
     best = tl.load(best_ptr + row, mask=inside, other=0.0)
     total = tl.load(total_ptr + row, mask=inside, other=1.0)
     ridge = tl.load(ridge_ptr + head)
-    kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
     if rhs_ptr is None:
-        r = tl.where(inside[:, None], q.to(tl.float32) - kbar, 0.0)
+        r = q.to(tl.float32) - tl.load(kbar_ptr + here, mask=in_rows, other=0.0)
     else:
-        r = tl.load(rhs_ptr + here, mask=inside[:, None], other=0.0)
-    x = tl.zeros([M, D], tl.float32)
+        r = tl.load(rhs_ptr + here, mask=in_rows, other=0.0)
     rr = tl.sum(r * r, 1)
     limit = tol * tol * rr
-    active = rr > limit
-    p = (r * tl.rsqrt(tl.maximum(rr, 1e-30))[:, None]).to(k_desc.dtype)
-    step_no = 0
-    used = tl.zeros([M], tl.int32)
+    active = inside & (rr > limit)
+    x, used, step_no = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.int32), 0
+    p = (r * tl.rsqrt(tl.maximum(rr, 1e-30))[:, None]).to(k_desc.dtype)  # [M, D], of length one
     more = tl.max(active.to(tl.int32), 0)
     while (step_no < iters) & (more > 0):
-        kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
-        pk = tl.sum(p.to(tl.float32) * kbar, 1)
+        # 2. C p, by a sweep. kbar is loaded when it is needed: registers are short during the sweep.
+        pmean = tl.sum(p.to(tl.float32) * tl.load(kbar_ptr + here, mask=in_rows, other=0.0), 1)
         Cp, sums = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32)
         for MASKED in tl.static_range(2):
             for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
                 k = _rows(k_desc, batch, kv_head, start)  # [N, D]
-                w = _weights(q, k, best, scale, last, start, MASKED, PRECISION)
-                alpha = (w * (tl.dot(p, tl.trans(k), input_precision=PRECISION) - pk[:, None])).to(k.dtype)  # [M, N]
+                w = _weights(q, k, best, scale, last, start, MASKED, PRECISION)  # [M, N]
+                alpha = (w * (tl.dot(p, tl.trans(k), input_precision=PRECISION) - pmean[:, None])).to(k.dtype)
                 sums += tl.sum(alpha.to(tl.float32), 1)
                 Cp = tl.dot(alpha, k, acc=Cp, input_precision=PRECISION)
-        pf = p.to(tl.float32)
-        kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
+        pf, kbar = p.to(tl.float32), tl.load(kbar_ptr + here, mask=in_rows, other=0.0)
         Cp = (Cp - sums[:, None] * kbar) / total[:, None] + ridge * pf
+        # 3. Go along p to where the residual is orthogonal to it; rows that are solved stay.
         pCp = tl.maximum(tl.sum(pf * Cp, 1), 1e-30)
         step = tl.where(active, tl.sum(pf * r, 1) / pCp, 0.0)
         x += step[:, None] * pf
         r -= step[:, None] * Cp
         used += active.to(tl.int32)
         active = active & (tl.sum(r * r, 1) > limit)
+        # 4. The next direction, conjugate to p as p was rounded.
         pf = r - (tl.sum(r * Cp, 1) / pCp)[:, None] * pf
-        pf = pf * tl.rsqrt(tl.maximum(tl.sum(pf * pf, 1), 1e-30))[:, None]
-        p = pf.to(k_desc.dtype)
+        p = (pf * tl.rsqrt(tl.maximum(tl.sum(pf * pf, 1), 1e-30))[:, None]).to(k_desc.dtype)
         more = tl.max(active.to(tl.int32), 0)
         step_no += 1
     norm = tl.sqrt(tl.sum(x * x, 1))
-    x16 = (x / tl.maximum(norm, 1e-30)[:, None]).to(k_desc.dtype)
-    kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
-    tl.store(x_ptr + here, x16, mask=inside[:, None])
+    unit = (x / tl.maximum(norm, 1e-30)[:, None]).to(k_desc.dtype)
+    mean = tl.sum(unit.to(tl.float32) * tl.load(kbar_ptr + here, mask=in_rows, other=0.0), 1)
+    tl.store(x_ptr + here, unit, mask=in_rows)
     tl.store(norm_ptr + row, norm, mask=inside)
-    tl.store(xk_ptr + row, tl.sum(x16.to(tl.float32) * kbar, 1), mask=inside)
-    if iters_ptr is not None:
-        tl.store(iters_ptr + row, used, mask=inside)
+    tl.store(mean_ptr + row, mean, mask=inside)
+    if used_ptr is not None:
+        tl.store(used_ptr + row, used, mask=inside)
 
 
 @jit
-def _output_kernel(q_desc, x_desc, k_desc, v_desc, norm_ptr, xk_ptr, best_ptr, total_ptr, o_ptr, T, S, H, GROUP, scale,
-                   CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+def _output_kernel(q_desc, x_desc, k_desc, v_desc, norm_ptr, mean_ptr, best_ptr, total_ptr, o_ptr, T, S, H, GROUP,
+                   scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                    D: tl.constexpr):  # fmt: skip
     first, batch, head, kv_head, at = _place(T, H, GROUP, M)
     last, full, end = _reach(first, T, S, CAUSAL, M, N)
     q, x = _rows(q_desc, batch, head, first), _rows(x_desc, batch, head, first)  # [M, D]
-    t, d = first + tl.arange(0, M), tl.arange(0, D)
+    t = first + tl.arange(0, M)
     row, inside = at * T + t, t < T
+    here, in_rows = row[:, None] * D + tl.arange(0, D)[None, :], inside[:, None]
     best = tl.load(best_ptr + row, mask=inside, other=0.0)
     norm = tl.load(norm_ptr + row, mask=inside, other=0.0)
-    f0 = 1 - norm * tl.load(xk_ptr + row, mask=inside, other=0.0)
+    f0 = 1 - norm * tl.load(mean_ptr + row, mask=inside, other=0.0)
     acc = tl.zeros([M, D], tl.float32)
     for MASKED in tl.static_range(2):
         for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
@@ -273,7 +312,7 @@ def _output_kernel(q_desc, x_desc, k_desc, v_desc, norm_ptr, xk_ptr, best_ptr, t
             f = norm[:, None] * tl.dot(x, tl.trans(k), input_precision=PRECISION) + f0[:, None]  # [M, N]
             acc = tl.dot((w * f).to(v.dtype), v, acc=acc, input_precision=PRECISION)
     total = tl.load(total_ptr + row, mask=inside, other=1.0)
-    tl.store(o_ptr + row[:, None] * D + d[None, :], acc / total[:, None], mask=inside[:, None])
+    tl.store(o_ptr + here, acc / total[:, None], mask=in_rows)
 
 
 @jit
@@ -283,9 +322,9 @@ def _rhs_kernel(q_desc, g_desc, k_desc, v_desc, best_ptr, total_ptr, kbar_ptr, r
     first, batch, head, kv_head, at = _place(T, H, GROUP, M)
     last, full, end = _reach(first, T, S, CAUSAL, M, N)
     q, g = _rows(q_desc, batch, head, first), _rows(g_desc, batch, head, first)  # [M, D]
-    t, d = first + tl.arange(0, M), tl.arange(0, D)
+    t = first + tl.arange(0, M)
     row, inside = at * T + t, t < T
-    here = row[:, None] * D + d[None, :]
+    here, in_rows = row[:, None] * D + tl.arange(0, D)[None, :], inside[:, None]
     best = tl.load(best_ptr + row, mask=inside, other=0.0)
     gf = g.to(tl.float32)
     gnorm = tl.sqrt(tl.sum(gf * gf, 1))
@@ -301,30 +340,30 @@ def _rhs_kernel(q_desc, g_desc, k_desc, v_desc, best_ptr, total_ptr, kbar_ptr, r
             sums16 += tl.sum(wg16.to(tl.float32), 1)
             acc = tl.dot(wg16, k, acc=acc, input_precision=PRECISION)
     total = tl.load(total_ptr + row, mask=inside, other=1.0)
-    kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
-    tl.store(rhs_ptr + here, (acc - sums16[:, None] * kbar) / total[:, None], mask=inside[:, None])
+    kbar = tl.load(kbar_ptr + here, mask=in_rows, other=0.0)
+    tl.store(rhs_ptr + here, (acc - sums16[:, None] * kbar) / total[:, None], mask=in_rows)
     tl.store(gnorm_ptr + row, gnorm, mask=inside)
     tl.store(gbar_ptr + row, sums / total, mask=inside)
 
 
 @jit
-def _dq_kernel(q_desc, g_desc, x_desc, u_desc, k_desc, v_desc, best_ptr, total_ptr, kbar_ptr, xnorm_ptr, xk_ptr,
-               unorm_ptr, uk_ptr, gnorm_ptr, gbar_ptr, dq_ptr, ux_ptr, rows_ptr, T, S, H, GROUP, scale, raw_scale,
+def _dq_kernel(q_desc, g_desc, x_desc, u_desc, k_desc, v_desc, best_ptr, total_ptr, kbar_ptr, xnorm_ptr, xmean_ptr,
+               unorm_ptr, umean_ptr, gnorm_ptr, gbar_ptr, dq_ptr, ux_ptr, rows_ptr, T, S, H, GROUP, scale, raw_scale,
                CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                D: tl.constexpr):  # fmt: skip
     first, batch, head, kv_head, at = _place(T, H, GROUP, M)
     last, full, end = _reach(first, T, S, CAUSAL, M, N)
     q, g = _rows(q_desc, batch, head, first), _rows(g_desc, batch, head, first)  # [M, D]
     x, u = _rows(x_desc, batch, head, first), _rows(u_desc, batch, head, first)  # [M, D]
-    t, d = first + tl.arange(0, M), tl.arange(0, D)
+    t = first + tl.arange(0, M)
     row, inside = at * T + t, t < T
-    here = row[:, None] * D + d[None, :]
+    here, in_rows = row[:, None] * D + tl.arange(0, D)[None, :], inside[:, None]
     best = tl.load(best_ptr + row, mask=inside, other=0.0)
     xnorm = tl.load(xnorm_ptr + row, mask=inside, other=0.0)
     unorm = tl.load(unorm_ptr + row, mask=inside, other=0.0)
     gnorm = tl.load(gnorm_ptr + row, mask=inside, other=0.0)
-    f0 = 1 - xnorm * tl.load(xk_ptr + row, mask=inside, other=0.0)
-    e0 = unorm * tl.load(uk_ptr + row, mask=inside, other=0.0) - tl.load(gbar_ptr + row, mask=inside, other=0.0)
+    f0 = 1 - xnorm * tl.load(xmean_ptr + row, mask=inside, other=0.0)
+    e0 = unorm * tl.load(umean_ptr + row, mask=inside, other=0.0) - tl.load(gbar_ptr + row, mask=inside, other=0.0)
     unit = 1 / tl.maximum(gnorm, 1e-30)
     acc, sums, sums16 = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     for MASKED in tl.static_range(2):
@@ -340,12 +379,12 @@ def _dq_kernel(q_desc, g_desc, x_desc, u_desc, k_desc, v_desc, best_ptr, total_p
             sums16 += tl.sum(dw16.to(tl.float32), 1)
             acc = tl.dot(dw16, k, acc=acc, input_precision=PRECISION)
     total = tl.load(total_ptr + row, mask=inside, other=1.0)
-    kbar = tl.load(kbar_ptr + here, mask=inside[:, None], other=0.0)
+    kbar = tl.load(kbar_ptr + here, mask=in_rows, other=0.0)
     uf = u.to(tl.float32) * unorm[:, None]
     dq = uf + raw_scale * (acc - sums16[:, None] * kbar) / total[:, None]
-    tl.store(dq_ptr + here, dq * gnorm[:, None], mask=inside[:, None])
+    tl.store(dq_ptr + here, dq * gnorm[:, None], mask=in_rows)
     tl.store(ux_ptr + row, gnorm * xnorm * tl.sum(uf * x.to(tl.float32), 1), mask=inside)
-    # What the other kernel needs of each row.
+    # What the next kernel needs of each row, in real units.
     stride = tl.num_programs(1).to(tl.int64) * T
     tl.store(rows_ptr + row, best + tl.log2(total), mask=inside)
     tl.store(rows_ptr + stride + row, f0, mask=inside)
@@ -359,8 +398,7 @@ def _dkv_kernel(q_desc, g_desc, x_desc, u_desc, x16_desc, u16_desc, k_desc, k16_
                 dk_ptr, dv_ptr, T, S, H, GROUP, scale, raw_scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
                 M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
     first = tl.program_id(0) * N
-    HKV = H // GROUP
-    batch, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
+    batch, kv_head = tl.program_id(1) // (H // GROUP), tl.program_id(1) % (H // GROUP)
     k, v = _rows(k_desc, batch, kv_head, first), _rows(v_desc, batch, kv_head, first)  # [N, D]
     k16 = _rows(k16_desc, batch, kv_head, first)
     keys, d = first + tl.arange(0, N), tl.arange(0, D)
@@ -402,13 +440,322 @@ def _dkv_kernel(q_desc, g_desc, x_desc, u_desc, x16_desc, u16_desc, k_desc, k16_
     tl.store(dv_ptr + here, dv, mask=(keys < S)[:, None])
 
 
+# Tiles of each kernel: queries, keys, warps, stages. The fastest on an H200 among 5 to 9 for each.
+TILES = {
+    64: dict(
+        stats=(64, 128, 4, 3), solve=(64, 64, 4, 3), output=(64, 64, 4, 3),
+        rhs=(64, 64, 4, 3), dq=(64, 64, 4, 3), dkv=(32, 64, 4, 2),
+    ),
+    128: dict(
+        stats=(64, 64, 4, 3), solve=(64, 64, 4, 2), output=(128, 64, 8, 3),
+        rhs=(128, 64, 8, 3), dq=(64, 32, 4, 3), dkv=(32, 128, 8, 2),
+    ),
+}  # fmt: skip
+TILES[32] = TILES[64]
+WIDTHS = tuple(sorted(TILES))  # channels of a head that the kernels take; narrower ones get zeros beside them
+
+
+def _tile(name, D, itemsize, held, streamed):
+    """Returns M, N, warps and stages of a kernel: of `held` tensors one tile stays, `streamed` ones pass by."""
+    M, N, warps, stages = TILES[D][name] if itemsize == 2 else (32, 32, 4, 1)
+    mine, theirs = (N, M) if name == "dkv" else (M, N)
+    while itemsize * D * (held * mine + streamed * theirs * stages) > 0.95 * shared_memory() and (
+        mine > 16 or stages > 1
+    ):
+        stages, mine, theirs = (stages - 1, mine, theirs) if stages > 1 else (1, mine // 2, max(16, theirs // 2))
+    return *((theirs, mine) if name == "dkv" else (mine, theirs)), warps, stages
+
+
+def _blocks(x, rows):
+    """Returns a descriptor of x [B, heads, T, D], to be loaded in tiles of `rows` rows of one head."""
+    whole = 16 // x.element_size()  # strides and address of what the hardware copies are multiples of 16 bytes
+    if x.data_ptr() % 16 or x.stride(3) != 1 or any(s % whole or not s for s in x.stride()[:3]):
+        x = x.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]])
+
+
+class Stats(NamedTuple):
+    """Of each row of weights: their largest logit and the sum of exp2(logit - largest) [B, H, T]; kbar [B, H, T, D]."""
+
+    best: torch.Tensor
+    total: torch.Tensor
+    kbar: torch.Tensor
+
+
+class Probe(NamedTuple):
+    """A vector for each query, x or u: divided by its length [B, H, T, D], the length [B, H, T], and unit.kbar."""
+
+    unit: torch.Tensor
+    norm: torch.Tensor
+    mean: torch.Tensor
+
+
+class _Sweeps:
+    """The kernels above, for given q [B, H, T, D] and k [B, Hkv, S, D]: a method for each, which makes what it returns."""
+
+    def __init__(self, q, k, scale, causal):
+        dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
+        self.given, self.q, self.k = (q, k), q.to(dtype), k.to(dtype)
+        (self.B, self.H, self.T, self.D), (self.Hkv, self.S) = q.shape, k.shape[1:3]
+        self.scale, self.causal = scale, causal
+        self.sizes = self.T, self.S, self.H, self.H // self.Hkv, scale / math.log(2)
+
+    def row(self, *shape):
+        """Returns an empty float32 number for each query [B, H, T]."""
+        return torch.empty(*shape, self.B, self.H, self.T, dtype=torch.float32, device=self.q.device)
+
+    def vector(self, dtype=torch.float32):
+        """Returns an empty vector for each query [B, H, T, D]."""
+        return torch.empty(self.B, self.H, self.T, self.D, dtype=dtype, device=self.q.device)
+
+    def run(self, kernel, name, queries, keys, *arguments):
+        """Launches a kernel over tiles of queries (dkv: of keys). queries, keys: the tensors it loads in tiles."""
+        held, streamed = (len(keys), len(queries)) if name == "dkv" else (len(queries), len(keys))
+        M, N, warps, stages = _tile(name, self.D, self.k.element_size(), held, streamed)
+        programs = self.B * (self.Hkv if name == "dkv" else self.H)
+        kernel[(triton.cdiv(self.S, N) if name == "dkv" else triton.cdiv(self.T, M), programs)](
+            *(_blocks(x, M) for x in queries), *(_blocks(x, N) for x in keys), *arguments,
+            CAUSAL=self.causal, PRECISION=dot_precision(), M=M, N=N, D=self.D, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def stats(self):
+        out = Stats(self.row(), self.row(), self.vector())
+        self.run(_stats_kernel, "stats", [self.q], [self.k], *out, *self.sizes)
+        return out
+
+    def solve(self, stats, ridge, rhs, iters, tol, used=None):
+        """Returns the Probe C^-1 rhs (None: q - kbar); used [B, H, T] int32 is told how many steps each row took."""
+        out = Probe(self.vector(self.k.dtype), self.row(), self.row())
+        arguments = *stats, ridge, rhs, *out, used, *self.sizes, iters, tol
+        self.run(_solve_kernel, "solve", [self.q], [self.k], *arguments)
+        return out
+
+    def output(self, stats, x, v):
+        o = self.vector(v.dtype)
+        self.run(
+            _output_kernel,
+            "output",
+            [self.q, x.unit],
+            [self.k, v],
+            x.norm,
+            x.mean,
+            stats.best,
+            stats.total,
+            o,
+            *self.sizes,
+        )
+        return o
+
+    def rhs(self, stats, v, g):
+        """Returns t / |g| [B, H, T, D], |g| and Gbar / |g| [B, H, T]."""
+        out = self.vector(), self.row(), self.row()
+        self.run(_rhs_kernel, "rhs", [self.q, g], [self.k, v], *stats, *out, *self.sizes)
+        return out
+
+    def gradients(self, stats, x, u, v, g, gnorm, gbar):
+        """Returns dq, dk, dv and u.x [B, H, T], for u in units of |g|: all but what comes through x itself."""
+        q, k = self.given
+        dq, ux, rows = self.vector(q.dtype), self.row(), self.row(5)
+        self.run(
+            _dq_kernel, "dq", [self.q, g, x.unit, u.unit], [self.k, v], *stats, *x[1:], *u[1:], gnorm, gbar,
+            dq, ux, rows, *self.sizes, self.scale,
+        )  # fmt: skip
+        dk, dv = (torch.empty(self.B, self.Hkv, self.S, self.D, dtype=t.dtype, device=t.device) for t in (k, v))
+        vectors = [q, g, x.unit.to(q.dtype), u.unit.to(q.dtype), x.unit, u.unit]
+        self.run(_dkv_kernel, "dkv", vectors, [k, self.k, v], x.norm, rows, dk, dv, *self.sizes, self.scale)
+        return dq, dk, dv, ux
+
+
+class _FlashLLA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, ridge, scale, iters, tol, causal, used):
+        sweeps = _Sweeps(q, k, scale, causal)
+        stats = sweeps.stats()
+        x = sweeps.solve(stats, ridge, None, iters, tol, None if used is None else used[0])
+        ctx.save_for_backward(q, k, v, ridge, *stats, *x)
+        ctx.settings = scale, iters, tol, causal, used
+        return sweeps.output(stats, x, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        q, k, v, ridge, *saved = ctx.saved_tensors
+        scale, iters, tol, causal, used = ctx.settings
+        stats, x, sweeps = Stats(*saved[:3]), Probe(*saved[3:]), _Sweeps(q, k, scale, causal)
+        t, gnorm, gbar = sweeps.rhs(stats, v, g)
+        u = sweeps.solve(stats, ridge, t, iters, tol, None if used is None else used[1])
+        del t
+        dq, dk, dv, ux = sweeps.gradients(stats, x, u, v, g, gnorm, gbar)
+        return dq, dk, dv, -ux.sum((0, 2)), None, None, None, None, None
+
+
+class _FlashParallax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, r, scale, causal):
+        sweeps = _Sweeps(q, k, scale, causal)
+        stats, norm = sweeps.stats(), r.float().norm(dim=-1)
+        unit = (-r / norm.clamp_min(1e-30)[..., None]).to(sweeps.k.dtype)
+        x = Probe(unit, norm, (unit * stats.kbar).sum(-1))
+        ctx.save_for_backward(q, k, v, *stats, *x)
+        ctx.settings = scale, causal
+        return sweeps.output(stats, x, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        q, k, v, *saved = ctx.saved_tensors
+        stats, x, sweeps = Stats(*saved[:3]), Probe(*saved[3:]), _Sweeps(q, k, *ctx.settings)
+        t, gnorm, gbar = sweeps.rhs(stats, v, g)
+        nothing = Probe(*(torch.zeros_like(part) for part in x))  # x does not come from a solve: no u
+        dq, dk, dv, _ = sweeps.gradients(stats, x, nothing, v, g, gnorm, gbar)
+        return dq, dk, dv, -(t * gnorm[..., None]).to(q.dtype), None, None
+
+
+# ---- 3. the functions to call -------------------------------------------------------------------------------------
+
+
+def _per_head(ridge, H, device):
+    """Returns ridge [H], float32."""
+    ridge = ridge.float() if torch.is_tensor(ridge) else torch.full((), ridge, dtype=torch.float32, device=device)
+    return ridge.to(device).expand(H).contiguous()
+
+
+def _widened(*tensors):
+    """Returns the tensors with zeros beside their channels, up to a width the kernels take: they change nothing."""
+    width = min(w for w in WIDTHS if w >= max(t.shape[3] for t in tensors))
+    return [F.pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t for t in tensors]
+
+
+@torch.compiler.disable  # large products in a few kernels: nothing for a compiler to gain
+def lla_triton(q, k, v, ridge, scale=None, iters=None, causal=True, tol=None, used=None):
+    """Returns `lla_ref(...)` by FlashLLA, with memory T D. iters: steps at most, 2 D if None.
+
+    tol: a row is solved when its residual is this part of its right side; 5e-4 for 16-bit inputs, 1e-5 for float32.
+    used: an int32 tensor [2, B, H, T] that is told how many steps each row took, forward and backward.
+    """
+    H, D, Dv = q.shape[1], q.shape[3], v.shape[3]
+    scale, iters = D**-0.5 if scale is None else scale, 2 * D if iters is None else iters
+    tol = (1e-5 if q.dtype == torch.float32 else 5e-4) if tol is None else tol
+    q, k, v = _widened(q, k, v)
+    return _FlashLLA.apply(q, k, v, _per_head(ridge, H, q.device), scale, iters, tol, causal, used)[..., :Dv]
+
+
+def _check(q, k, v, T, causal=False):
+    """Raises ValueError unless q [B, H, ...], k [B, Hkv, S, D], v [B, Hkv, S, Dv] can attend; T: how many queries."""
+    (B, H), D, (Hkv, S) = q.shape[:2], q.shape[-1], k.shape[1:3]
+    expect("k", k, B, Hkv, S, D)
+    expect("v", v, B, Hkv, S, v.shape[-1])
+    if H % Hkv:
+        raise ValueError(f"{H} query heads do not divide into {Hkv} key heads")
+    if causal and T > S:
+        raise ValueError(f"{T} queries, but {S} keys: causal queries are the last of the positions; pass causal=False")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must be of one dtype")
+
+
+def _check_ridge(ridge, H):
+    """Raises ValueError for a ridge that is a number and not positive, or a tensor neither [] nor [H]."""
+    if torch.is_tensor(ridge):
+        if ridge.dim() and tuple(ridge.shape) != (H,):
+            raise ValueError(f"ridge is {list(ridge.shape)}, expected [] or [{H}], one for each query head")
+    elif not 0 < ridge < math.inf:
+        raise ValueError(f"ridge={ridge} must be positive and finite (for softmax attention, take softmax attention)")
+
+
+def _in_triton(backend, q, *wide):
+    """Returns whether the kernels run: "auto" leaves heads that are too wide for them to the definition."""
+    too_wide = max(t.shape[-1] for t in wide) > WIDTHS[-1]
+    if pick_backend(backend, q.device, q.dtype) == "torch" or (too_wide and backend == "auto"):
+        return False
+    if too_wide:
+        raise ValueError(
+            f"the kernels take heads of up to {WIDTHS[-1]} channels; use backend='torch', or narrower heads"
+        )
+    return q.numel() > 0
+
+
+def lla(q, k, v, ridge, scale=None, iters=None, causal=True, backend="auto"):
+    """Returns `lla_ref(...)` on the backend asked for. On the kernels, iters=None solves to rounding: see `lla_triton`.
+
+    Raises ValueError for shapes or dtypes that do not match, a ridge that is not positive (if it is a number), more
+    causal queries than keys, and heads that are too wide for a backend asked for by name.
+    """
+    _check(q, k, v, q.shape[2], causal)
+    _check_ridge(ridge, q.shape[1])
+    return (lla_triton if _in_triton(backend, q, k, v) else lla_ref)(q, k, v, ridge, scale, iters, causal)
+
+
+# Parallax is the last sweep alone, with a vector r that the layer projects from the token in place of the solution.
+
+
+def parallax_ref(q, k, v, r, scale=None, causal=True):
+    """Returns o [B, H, T, Dv] = sum_j s_j (1 - r.(k_j - kbar)) v_j, for a probe r [B, H, T, D] that was learned.
+
+    With r = -C^-1 (q - kbar) it is local linear attention. Source: Parallax, arXiv:2605.29157.
+    """
+    dtype, group = q.dtype, q.shape[1] // k.shape[1]
+    q, k, v, r = (at_least_float32(t) for t in (q, k, v, r))
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    s = softmax_weights(q, k, scale, causal)
+    y = r @ k.mT - (r * (s @ k)).sum(-1, keepdim=True)  # [B, H, T, S]
+    return ((s * (1 - y)) @ v).to(dtype)
+
+
+@torch.compiler.disable
+def parallax_triton(q, k, v, r, scale=None, causal=True):
+    """Returns `parallax_ref(...)` by FlashLLA's kernels."""
+    D, Dv = q.shape[3], v.shape[3]
+    q, k, v, r = _widened(q, k, v, r)
+    return _FlashParallax.apply(q, k, v, r, D**-0.5 if scale is None else scale, causal)[..., :Dv]
+
+
+def parallax(q, k, v, r, scale=None, causal=True, backend="auto"):
+    """Returns `parallax_ref(...)` on the backend asked for. Raises ValueError as `lla` does."""
+    _check(q, k, v, q.shape[2], causal)
+    expect("r", r, *q.shape)
+    return (parallax_triton if _in_triton(backend, q, k, v) else parallax_ref)(q, k, v, r, scale, causal)
+
+
+# ---- 4. one token at a time ---------------------------------------------------------------------------------------
+
+
+def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
+    """Returns o [B, H, D]: `lla` of one new query on its cache, which holds its own key and value already.
+
+    q [B, H, D]; k_cache, v_cache [B, Hkv, room, D], of which the first `length` positions are filled: a number, an
+    int64 tensor [] where it is only known on the GPU, None: all. pad [B] int64: positions at the start that nobody looks at.
+    """
+    dtype, room = q.dtype, k_cache.shape[2]
+    q, k, v, ridge = _each_head(q[:, :, None], k_cache, v_cache, ridge)
+    at = torch.arange(room, device=q.device)
+    filled = at < (room if length is None else length)  # [room]
+    k, v = (torch.where(filled[:, None], t, 0.0) for t in (k, v))  # what lies behind may be anything, NaN too
+    seen = filled if pad is None else filled & (at >= pad[:, None, None, None])  # [room] or [B, 1, 1, room]
+    logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
+    return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
+
+
+# One query needs no iteration over the cache: its moments are small. Reading the cache once gives them all,
+#     total = sum w    sum w k    sum w v    sum w k k^T    sum w v k^T        [D, 2 D] numbers for each head
+# and C, kbar and Cov(v, k) follow: o = vbar + Cov(v, k) C^-1 (q - kbar). A program takes one head and a part of its
+# positions (as many parts as fill the GPU), a second kernel adds the parts up, a third solves the D x D system:
+#
+#     keys of one head  |-- part 0 --|-- part 1 --| ...      each: largest logit, total, sums [2 D], products [D, 2 D]
+#
+# The bytes are those of attention; FLOPs 4 D^2 for each position and head, on tensor cores, whose operands are rounded:
+# each position is multiplied by r_j = sqrt(w_j) first, and both sides of r k (r k)^T use the same rounded product. So
+# the moments are exactly those of keys and values that are off by their last bit, which the fit takes gracefully, where
+# rounding w k alone is as good as an error in C of |k|^2 2^-9: more than a small ridge. Keys are taken from the first.
+# Logits stand against the largest of the part's first tile; if one turns out higher by so much that numbers might
+# overflow, the part begins again.
+
+
 @jit
-def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, H, GROUP, D, scale, margin, stride_qb, stride_qh,
-                    stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-                    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    head, slab = tl.program_id(0) // (BLOCK // ROWS), tl.program_id(0) % (BLOCK // ROWS)
-    split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n, d, rows = tl.arange(0, N), tl.arange(0, BLOCK), slab * ROWS + tl.arange(0, ROWS)
+def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, H, GROUP, D, scale, margin, stride_qb,
+                    stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+                    N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    head, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, d = tl.arange(0, N), tl.arange(0, BLOCK)
     wait_for_the_kernel_before(PDL)
     length, pad = tl.load(length_ptr).to(tl.int32), tl.cast(0, tl.int32)
     if pad_ptr is not None:
@@ -417,17 +764,18 @@ def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, H, GROU
     v_ptr += batch * stride_vb + (head // GROUP).to(tl.int64) * stride_vh
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32) * scale
     origin = tl.load(k_ptr + pad.to(tl.int64) * D + d, mask=d < D, other=0.0)
-    my_origin = tl.load(k_ptr + pad.to(tl.int64) * D + rows, mask=rows < D, other=0.0)
     share = tl.cdiv(tl.cdiv(length - pad, N), SPLITS) * N  # positions of one split
     begin = pad + split * share
     end = tl.minimum(begin + share, length)
     at = begin + n
-    k = tl.load(k_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=(at[:, None] < end) & (d[None, :] < D), other=0.0)
+    k = tl.load(
+        k_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=(at[:, None] < end) & (d[None, :] < D), other=0.0
+    )
     best = tl.max(tl.where(at < end, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf")), 0)
     best = tl.where(begin < end, best, 0.0)
     seen, total = tl.full([N], -float("inf"), tl.float32), tl.zeros([N], tl.float32)
-    squares = tl.zeros([ROWS, 2 * BLOCK], tl.float32)
-    ksum, vsum = tl.zeros([N, ROWS], tl.float32), tl.zeros([N, BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK, 2 * BLOCK], tl.float32)
+    ksum, vsum = tl.zeros([N, BLOCK], tl.float32), tl.zeros([N, BLOCK], tl.float32)
     again = 1
     while again > 0:
         total, squares, ksum, vsum = total * 0, squares * 0, ksum * 0, vsum * 0
@@ -440,32 +788,27 @@ def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, H, GROU
             seen = tl.maximum(seen, logits)
             root = tl.exp2(tl.minimum(0.5 * (logits - best), margin)).to(k.dtype)  # [N]
             rk, rv = root[:, None] * (k - origin[None, :]), root[:, None] * v
-            mine = rk
-            if ROWS < BLOCK:
-                mine = tl.load(k_ptr + here + rows[None, :], mask=inside & (rows[None, :] < D), other=0.0)  # [N, ROWS]
-                mine = root[:, None] * (mine - my_origin[None, :])
             rootf = root.to(tl.float32)
             total += rootf * rootf
-            ksum += rootf[:, None] * mine.to(tl.float32)
+            ksum += rootf[:, None] * rk.to(tl.float32)
             vsum += rootf[:, None] * rv.to(tl.float32)
             pairs = tl.join(rk, rv).reshape(N, 2 * BLOCK)  # k and v by turns
-            squares = tl.dot(tl.trans(mine), pairs, acc=squares, input_precision=PRECISION)
+            squares = tl.dot(tl.trans(rk), pairs, acc=squares, input_precision=PRECISION)
         highest = tl.max(seen, 0)
         again = (highest - best > 2 * margin).to(tl.int32)
         best = tl.where(again > 0, highest, best)
     size = 2 * BLOCK * BLOCK + 2 * BLOCK + 2
     part = parts_ptr + ((batch * H + head) * SPLITS + split) * size
-    tl.store(part + rows[:, None] * 2 * BLOCK + tl.arange(0, 2 * BLOCK)[None, :], squares)
+    tl.store(part + d[:, None] * 2 * BLOCK + tl.arange(0, 2 * BLOCK)[None, :], squares)
     part += 2 * BLOCK * BLOCK
-    tl.store(part + rows, tl.sum(ksum, 0))
-    if slab == 0:
-        tl.store(part + BLOCK + d, tl.sum(vsum, 0))
-        tl.store(part + 2 * BLOCK, tl.sum(total, 0))
-        tl.store(part + 2 * BLOCK + 1, best)
+    tl.store(part + d, tl.sum(ksum, 0))
+    tl.store(part + BLOCK + d, tl.sum(vsum, 0))
+    tl.store(part + 2 * BLOCK, tl.sum(total, 0))
+    tl.store(part + 2 * BLOCK + 1, best)
 
 
 @jit
-def _merge_kernel(parts_ptr, sums_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _sum_parts_kernel(parts_ptr, sums_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     head, split = tl.program_id(1).to(tl.int64), tl.arange(0, SPLITS)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wait_for_the_kernel_before(PDL)
@@ -478,7 +821,7 @@ def _merge_kernel(parts_ptr, sums_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.con
 
 
 @jit
-def _moments_fit_kernel(q_ptr, k_ptr, pad_ptr, sums_ptr, ridge_ptr, o_ptr, H, GROUP, D, tol, stride_qb, stride_qh,
+def _fit_kernel(q_ptr, k_ptr, pad_ptr, sums_ptr, ridge_ptr, o_ptr, H, GROUP, D, tol, stride_qb, stride_qh,
                         stride_kb, stride_kh, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK)[:, None]
@@ -510,213 +853,53 @@ def _moments_fit_kernel(q_ptr, k_ptr, pad_ptr, sums_ptr, ridge_ptr, o_ptr, H, GR
     tl.store(o_ptr + (batch * H + head) * D + d, o, mask=d < D)
 
 
-# Tiles of each kernel: queries, keys, warps, stages.
-TILES = {
-    64: dict(
-        stats=(64, 128, 4, 3), solve=(64, 64, 4, 3), output=(64, 64, 4, 3),
-        rhs=(64, 64, 4, 3), dq=(64, 64, 4, 3), dkv=(32, 64, 4, 2),
-    ),
-    128: dict(
-        stats=(64, 64, 4, 3), solve=(64, 64, 4, 2), output=(128, 64, 8, 3),
-        rhs=(128, 64, 8, 3), dq=(64, 32, 4, 3), dkv=(32, 128, 8, 2),
-    ),
-}  # fmt: skip
-TILES[32] = TILES[64]
-
-
-def _blocks(x, rows):
-    """Returns a descriptor of x [B, heads, T, D], to be loaded in tiles of `rows` rows of one head."""
-    align = 16 // x.element_size()
-    if x.data_ptr() % 16 or x.stride(3) != 1 or any(s % align or not s for s in x.stride()[:3]):
-        x = x.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]])
-
-
-class _Kernels:
-    """The kernels, for operands q [B, H, T, D] and k [B, Hkv, S, D] of one dtype."""
-
-    def __init__(self, q, k, scale, causal):
-        self.q, self.k = q, k
-        (self.B, self.H, self.T, self.D), (self.Hkv, self.S) = q.shape, k.shape[1:3]
-        self.scale, self.raw_scale, self.causal = scale / math.log(2), scale, causal
-
-    def row(self):
-        """Returns an empty float32 number for each query [B, H, T]."""
-        return torch.empty(self.B, self.H, self.T, dtype=torch.float32, device=self.q.device)
-
-    def vector(self, dtype=torch.float32):
-        """Returns an empty vector for each query [B, H, T, D]."""
-        return torch.empty(self.B, self.H, self.T, self.D, dtype=dtype, device=self.q.device)
-
-    def run(self, kernel, name, queries, keys, *rest, over_keys=False):
-        """Launches a kernel. queries, keys: tensors to load in tiles of either; rest: its further arguments."""
-        M, N, warps, stages = TILES[self.D][name]
-        if self.k.dtype == torch.float32:
-            M, N, warps, stages = 32, 32, 4, 1
-        size, heads, length = (N, self.Hkv, self.S) if over_keys else (M, self.H, self.T)
-        descs = [_blocks(t, M) for t in queries] + [_blocks(t, N) for t in keys]
-        kernel[(triton.cdiv(length, size), self.B * heads)](
-            *descs, *rest, CAUSAL=self.causal, PRECISION=dot_precision(), M=M, N=N, D=self.D,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-
-    @property
-    def sizes(self):
-        return self.T, self.S, self.H, self.H // self.Hkv, self.scale
-
-    def stats(self):
-        best, total, kbar = self.row(), self.row(), self.vector()
-        self.run(_stats_kernel, "stats", [self.q], [self.k], best, total, kbar, *self.sizes)
-        return best, total, kbar
-
-    def solve(self, stats, ridge, rhs, iters, tol, used=None):
-        x, norm, xk = self.vector(self.k.dtype), self.row(), self.row()
-        self.run(
-            _solve_kernel, "solve", [self.q], [self.k], *stats, ridge, rhs, x, norm, xk, used, *self.sizes, iters, tol
-        )
-        return x, norm, xk
-
-    def output(self, stats, solution, v, o):
-        x, norm, xk = solution
-        self.run(_output_kernel, "output", [self.q, x], [self.k, v], norm, xk, *stats[:2], o, *self.sizes)
-        return o
-
-    def rhs(self, stats, v, g):
-        rhs, gnorm, gbar = self.vector(), self.row(), self.row()
-        self.run(_rhs_kernel, "rhs", [self.q, g], [self.k, v], *stats, rhs, gnorm, gbar, *self.sizes)
-        return rhs, gnorm, gbar
-
-    def dq(self, stats, x, u, v, g, gnorm, gbar, dq):
-        ux, rows = self.row(), torch.empty(5, self.B, self.H, self.T, dtype=torch.float32, device=self.q.device)
-        self.run(
-            _dq_kernel,
-            "dq",
-            [self.q, g, x[0], u[0]],
-            [self.k, v],
-            *stats,
-            *x[1:],
-            *u[1:],
-            gnorm,
-            gbar,
-            dq,
-            ux,
-            rows,
-            *self.sizes,
-            self.raw_scale,
-        )
-        return ux, rows
-
-    def dkv(self, q, k, v, g, x, u, rows, dk, dv):
-        """q, k, v, g in the dtype of the inputs."""
-        self.run(
-            _dkv_kernel,
-            "dkv",
-            [q, g, x[0].to(q.dtype), u[0].to(q.dtype), x[0], u[0]],
-            [k, self.k, v],
-            x[1],
-            rows,
-            dk,
-            dv,
-            *self.sizes,
-            self.raw_scale,
-            over_keys=True,
-        )
-
-
-class _FlashLLA(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, ridge, scale, iters, tol, causal, used):
-        operands = torch.float32 if q.dtype == torch.float32 else torch.float16
-        kernels = _Kernels(q.to(operands), k.to(operands), scale, causal)
-        stats = kernels.stats()
-        x = kernels.solve(stats, ridge, None, iters, tol, used)
-        ctx.save_for_backward(q, k, v, ridge, *stats, *x)
-        ctx.settings = scale, iters, tol, causal, operands
-        return kernels.output(stats, x, v, torch.empty(q.shape, dtype=q.dtype, device=q.device))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        q, k, v, ridge, *saved = ctx.saved_tensors
-        stats, x = saved[:3], saved[3:]
-        scale, iters, tol, causal, operands = ctx.settings
-        g = g.contiguous()
-        kernels = _Kernels(q.to(operands), k.to(operands), scale, causal)
-        rhs, gnorm, gbar = kernels.rhs(stats, v, g)
-        u = kernels.solve(stats, ridge, rhs, iters, tol)
-        del rhs
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        ux, rows = kernels.dq(stats, x, u, v, g, gnorm, gbar, dq)
-        kernels.dkv(q, k, v, g, x, u, rows, dk, dv)
-        return dq, dk, dv, -ux.sum((0, 2)), None, None, None, None, None
-
-
-WIDTHS = (32, 64, 128)  # channels of a head that the kernels take; in between, zeros are added
-
-
-@torch.compiler.disable  # large products in a few kernels: nothing for a compiler to gain
-def lla_triton(q, k, v, ridge, scale=None, iters=None, causal=True, tol=None, used=None):
-    """Returns `lla_ref(...)`, solved until the residual is `tol` of the right side, or for at most `iters` steps."""
-    (H, D), Dv = q.shape[1::2], v.shape[3]
-    width = min(w for w in WIDTHS if w >= max(D, Dv))
-    q, k, v = (F.pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t for t in (q, k, v))
-    ridge = _per_head(ridge, H, q.device)
-    tol = tol or (1e-5 if q.dtype == torch.float32 else 1e-3)
-    scale = D**-0.5 if scale is None else scale
-    return _FlashLLA.apply(q, k, v, ridge, scale, iters or 2 * D, tol, causal, used)[..., :Dv]
-
-
-def lla(q, k, v, ridge, scale=None, iters=None, causal=True, backend="auto"):
-    """Returns `lla_ref(...)` on the backend asked for."""
-    in_triton = pick_backend(backend, q.device, q.dtype) == "triton"
-    return (lla_triton if in_triton else lla_ref)(q, k, v, ridge, scale, iters, causal)
+STEP_TILES = {16: (32, 4, 5), 32: (32, 4, 5), 64: (32, 4, 5), 128: (32, 8, 3)}  # of positions, warps, stages
 
 
 def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
-    """Returns `lla_step_ref(...)`, computed by two kernels that read the cache once. It has no backward."""
+    """Returns `lla_step_ref(...)`, computed by three kernels that read the cache once. It has no backward."""
     (B, H, D), (Hkv, room) = q.shape, k_cache.shape[1:3]
     q, k, v = tail_contiguous(q), tail_contiguous(k_cache, 2), tail_contiguous(v_cache, 2)
     if not torch.is_tensor(length):
-        length = torch.tensor(room if length is None else length, device=q.device)
-    ridge = _per_head(ridge, H, q.device)
+        length = torch.full((), room if length is None else length, dtype=torch.int64, device=q.device)
     BLOCK, splits = block_of(D), 1
-    N, warps, stages, *maxnreg = STEP_TILES[BLOCK]
-    while B * H * splits < SPLIT_TARGET and 512 * splits < room:
+    while B * H * splits < 128 and 512 * splits < room:  # a program for each multiprocessor, of 512 positions or more
         splits *= 2
-    size, ROWS = 2 * BLOCK * BLOCK + 2 * BLOCK + 2, min(64, BLOCK)
-    empty = partial(torch.empty, dtype=torch.float32, device=q.device)
-    parts = empty(B * H, splits, size)
-    scale = (D**-0.5 if scale is None else scale) / math.log(2)
-    margin = 8.0 if q.dtype == torch.float16 else 32.0
-    o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
-    _moments_kernel[(H * BLOCK // ROWS, splits, B)](
-        q, k, v, length, pad, parts, H, H // Hkv, D, scale, margin, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        SPLITS=splits, PRECISION=dot_precision(), N=N, ROWS=ROWS, BLOCK=BLOCK, num_warps=warps, num_stages=stages,
-        **early_launch(), **(dict(maxnreg=maxnreg[0]) if maxnreg else {}),
+    N, warps, stages = STEP_TILES[BLOCK]
+    group, size, scale = H // Hkv, 2 * BLOCK * BLOCK + 2 * BLOCK + 2, D**-0.5 if scale is None else scale
+    parts = torch.empty(B * H, splits, size, dtype=torch.float32, device=q.device)
+    _moments_kernel[(H, splits, B)](
+        q, k, v, length, pad, parts, H, group, D, scale / math.log(2), 8.0 if q.dtype == torch.float16 else 32.0,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], SPLITS=splits, PRECISION=dot_precision(), N=N, BLOCK=BLOCK,
+        num_warps=warps, num_stages=stages, **early_launch(),
     )  # fmt: skip
     sums = parts
     if splits > 1:
-        sums = empty(B * H, size)
-        _merge_kernel[(triton.cdiv(size, 512), B * H)](parts, sums, size, SPLITS=splits, BLOCK=512, **early_launch())
-    _moments_fit_kernel[(H, B)](
-        q, k, pad, sums, ridge, o, H, H // Hkv, D, 1e-5 if q.dtype == torch.float32 else 1e-4,
-        *q.stride()[:2], *k.stride()[:2], BLOCK=BLOCK, num_warps=FIT_WARPS[BLOCK], **early_launch(),
+        sums = torch.empty(B * H, size, dtype=torch.float32, device=q.device)
+        grid = triton.cdiv(size, 512), B * H
+        _sum_parts_kernel[grid](parts, sums, size, SPLITS=splits, BLOCK=512, **early_launch())
+    o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    _fit_kernel[(H, B)](
+        q, k, pad, sums, _per_head(ridge, H, q.device), o, H, group, D, 1e-5 if q.dtype == torch.float32 else 1e-4,
+        *q.stride()[:2], *k.stride()[:2], BLOCK=BLOCK, num_warps=max(4, BLOCK // 8), **early_launch(),
     )  # fmt: skip
     return o
 
 
-FIT_WARPS = {16: 4, 32: 4, 64: 8, 128: 16}
-SPLIT_TARGET = 264
-STEP_TILES = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (32, 8, 3)}
-
-
 def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, backend="auto"):
-    """Returns `lla_step_ref(...)` on the backend asked for."""
-    in_triton = pick_backend(backend, q.device, q.dtype) == "triton"
-    return (lla_step_triton if in_triton else lla_step_ref)(q, k_cache, v_cache, ridge, length, pad, scale)
+    """Returns `lla_step_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad.
+
+    Raises ValueError for shapes or dtypes that do not match, and for a number as ridge that is not positive.
+    """
+    _check(q, k_cache, v_cache, 1)
+    expect("v_cache", v_cache, *k_cache.shape)
+    expect("pad", pad, len(q))
+    _check_ridge(ridge, q.shape[1])
+    step = lla_step_triton if _in_triton(backend, q, k_cache) else lla_step_ref
+    return step(q, k_cache, v_cache, ridge, length, pad, scale)
 
 
-# ---- 4. the layer -------------------------------------------------------------------------------------------------
+# ---- 5. the layer -------------------------------------------------------------------------------------------------
 
 
 class LocalLinearAttention(nn.Module):
@@ -763,4 +946,4 @@ class LocalLinearAttention(nn.Module):
         return self.o_proj(lla(q, k, v, self.ridge).transpose(1, 2).flatten(2))
 
 
-# ---- 5. python lla.py: the paper's claims, small ------------------------------------------------------------------
+# ---- 6. python lla.py: the paper's claims, small ------------------------------------------------------------------
