@@ -491,7 +491,7 @@ class Probe(NamedTuple):
 
 
 class _Sweeps:
-    """The kernels above, for given q [B, H, T, D] and k [B, Hkv, S, D]: a method for each, which makes what it returns."""
+    """The kernels above, for given q [B, H, T, D] and k [B, Hkv, S, D]: one method each, which makes its results."""
 
     def __init__(self, q, k, scale, causal):
         dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
@@ -643,10 +643,10 @@ def lla_triton(q, k, v, ridge, scale=None, iters=None, causal=True, tol=None, us
 def _check(q, k, v, T, causal=False):
     """Raises ValueError unless q [B, H, ...], k [B, Hkv, S, D], v [B, Hkv, S, Dv] can attend; T: how many queries."""
     (B, H), D, (Hkv, S) = q.shape[:2], q.shape[-1], k.shape[1:3]
-    expect("k", k, B, Hkv, S, D)
-    expect("v", v, B, Hkv, S, v.shape[-1])
     if H % Hkv:
         raise ValueError(f"{H} query heads do not divide into {Hkv} key heads")
+    expect("k", k, B, Hkv, S, D)
+    expect("v", v, B, Hkv, S, v.shape[-1])
     if causal and T > S:
         raise ValueError(f"{T} queries, but {S} keys: causal queries are the last of the positions; pass causal=False")
     if not q.dtype == k.dtype == v.dtype:
@@ -723,7 +723,7 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
     """Returns o [B, H, D]: `lla` of one new query on its cache, which holds its own key and value already.
 
     q [B, H, D]; k_cache, v_cache [B, Hkv, room, D], of which the first `length` positions are filled: a number, an
-    int64 tensor [] where it is only known on the GPU, None: all. pad [B] int64: positions at the start that nobody looks at.
+    int64 tensor [] where it is only known on the GPU, None: all. pad [B] int64: positions at the start nobody looks at.
     """
     dtype, room = q.dtype, k_cache.shape[2]
     q, k, v, ridge = _each_head(q[:, :, None], k_cache, v_cache, ridge)
@@ -752,8 +752,8 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
 
 @jit
 def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, H, GROUP, D, scale, margin, stride_qb,
-                    stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-                    N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                    stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr,
+                    PRECISION: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     head, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, d = tl.arange(0, N), tl.arange(0, BLOCK)
     wait_for_the_kernel_before(PDL)
