@@ -142,7 +142,7 @@ class HybridConfig:
         if self.rotary_base is not None and (self.rotary_base <= 0 or self.head_dim % 2):
             raise ValueError(f"rotary_base={self.rotary_base} must be positive, and head_dim={self.head_dim} even")
         if not 0 < self.lla_ridge < math.inf:
-            raise ValueError(f"lla_ridge={self.lla_ridge} must be positive, and a number")
+            raise ValueError(f"lla_ridge={self.lla_ridge} must be a positive number")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
         if "E" in self.hybrid_override_pattern or (self.num_nextn_predict_layers and "E" in pattern):

@@ -525,8 +525,8 @@ def test_a_bad_checkpoint_is_named(file, how, error, message, tmp_path):
         (dict(hidden_size=0), "hidden_size=0 must be a whole number of at least 1"),
         (dict(hidden_size="wide"), "hidden_size='wide' must be a whole number"),
         (dict(hidden_dropout=1.0), "hidden_dropout=1.0"),
-        (dict(lla_ridge=0.0), "lla_ridge=0.0 must be positive"),
-        (dict(lla_ridge=math.nan), "lla_ridge=nan must be positive"),
+        (dict(lla_ridge=0.0), "lla_ridge=0.0 must be a positive number"),
+        (dict(lla_ridge=math.nan), "lla_ridge=nan must be a positive number"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):
