@@ -922,7 +922,7 @@ class LocalLinearAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
         self.qk_norm = nn.Parameter(torch.ones(head_dim))
-        self.raw_ridge = nn.Parameter(torch.full((num_heads,), math.log(math.expm1(ridge))))
+        self.raw_ridge = nn.Parameter(torch.full((num_heads,), ridge + math.log(-math.expm1(-ridge))))
 
     @property
     def ridge(self):

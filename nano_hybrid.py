@@ -14,7 +14,8 @@ Picture  One letter of the pattern string is one residual layer with one mixer, 
                                     |                                  *  grouped-query attention, no positions
                                     |                                  -  down(relu(up x)^2)
                                     |                                  E  mixture of experts: latent_moe.py
-                                    rms_norm -> lm_head -> logits [B,T,V]
+                                    |                                  L  local linear attention: lla.py; in none of
+                                    rms_norm -> lm_head -> logits [B,T,V]     these papers, for comparison
 
          Mamba-2    x -> in_proj -> z | x B C | dt        C -> 2 di + 2 G N + H,  di = H P
                                      |   |      '- softplus(dt + dt_bias) ------.
@@ -64,12 +65,13 @@ from tqdm import tqdm
 from decoding import BudgetControl, Chooser, DraftStats, Repeated, append, cached_attention, linear_step, to_host
 from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
 from latent_moe import MLP, MoE, MoEConfig, Router
+from lla import LocalLinearAttention, lla, lla_step
 from ssd import mamba2_inner, mamba2_steps
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
 
 
-LETTERS = "M*-E"  # the layers there are: section 3
+LETTERS = "M*-EL"  # the layers there are: section 3
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,13 @@ class HybridConfig:
 
     vocab_size: int = 4096  # V, tokens
     hidden_size: int = 128  # C, width of the residual stream
-    hybrid_override_pattern: str = "M-M*-M-"  # layers: M Mamba-2, * attention, - MLP, E mixture of experts
+    hybrid_override_pattern: str = "M-M*-M-"  # M Mamba-2, * attention, L local linear attention, - MLP, E experts
     tie_word_embeddings: bool = False  # one matrix for embeddings and lm_head
-    num_attention_heads: int = 2  # query heads of an attention layer
+    num_attention_heads: int = 2  # query heads of an attention layer, * or L
     num_key_value_heads: int = 1  # key/value heads, each shared by a group of query heads
     head_dim: int = 64  # D, channels of an attention head; heads * head_dim need not be hidden_size
     rotary_base: float | None = None  # base of rotary positions in attention (1e4 is usual); default: none, as released
+    lla_ridge: float = 1.0  # lambda, the ridge that each head of a local linear attention layer begins with
     intermediate_size: int = 512  # width of the MLP
     mamba_num_heads: int = 4  # H, heads of a Mamba-2 layer
     mamba_head_dim: int = 64  # P, channels of a Mamba head; the mixer is H * P wide
@@ -121,7 +124,8 @@ class HybridConfig:
         if unknown or not self.hybrid_override_pattern:
             raise ValueError(
                 f"hybrid_override_pattern={self.hybrid_override_pattern!r} has {unknown or 'no layers'}; "
-                "write one letter per layer: M (Mamba-2), * (attention), - (MLP), E (mixture of experts)"
+                "write one letter per layer: M (Mamba-2), * (attention), - (MLP), E (mixture of experts), "
+                "L (local linear attention)"
             )
         for name in (f.name for f in fields(self) if f.type in (int, "int") and f.name != "num_nextn_predict_layers"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
@@ -137,6 +141,8 @@ class HybridConfig:
                 raise ValueError(f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}")
         if self.rotary_base is not None and (self.rotary_base <= 0 or self.head_dim % 2):
             raise ValueError(f"rotary_base={self.rotary_base} must be positive, and head_dim={self.head_dim} even")
+        if not 0 < self.lla_ridge < math.inf:
+            raise ValueError(f"lla_ridge={self.lla_ridge} must be a positive number")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
         if "E" in self.hybrid_override_pattern or (self.num_nextn_predict_layers and "E" in pattern):
@@ -199,6 +205,10 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
         **_NANO3_SMALL
         | dict(moe_latent_size=192, n_routed_experts=128, num_experts_per_tok=14, routed_scaling_factor=5.0),
     ),
+    # `small` and `tiny` with local linear attention in place of softmax attention, arXiv:2510.01450. The tiny one has
+    # heads of 32: on a CPU a D x D system is solved for each position and head.
+    "lla-tiny": HybridConfig(hybrid_override_pattern="M-ML-M-", head_dim=32),
+    "lla": HybridConfig(**_SMALL, hybrid_override_pattern="M-M-ML-M-M-ML-M-M-"),
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
     "nano-12b-v2": HybridConfig(
         **_RELEASED, hidden_size=5120, intermediate_size=20480, initializer_range=0.0125,
@@ -243,7 +253,7 @@ class MambaState:
 
 @dataclass
 class KVState:
-    """The memory of one attention layer: every key and value so far, in room that doubles when it is full."""
+    """The memory of an attention layer, * or L: every key and value so far, in room that doubles when it is full."""
 
     k: torch.Tensor  # [B, Hkv, room, D]
     v: torch.Tensor  # [B, Hkv, room, D]
@@ -448,7 +458,39 @@ def rotate(x, start, base):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-class Attention(nn.Module):
+class KeyValueMixer:
+    """What all attention has in common: it remembers keys and values, and each query reads those up to its own.
+
+    A subclass is a Module with projections to q, k, v and from o, and three methods: `qkv(product)`, as
+    LocalLinearAttention has it; `read`, for a text or a piece of one; `read_fixed`, for a few tokens on a fixed cache.
+    """
+
+    def forward(self, x, cache=None):
+        """Returns [B, T, C]. A query sees the cache, and of the T new positions its own and those before it."""
+        (q, k, v), pad = self.placed(lambda projection: projection(x), cache), None
+        if cache:
+            cache.layers[self.index] = state = KVState.after(cache.layers[self.index], k, v, cache.room)
+            (k, v), pad = state.filled(), cache.pad  # [B, Hkv, past + T, D]
+        return self.o_proj(self.read(q, k, v, pad).transpose(1, 2).flatten(2))
+
+    def step(self, x, norm, cache):
+        """Returns x + forward(norm(x)) [B, T, C] of a few tokens on a fixed cache."""
+        state = cache.layers[self.index]
+        q, k, v = self.placed(lambda p: linear_step(x, p.weight, norm=norm.weight, eps=norm.eps), cache)
+        append(state.k, state.v, k, v, cache.position)
+        out = self.read_fixed(q, state.k, state.v, cache.end, cache.pad)
+        return linear_step(out.transpose(1, 2).flatten(2), self.o_proj.weight, residual=x)
+
+    def placed(self, product, cache):
+        """Returns q, k, v, each [B, heads, T, D], where positions are rotary turned by their own."""
+        q, k, v = self.qkv(product)
+        if self.rotary_base:
+            start = 0 if cache is None else cache.position if cache.fixed else cache.length
+            q, k = (rotate(t, start, self.rotary_base) for t in (q, k))
+        return q, k, v
+
+
+class Attention(KeyValueMixer, nn.Module):
     """Causal grouped-query attention: without positions as published, or with rotary ones (config.rotary_base)."""
 
     def __init__(self, config, index):
@@ -460,37 +502,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x, cache=None):
-        """Returns [B, T, C]. A query sees the cache, and of the T new positions its own and those before it."""
-        q, k, v = self.qkv(lambda projection: projection(x), cache)
-        return self.o_proj(self.read(q, k, v, cache).transpose(1, 2).flatten(2))
-
-    def step(self, x, norm, cache):
-        """Returns x + forward(norm(x)) [B, T, C] of a few tokens on a fixed cache."""
-        state = cache.layers[self.index]
-        q, k, v = self.qkv(lambda p: linear_step(x, p.weight, norm=norm.weight, eps=norm.eps), cache)
-        append(state.k, state.v, k, v, cache.position)
-        out = cached_attention(q, state.k, state.v, cache.end, cache.pad)
-        return linear_step(out.transpose(1, 2).flatten(2), self.o_proj.weight, residual=x)
-
-    def qkv(self, product, cache):
-        """Returns q, k, v, each [B, heads, T, D]: product(projection) of each projection, at its position."""
-        q, k, v = (
+    def qkv(self, product):
+        """Returns q, k, v, each [B, heads, T, D]: product(projection) of each projection."""
+        return tuple(
             product(p).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.rotary_base:
-            start = 0 if cache is None else cache.position if cache.fixed else cache.length
-            q, k = (rotate(t, start, self.rotary_base) for t in (q, k))
-        return q, k, v
 
-    def read(self, q, k, v, cache):
-        """Returns [B, Hq, T, D]: attention of a text, or of a piece of it with those before in the cache."""
-        T, pad = q.shape[2], None
-        if cache:
-            cache.layers[self.index] = state = KVState.after(cache.layers[self.index], k, v, cache.room)
-            (k, v), pad = state.filled(), cache.pad  # [B, Hkv, past + T, D]
-        past, mask = k.shape[2] - T, None
+    def read(self, q, k, v, pad):
+        """Returns [B, Hq, T, D]: attention of the last T positions on k, v [B, Hkv, past + T, D]. pad [B] or None."""
+        T, past, mask = q.shape[2], k.shape[2] - q.shape[2], None
         if pad is not None:
             rows = torch.arange(past, past + T, device=q.device)[:, None]
             columns = torch.arange(past + T, device=q.device)[None, :]
@@ -501,11 +522,54 @@ class Attention(nn.Module):
         is_causal = mask is None and T > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
 
+    def read_fixed(self, q, k, v, length, pad):
+        """Returns the same of the last T of `length` positions, a tensor []; k, v [B, Hkv, room, D]."""
+        return cached_attention(q, k, v, length, pad)
+
+
+class LocalLinear(KeyValueMixer, LocalLinearAttention):
+    """Local linear attention (lla.py) where softmax attention would stand: the same projections, memory and positions.
+
+    Beyond those of `Attention` it has D + H parameters: the norm that q and k share, and a ridge for each head.
+    """
+
+    def __init__(self, config, index):
+        c = config
+        super().__init__(
+            c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.lla_ridge, c.layer_norm_epsilon
+        )
+        self.index, self.rotary_base = index, c.rotary_base
+
+    def read(self, q, k, v, pad):
+        """Returns [B, Hq, T, D]: `lla` of the last T positions on k, v [B, Hkv, past + T, D]. pad [B] or None.
+
+        `lla` knows no padding, so with some each text is read by itself, from its own beginning.
+        """
+        if pad is None:
+            return lla(q, k, v, self.ridge)
+        T, past, out = q.shape[2], k.shape[2] - q.shape[2], torch.zeros_like(q)
+        for text, n in enumerate(pad.tolist()):
+            one, first = slice(text, text + 1), max(0, n - past)  # of the T; what is before is padding
+            if first < T:
+                out[one, :, first:] = lla(q[one, :, first:], k[one, :, n:], v[one, :, n:], self.ridge)
+        return out
+
+    def read_fixed(self, q, k, v, length, pad):
+        """Returns the same of the last T of `length` positions, a tensor []; k, v [B, Hkv, room, D]."""
+        T = q.shape[2]
+        if T == 1:
+            return lla_step(q[:, :, 0], k, v, self.ridge, length, pad)[:, :, None]
+        one_by_one = zip(q.split(1, dim=2), reversed(range(T)))  # drafts: each looks no further than itself
+        return torch.cat([self.read_fixed(token, k, v, length - after, pad) for token, after in one_by_one], dim=2)
+
+
+REMEMBERING = {"M": Mamba2, "*": Attention, "L": LocalLinear}  # an MLP and a mixture of experts (latent_moe.py) do not
+
 
 def mixer_of(config, letter, index):
-    """Returns the mixer for a letter. An MLP and a mixture of experts (latent_moe.py) remember nothing."""
-    if letter in "M*":
-        return (Mamba2 if letter == "M" else Attention)(config, index)
+    """Returns the mixer for a letter."""
+    if letter in REMEMBERING:
+        return REMEMBERING[letter](config, index)
     return MoE(config.moe()) if letter == "E" else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
 
@@ -513,6 +577,7 @@ def mixer_of(config, letter, index):
 
 # What a layer adds to the residual stream comes from these.
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
+CG_STEPS = 8  # that a solve of local linear attention is counted with: about what q and k with norms need at ridge 1
 ROOM = 1024  # tokens that `generate` makes room for at once, or as many as the prompt has
 
 
@@ -522,7 +587,7 @@ class Block(nn.Module):
     def __init__(self, config, letter, index):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer, self.remembers = mixer_of(config, letter, index), letter in "M*"
+        self.mixer, self.remembers = mixer_of(config, letter, index), letter in REMEMBERING
         self.dropout = config.hidden_dropout
 
     def forward(self, x, cache=None):
@@ -622,6 +687,7 @@ class Hybrid(nn.Module):
 
         Matrices normal(0, initializer_range), those that write to the residual stream divided by sqrt(number of
         layers) so that its variance does not grow with depth; A uniform in [1, 16]; dt log-uniform in [1e-3, 1e-1].
+        Norms and the ridges of local linear attention stay as their layers made them.
         """
         std = self.config.initializer_range
         for name, module in self.named_modules():
@@ -764,7 +830,9 @@ class Hybrid(nn.Module):
 
         Forward counts 2 per weight, backward twice that. Attention: scores and values over half the context (causal).
         SSD: the chunked algorithm, causal half of a chunk, with C.B once per group. Multi-token prediction: block and
-        projection for each depth.
+        projection for each depth. Local linear attention: where attention has 2 products of queries with keys or values
+        forward and 4 backward, it has 4 and 8, and 2 for each step of each of its two solves by conjugate gradients
+        (lla.py). As everywhere, what a kernel computes again does not count.
         """
         c, pattern = self.config, self.config.hybrid_override_pattern
         matrices = [
@@ -777,7 +845,8 @@ class Hybrid(nn.Module):
         attention = 2 * context / 2 * c.num_attention_heads * c.head_dim
         Q = min(c.chunk_size, context)
         scan = Q / 2 * (c.ssm_state_size * c.n_groups + c.mamba_size) + 2 * c.mamba_size * c.ssm_state_size
-        main += pattern.count("*") * attention + pattern.count("M") * scan
+        local_linear = (4 + 8 + 2 * 2 * CG_STEPS) / (2 + 4) * attention
+        main += pattern.count("*") * attention + pattern.count("L") * local_linear + pattern.count("M") * scan
         if self.mtp:
             again = further + c.mtp_hybrid_override_pattern.count("*") * attention + c.vocab_size * c.hidden_size
             main += c.mtp_depths * again
@@ -936,6 +1005,7 @@ class Hybrid(nn.Module):
     def save_pretrained(self, directory, state_dict=None, **extra):
         """Writes config.json (with `extra` keys added) and model.safetensors, which `transformers` opens too.
 
+        Not if the pattern has an L: `transformers` does not know local linear attention, `from_pretrained` here does.
         state_dict: the whole weights, where this process holds only a part of them (FSDP).
 
         Each file is written beside its name and moved there when whole. On disk the backbone is called "backbone.",
@@ -1197,7 +1267,7 @@ def memory_per_text(config, length, bytes_per_number):
     c, pattern = config, config.hybrid_override_pattern
     mamba = 4 * c.mamba_size * c.ssm_state_size + bytes_per_number * c.conv_size * (c.conv_kernel - 1)
     attention = 2 * bytes_per_number * c.num_key_value_heads * c.head_dim * length
-    return pattern.count("M") * mamba + pattern.count("*") * attention
+    return pattern.count("M") * mamba + (pattern.count("*") + pattern.count("L")) * attention
 
 
 def random_cache(model, n_texts, length, room):

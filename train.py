@@ -2,6 +2,7 @@
 
     python train.py                                   a hybrid Mamba-2 language model on Python's own source code
     python train.py --data='books/*.txt' --steps=5000
+    python train.py --recipe=lla                      local linear attention where `hybrid` has softmax attention
     python train.py --resume                          goes on with the newest run
     torchrun --standalone --nproc_per_node=8 train.py
 
@@ -73,7 +74,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "409
 class TrainConfig:
     """The settings of a run. None means: what the recipe says. The comment is the --help text."""
 
-    recipe: str = "hybrid"  # what to train: a row of RECIPES
+    recipe: str = "hybrid"  # what to train, a row of RECIPES: hybrid, nano3, super3 or lla
     preset: str | None = None  # shape of the model: a name in nano_hybrid.PRESETS
     data: str = "python"  # "python" (the standard library's source), a file, folder or glob, or token shards *.bin
     tokenizer: str = "python4k"  # python4k, bytes, or one of tiktoken's: gpt2, cl100k_base, ...
@@ -112,6 +113,9 @@ RECIPES = {
     "hybrid": Recipe(NextToken, cpu=dict(preset="tiny", **_CPU), gpu=dict(preset="small", **_GPU)),
     "nano3": Recipe(NextToken, cpu=dict(preset="nano3-tiny", **_CPU), gpu=dict(preset="nano3", **_GPU)),
     "super3": Recipe(NextToken, cpu=dict(preset="super3-tiny", **_CPU), gpu=dict(preset="super3", **_GPU)),
+    # Its softmax twin is the same command with * for L in the pattern: --hybrid_override_pattern='M-M*-M-' on a CPU,
+    # 'M-M-M*-M-M-M*-M-M-' on a GPU. It lacks D + H parameters a layer: the norm of q and k, and the ridges.
+    "lla": Recipe(NextToken, cpu=dict(preset="lla-tiny", **_CPU), gpu=dict(preset="lla", **_GPU)),
 }
 
 # A model that reads a text more than MAX_FRESH_EPOCHS times learns it by heart unless it is held back (Muennighoff et
@@ -188,7 +192,7 @@ def set_up(argv):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         register_fsdp_forward_method(model, "loss")
-    # Norms, biases, A_log, D and dt_bias are vectors, and never decayed.
+    # Norms, biases, A_log, D, dt_bias and raw_ridge are vectors, and never decayed.
     groups = [
         dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=config.weight_decay),
         dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0),

@@ -46,7 +46,7 @@ def scramble(model, seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if name.endswith("norm.weight") or name.endswith("norm_f.weight"):
+            if name.endswith(("norm.weight", "norm_f.weight", "qk_norm")):
                 p.copy_(1 + 0.25 * noise)
             elif name.endswith(".D"):
                 p.copy_(1 + 0.5 * noise)

@@ -12,7 +12,17 @@ from safetensors.torch import load_file, save_file
 from conftest import TINY, scramble
 from data import PASSKEY_VOCAB
 from decoding import DraftStats, ThinkingBudget
-from nano_hybrid import PRESETS, Hybrid, HybridConfig, PasskeyStudy, attention_twin, memory_per_text, passkey, rotate
+from nano_hybrid import (
+    CG_STEPS,
+    PRESETS,
+    Hybrid,
+    HybridConfig,
+    PasskeyStudy,
+    attention_twin,
+    memory_per_text,
+    passkey,
+    rotate,
+)
 
 
 def build(dtype=torch.float32, seed=0, **changes):
@@ -26,6 +36,9 @@ MOE = dict(
 )  # fmt: skip
 MTP = dict(num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*-", tie_word_embeddings=True)
 MIXTURES = {"standard": MOE, "grouped": MOE | dict(n_group=4, topk_group=2), "latent": MOE | dict(moe_latent_size=8)}
+
+
+ATTENTIONS = [TINY["hybrid_override_pattern"], "ML-L"]  # with softmax attention, and with local linear attention
 
 
 def draw_ids(B, T, seed=0):
@@ -170,6 +183,7 @@ def test_parameter_names_are_those_of_transformers(changes):
         ("nano-12b-v2", 12310, 12310), ("nano-9b-v2", 8890, 8890), ("nano-3-30b-a3b", 31580, 3580),
         ("super-3-120b-a12b", 120670, 12770), ("ultra-3-550b-a55b", 549300, 56100),
         ("small", 122.3, 122.3), ("nano3", 298.7, 122.5), ("super3", 301.6, 122.3), ("tiny", 1.844, 1.844),
+        ("lla", 122.3, 122.3), ("lla-tiny", 1.820, 1.820),
     ],
 )  # fmt: skip
 def test_presets_have_the_published_sizes(preset, millions, active):
@@ -235,7 +249,7 @@ def test_a_cache_of_mixtures_goes_on_where_it_was(kind):
 # ---- initialisation, loss ----
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small"])
+@pytest.mark.parametrize("preset", ["tiny", "lla-tiny", "small"])
 def test_loss_at_step_0_is_ln_V(preset):
     torch.manual_seed(0)
     model = Hybrid(replace(PRESETS[preset], vocab_size=4096))
@@ -259,6 +273,15 @@ def test_initial_values_are_the_published_ones():
     assert mixer.D.unique().tolist() == [1.0] and mixer.norm.weight.unique().tolist() == [1.0]
 
 
+@pytest.mark.parametrize("ridge", [1e-4, 1.0, 1000.0])
+def test_local_linear_attention_begins_with_its_ridge_and_its_norm(ridge):
+    model = Hybrid(replace(PRESETS["lla-tiny"], lla_ridge=ridge, initializer_range=0.02))
+    mixer = model.model.layers[3].mixer
+    assert torch.allclose(mixer.ridge, torch.full((2,), ridge)) and mixer.qk_norm.unique().tolist() == [1.0]
+    assert mixer.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert mixer.o_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(7), rel=0.05)
+
+
 def test_loss_is_the_cross_entropy_of_forward_and_ignores_minus_100():
     model, ids = build(), draw_ids(2, 20)
     targets = ids[:, 1:].clone()
@@ -279,9 +302,10 @@ def test_logprobs_are_log_softmax_of_forward():
     assert torch.allclose(masked, logprob * mask)
 
 
-def test_a_small_model_learns_a_sequence_by_heart():
+@pytest.mark.parametrize("pattern", ATTENTIONS)
+def test_a_small_model_learns_a_sequence_by_heart(pattern):
     torch.manual_seed(0)
-    model = Hybrid(HybridConfig(**TINY))
+    model = Hybrid(HybridConfig(**(TINY | dict(hybrid_override_pattern=pattern))))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ids = draw_ids(2, 33)
     for _ in range(120):
@@ -311,13 +335,22 @@ def test_flops_are_those_that_pytorch_counts():
     assert counter.get_total_flops() == model.flops_per_token(10) * 10
 
 
+def test_local_linear_attention_costs_what_attention_does_times_a_number():
+    """The same weights, and more for each token of the context."""
+    softmax, local = (Hybrid(HybridConfig(**(TINY | dict(hybrid_override_pattern=p)))) for p in ("*-", "L-"))
+    first, more = (local.flops_per_token(T) - softmax.flops_per_token(T) for T in (0, 100))
+    attention = softmax.flops_per_token(100) - softmax.flops_per_token(0)
+    assert first == 0 and more / attention == pytest.approx(1 + 2 / 3 * CG_STEPS)
+
+
 # ---- the cache ----
 
 
+@pytest.mark.parametrize("pattern", ATTENTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pieces", [[30], [1] * 30, [12, 18], [2, 9, 1, 1, 17], [29, 1]])
-def test_cached_equals_uncached(pieces, dtype):
-    model, ids = build(dtype), draw_ids(2, 30)
+def test_cached_equals_uncached(pattern, pieces, dtype):
+    model, ids = build(dtype, hybrid_override_pattern=pattern), draw_ids(2, 30)
     with torch.no_grad():
         expected = model(ids)
         cache = model.new_cache()
@@ -337,15 +370,17 @@ def test_the_mamba_state_does_not_grow():
     assert sizes[0] == sizes[1]
 
 
-def test_the_future_does_not_matter():
-    model, ids = build(torch.float64), draw_ids(1, 20)
+@pytest.mark.parametrize("pattern", ATTENTIONS)
+def test_the_future_does_not_matter(pattern):
+    model, ids = build(torch.float64, hybrid_override_pattern=pattern), draw_ids(1, 20)
     changed = ids.clone()
     changed[:, 11:] = (changed[:, 11:] + 1) % TINY["vocab_size"]
     assert torch.equal(model(ids)[:, :11], model(changed)[:, :11])
 
 
-def test_left_padding_is_exact():
-    model, ids = build(torch.float64), draw_ids(1, 20)
+@pytest.mark.parametrize("pattern", ATTENTIONS)
+def test_left_padding_is_exact(pattern):
+    model, ids = build(torch.float64, hybrid_override_pattern=pattern), draw_ids(1, 20)
     pad = 7
     padded = torch.cat([ids[:, :3].new_full((1, pad), 5), ids], 1)
     both = torch.cat([padded, draw_ids(1, 27, seed=3)])
@@ -364,15 +399,17 @@ def run(model, prompts, n, **kwargs):
     return torch.stack(list(model.generate(prompts, n, **kwargs)), dim=1).tolist()
 
 
-def test_greedy_generation_is_argmax_of_forward():
-    model, ids = build(torch.float64), draw_ids(1, 5)
+@pytest.mark.parametrize("pattern", ATTENTIONS)
+def test_greedy_generation_is_argmax_of_forward(pattern):
+    model, ids = build(torch.float64, hybrid_override_pattern=pattern), draw_ids(1, 5)
     made = run(model, ids, 12, temperature=0)[0]
     for i in range(12):
         assert made[i] == model(torch.cat([ids, torch.tensor([made[:i]], dtype=torch.int64)], 1))[0, -1].argmax()
 
 
-def test_prompts_of_different_length_do_not_disturb_each_other():
-    model = build(torch.float64)
+@pytest.mark.parametrize("pattern", ATTENTIONS)
+def test_prompts_of_different_length_do_not_disturb_each_other(pattern):
+    model = build(torch.float64, hybrid_override_pattern=pattern)
     prompts = [draw_ids(1, n, seed=n)[0].tolist() for n in (1, 4, 13)]
     together = run(model, prompts, 10, temperature=0)
     assert together == [run(model, [p], 10, temperature=0)[0] for p in prompts]
@@ -419,8 +456,9 @@ def test_generate_refuses_what_cannot_be(prompt, kwargs, message):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_save_and_load_give_the_same_logits(tied, tmp_path):
-    model = build(tie_word_embeddings=tied)
+@pytest.mark.parametrize("pattern", ATTENTIONS)
+def test_save_and_load_give_the_same_logits(pattern, tied, tmp_path):
+    model = build(hybrid_override_pattern=pattern, tie_word_embeddings=tied, lla_ridge=0.5)
     model.save_pretrained(tmp_path / "a", note="kept")
     again = Hybrid.from_pretrained(tmp_path / "a")
     assert again.config == model.config
@@ -487,6 +525,8 @@ def test_a_bad_checkpoint_is_named(file, how, error, message, tmp_path):
         (dict(hidden_size=0), "hidden_size=0 must be a whole number of at least 1"),
         (dict(hidden_size="wide"), "hidden_size='wide' must be a whole number"),
         (dict(hidden_dropout=1.0), "hidden_dropout=1.0"),
+        (dict(lla_ridge=0.0), "lla_ridge=0.0 must be a positive number"),
+        (dict(lla_ridge=math.nan), "lla_ridge=nan must be a positive number"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):
@@ -573,8 +613,9 @@ def test_greedy_text_is_the_same_with_drafts(predictor, n, prefill_size):
     assert stats.tokens / stats.forwards > 1.5 and stats.accepted[0] > 0.5 * stats.drafted[0]
 
 
-def test_greedy_text_is_the_same_when_the_drafts_are_bad():
-    model, stats = build(**MTP), DraftStats()  # never trained: nearly every guess is wrong
+@pytest.mark.parametrize("pattern", ATTENTIONS)
+def test_greedy_text_is_the_same_when_the_drafts_are_bad(pattern):
+    model, stats = build(hybrid_override_pattern=pattern, **MTP), DraftStats()  # never trained: guesses are wrong
     plain = torch.stack(list(model.generate(draw_ids(1, 9), 40, temperature=0)))
     drafted = torch.stack(list(model.generate(draw_ids(1, 9), 40, temperature=0, draft=3, drafts=stats)))
     assert torch.equal(plain, drafted) and stats.accepted[0] < 0.5 * stats.drafted[0]
@@ -605,8 +646,10 @@ def test_drafts_that_cannot_be_are_refused(changes, prompt, options):
         next(build(**changes).generate(prompt, 4, draft=2, **options))
 
 
-def test_a_prompt_read_in_parts_is_the_prompt_at_once():
-    model, prompts = build(), [draw_ids(1, 21)[0].tolist(), draw_ids(1, 13, seed=1)[0].tolist()]
+@pytest.mark.parametrize("pattern", ATTENTIONS)
+def test_a_prompt_read_in_parts_is_the_prompt_at_once(pattern):
+    model = build(hybrid_override_pattern=pattern)
+    prompts = [draw_ids(1, 21)[0].tolist(), draw_ids(1, 13, seed=1)[0].tolist()]
     texts = [torch.stack(list(model.generate(prompts, 12, 0, prefill_size=size))) for size in (5, 8, 8192)]
     assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[2])
 
@@ -623,9 +666,11 @@ def test_a_budget_in_generate():
 # ---- what it remembers with ----
 
 
+@pytest.mark.parametrize("pattern", ATTENTIONS)
 @pytest.mark.parametrize("T", [1, 9, 40])
-def test_the_cache_is_as_large_as_its_pattern_says(T):
-    model, cache = build(), Hybrid(HybridConfig(**TINY)).new_cache()
+def test_the_cache_is_as_large_as_its_pattern_says(pattern, T):
+    model = build(hybrid_override_pattern=pattern)
+    cache = model.new_cache()
     with torch.no_grad():
         for part in draw_ids(3, T).split(4, dim=1):
             model(part, cache)
@@ -639,7 +684,7 @@ def test_the_attention_only_twin_has_as_many_parameters():
     assert twin == pytest.approx(ours, rel=1e-3) and "M" not in attention_twin(config).hybrid_override_pattern
 
 
-@pytest.mark.parametrize("pattern", ["M-*-", "MM", "*-*-"])
+@pytest.mark.parametrize("pattern", ["M-*-", "MM", "*-*-", "ML-L"])
 def test_a_fixed_cache_remembers_the_same(pattern):
     model, ids = build(hybrid_override_pattern=pattern).eval(), draw_ids(2, 30)
     pad = torch.tensor([0, 3])
@@ -656,8 +701,9 @@ def test_a_fixed_cache_remembers_the_same(pattern):
         assert places == [t.data_ptr() for s in fixed.layers if s for t in vars(s).values() if torch.is_tensor(t)]
 
 
-def test_of_a_trial_only_what_is_kept_was_read():
-    model, ids = build(hybrid_override_pattern="M-*-M").eval(), draw_ids(1, 30)
+@pytest.mark.parametrize("pattern", ["M-*-M", "ML-M"])
+def test_of_a_trial_only_what_is_kept_was_read(pattern):
+    model, ids = build(hybrid_override_pattern=pattern).eval(), draw_ids(1, 30)
     with torch.no_grad():
         cache = model.new_cache()
         model(ids[:, :10], cache)
@@ -709,10 +755,11 @@ def test_attention_knows_the_order_only_with_rotary_positions(tmp_path):
             HybridConfig(**(TINY | wrong))
 
 
+@pytest.mark.parametrize("pattern", ATTENTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_a_cache_of_rotary_attention_goes_on_where_it_was(fixed, dtype):
-    model, ids = build(dtype, rotary_base=1e4), draw_ids(2, 20)
+def test_a_cache_of_rotary_attention_goes_on_where_it_was(pattern, fixed, dtype):
+    model, ids = build(dtype, hybrid_override_pattern=pattern, rotary_base=1e4), draw_ids(2, 20)
     pad = torch.tensor([0, 4])
     with torch.no_grad():
         expected = model(ids), model(ids[1:, 4:])  # the second row begins after its padding

@@ -37,6 +37,14 @@ def test_a_stream_is_the_same_text(run, capsys):
     assert make(capsys, "--prompt=é", "--stream") == make(capsys, "--prompt=é", "--stream=false")
 
 
+def test_local_linear_attention_writes(run, capsys):
+    changes = dict(vocab_size=320, hybrid_override_pattern="ML-L")
+    scramble(Hybrid(HybridConfig(**(TINY | changes)))).save_pretrained(run, nanopapers={"tokenizer": "bytes"})
+    text = make(capsys, "--prompt=é", "--stream", "--temperature=0")
+    assert make(capsys, "--prompt=é", "--num_samples=2", "--temperature=0").split("\n---\n")[1] == text
+    make(capsys, "--prompt=é", "--dtype=bfloat16")
+
+
 def test_half_precision_keeps_the_vectors_in_float32(run, capsys):
     text = make(capsys, "--prompt=def ", "--temperature=0")
     assert make(capsys, "--prompt=def ", "--temperature=0", "--dtype=bfloat16")[:6] == text[:6]

@@ -25,6 +25,7 @@ EXPERTS = (  # every part that Nemotron 3 Super has
     "--moe_shared_expert_intermediate_size=16 --moe_latent_size=16 --num_nextn_predict_layers=1 "
     "--router_bias_update_rate=0.01"
 ).split()
+LOCAL_LINEAR = ["--recipe=lla", "--hybrid_override_pattern=M-L"]
 SETTINGS = "--tokenizer=bytes --context=32 --batch_size=2 --eval_every=4 --warmup=2 --lr=1e-2 --device=cpu".split()
 
 
@@ -118,17 +119,17 @@ def test_text_read_many_times_is_held_back(flags, capsys):
 
 
 def test_only_matrices_decay(flags):
-    run = train.set_up([*flags, "--steps=2"])
+    run = train.set_up([*flags, *LOCAL_LINEAR, "--steps=2"])
     names = {id(p): n for n, p in run.model.named_parameters()}
     spared = {names[id(p)].split(".")[-1] for p in run.optimizer.param_groups[1]["params"]}
-    assert spared == {"weight", "bias", "A_log", "D", "dt_bias"}
+    assert spared == {"weight", "bias", "A_log", "D", "dt_bias", "raw_ridge", "qk_norm"}
     assert all(p.dim() == 1 for p in run.optimizer.param_groups[1]["params"])
 
 
 # ---- resuming ----
 
 
-@pytest.mark.parametrize(("dropout", "shape"), [(0.0, []), (0.2, []), (0.0, EXPERTS)])
+@pytest.mark.parametrize(("dropout", "shape"), [(0.0, []), (0.2, []), (0.0, EXPERTS), (0.0, LOCAL_LINEAR)])
 def test_half_a_run_and_a_resume_are_the_run_bit_for_bit(flags, dropout, shape):
     flags = [*flags, *shape, f"--hidden_dropout={dropout}", "--weight_decay=0.1"]
     assert train.main([*flags, "--steps=8", "--run=whole"]) == 0
@@ -247,10 +248,20 @@ def test_a_run_of_experts_logs_its_load_and_its_predictions(flags):
     assert bias.abs().max() > 0.009 and bias.abs().max() < 0.13  # twelve steps of 0.01 at most
 
 
+def test_local_linear_attention_and_its_softmax_twin_differ_in_a_norm_and_ridges(flags, capsys):
+    assert train.main([*flags, *LOCAL_LINEAR, "--steps=8"]) == 0
+    assert train.main([*flags, *LOCAL_LINEAR, "--hybrid_override_pattern=M-*", "--steps=8", "--run=twin"]) == 0
+    assert all(rows(run)[-1]["loss"] < rows(run)[0]["loss"] for run in ("lla", "twin"))
+    more = {n: w.shape for n, w in weights("lla").items() if n not in weights("twin")}
+    layer = "backbone.layers.2.mixer."
+    assert more == {layer + "qk_norm": (16,), layer + "raw_ridge": (2,)}  # D, and H
+    assert not (weights("lla")[layer + "raw_ridge"] == weights("lla")[layer + "raw_ridge"][0]).all()  # it has learnt
+
+
 # ---- many processes ----
 
 
-@pytest.mark.parametrize("shape", [[], EXPERTS])
+@pytest.mark.parametrize("shape", [[], EXPERTS, LOCAL_LINEAR])
 def test_two_processes_are_one_with_twice_the_batch(flags, shape):
     flags = [*flags, *shape]
     assert train.main([*flags, "--steps=4", "--run=one", "--batch_size=4"]) == 0
