@@ -127,8 +127,9 @@ def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
     Source: section 3 of the paper in the centred form, which `paper_fit` is tested to agree with. Memory S D^2 + T D^2.
     """
     dtype = q.dtype
-    q, k, v, ridge = _each_head(q, k, v, ridge)
-    return local_fit(softmax_weights(q, k, scale, causal), q, k, v, ridge, iters).to(dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, ridge = _each_head(q, k, v, ridge)
+        return local_fit(softmax_weights(q, k, scale, causal), q, k, v, ridge, iters).to(dtype)
 
 
 # ---- 2. FlashLLA: the kernels -------------------------------------------------------------------------------------
@@ -693,12 +694,12 @@ def parallax_ref(q, k, v, r, scale=None, causal=True):
 
     With r = -C^-1 (q - kbar) it is local linear attention. Source: Parallax, arXiv:2605.29157.
     """
-    dtype, group = q.dtype, q.shape[1] // k.shape[1]
-    q, k, v, r = (at_least_float32(t) for t in (q, k, v, r))
-    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-    s = softmax_weights(q, k, scale, causal)
-    y = r @ k.mT - (r * (s @ k)).sum(-1, keepdim=True)  # [B, H, T, S]
-    return ((s * (1 - y)) @ v).to(dtype)
+    dtype = q.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, _ = _each_head(q, k, v, 1.0)
+        r, s = at_least_float32(r), softmax_weights(q, k, scale, causal)
+        y = r @ k.mT - (r * (s @ k)).sum(-1, keepdim=True)  # [B, H, T, S]
+        return ((s * (1 - y)) @ v).to(dtype)
 
 
 @torch.compiler.disable
@@ -731,8 +732,9 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
     filled = at < (room if length is None else length)  # [room]
     k, v = (torch.where(filled[:, None], t, 0.0) for t in (k, v))  # what lies behind may be anything, NaN too
     seen = filled if pad is None else filled & (at >= pad[:, None, None, None])  # [room] or [B, 1, 1, room]
-    logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
-    return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
+        return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
 
 
 # One query needs no iteration over the cache: its moments are small. Reading the cache once gives them all,

@@ -118,6 +118,13 @@ def test_turning_keys_and_queries_together_changes_nothing():
     assert relative(lla.lla(q @ Q, k @ Q, v, 0.1), lla.lla(q, k, v, 0.1)) < 1e-10
 
 
+def test_autocast_leaves_the_fit_in_float32():
+    q, k, v = (t.float() for t in qkv())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = lla.lla_ref(q, k, v, 0.1), lla.lla_step_ref(q[:, :, -1], k, v, 0.1)
+    assert torch.equal(got[0], lla.lla_ref(q, k, v, 0.1)) and relative(got[1], got[0][:, :, -1]) < 1e-5
+
+
 def test_more_steps_are_more_exact_and_D_are_exact():
     q, k, v = qkv(T=30, D=8)
     exact = lla.lla_ref(q, k, v, 0.05)
