@@ -26,29 +26,41 @@ Differs  From the authors' kernels (Yifei-Zuo/FlashLLA): the ridge stands agains
          (theirs takes 32 steps always); keys and directions are multiplied as float16, not bfloat16.
 """
 
+import itertools
+import json
 import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from tqdm import tqdm
 
 from kernels import (
+    BYTES,
     at_least_float32,
     block_of,
     dot_precision,
     early_launch,
     expect,
     jit,
+    milliseconds,
     pick_backend,
     rms_norm,
     shared_memory,
     tail_contiguous,
+    time_one,
     tl,
     triton,
     wait_for_the_kernel_before,
-)  # fmt: skip
+)
 
 if triton:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -458,7 +470,7 @@ WIDTHS = tuple(sorted(TILES))  # channels of a head that the kernels take; narro
 
 def _tile(name, D, itemsize, held, streamed):
     """Returns M, N, warps and stages of a kernel: of `held` tensors one tile stays, `streamed` ones pass by."""
-    M, N, warps, stages = TILES[D][name] if itemsize == 2 else (32, 32, 4, 1)
+    M, N, warps, stages = TILES[D][name] if itemsize == 2 else (32, 32, 8, 1)
     mine, theirs = (N, M) if name == "dkv" else (M, N)
     while itemsize * D * (held * mine + streamed * theirs * stages) > 0.95 * shared_memory() and (
         mine > 16 or stages > 1
@@ -949,3 +961,499 @@ class LocalLinearAttention(nn.Module):
 
 
 # ---- 6. python lla.py: the paper's claims, small ------------------------------------------------------------------
+#
+# Three ways to answer a question q from pairs (k, v) seen before. Softmax attention fits a constant near q: the values
+# there vary, and their average is biased. Linear attention with a solve (MesaNet) fits one line to everything: it is
+# wrong as soon as no single line is right. LLA fits a line near q. The data of the first two experiments are such that
+# this matters: the line is another one in each segment of the text, and each segment has its own region of keys.
+# The paper gives neither learning rates nor sizes of the trained models; those here are ours, the same for all three.
+
+
+def softmax_attention(q, k, v, ridge=None, scale=None):
+    """Returns o [B, H, T, Dv]: causal softmax attention, which has no slope and no use for a ridge."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+
+def mesa_ref(q, k, v, ridge):
+    """Returns o [B, H, T, Dv]: the layer of MesaNet (arXiv:2506.05233) without its gates, in q's dtype.
+
+    At each position one map from k to v, fitted to all pairs so far with equal weights and no intercept, read at q:
+    (sum v k^T) (sum k k^T + ridge I)^-1 q. q, k [B, H, T, D]; v [B, H, T, Dv]; ridge > 0: a number, or a tensor [H].
+    """
+    dtype = q.dtype
+    q, k, v = (at_least_float32(t) for t in (q, k, v))
+    ridge = torch.as_tensor(ridge, device=q.device, dtype=q.dtype).view(-1, 1, 1, 1)
+    kk = (k[..., :, None] * k[..., None, :]).cumsum(2)  # [B, H, T, D, D]
+    x = torch.linalg.solve(kk + ridge * torch.eye(k.shape[-1], dtype=q.dtype, device=q.device), q)  # [B, H, T, D]
+    return ((x @ k.mT).tril() @ v).to(dtype)  # linear attention, asked with x
+
+
+SEEDS = (0, 1, 2)
+MIXERS = {"softmax": softmax_attention, "linear": mesa_ref, "LLA": lla}  # each (q, k, v, ridge) -> o
+
+
+def piecewise_linear(generator, B, T, S, d):
+    """Returns x [B, T, d] with |x| = 1, and y = A x [B, T, d]; each segment of S has its own A and its own middle of x.
+
+    Without the middles no weights made of q.k could tell the segments apart.
+    """
+    n, normal = T // S, partial(torch.randn, generator=generator, device=generator.device)
+    x = F.normalize(normal(B, n, 1, d), dim=-1) + normal(B, n, S, d) / d**0.5
+    x = F.normalize(x, dim=-1)
+    return x.flatten(1, 2), (x @ normal(B, n, d, d) / d**0.5).flatten(1, 2)
+
+
+def regression_batch(generator, B, T, S, d):
+    """Returns tokens [B, T - 1, 3 d], each (x, y, the next x), and the next y [B, T - 1, d]."""
+    x, y = piecewise_linear(generator, B, T, S, d)
+    return torch.cat([x[:, :-1], y[:, :-1], x[:, 1:]], -1), y[:, 1:]
+
+
+def recall_batch(generator, B, T, n_pairs, vocab_size):
+    """Returns ids [B, T] and targets [B, T], -100 where nothing is asked: multi-query associative recall (MQAR).
+
+    n_pairs keys, each with its value after it, then blanks (token 0) among which every key comes once more, at gaps
+    drawn from a power law of exponent 0.01. Keys are below vocab_size / 2, values are not. Source: Zoology's
+    `multiquery_ar`, arXiv:2312.04927.
+    """
+    device, half, room = generator.device, vocab_size // 2, T - 2 * n_pairs
+    keys, values = (torch.rand(B, half - 1, generator=generator, device=device).argsort(1)[:, :n_pairs] for _ in "kv")
+    keys, values = keys + 1, values + half  # [B, n_pairs]
+    blanks = torch.zeros(B, room, dtype=torch.int64, device=device)
+    ids = torch.cat([torch.stack([keys, values], -1).flatten(1), blanks], 1)  # [B, T]
+    gaps = torch.arange(1, room + 1, device=device) ** (0.01 - 1)
+    places = 2 * n_pairs + torch.multinomial(gaps.expand(B, -1), n_pairs, generator=generator)  # [B, n_pairs]
+    return ids.scatter(1, places, keys), torch.full_like(ids, -100).scatter(1, places, values)
+
+
+def swaps_batch(generator, B, T, n_items):
+    """Returns ids [B, T], each a swap of two places, and the place [B, T], after each, of the item that began at 0."""
+    pairs = torch.combinations(torch.arange(n_items, device=generator.device))  # [n_items (n_items - 1) / 2, 2]
+    ids = torch.randint(len(pairs), (B, T), generator=generator, device=generator.device)
+    place, places = torch.zeros_like(ids[:, 0]), []
+    for a, b in pairs[ids].permute(1, 2, 0):  # T times [2, B]
+        place = torch.where(place == a, b, torch.where(place == b, a, place))
+        places.append(place)
+    return ids, torch.stack(places, 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model learns, and which model learns it."""
+
+    name: str
+    claim: str  # the paper's, of LLA's score: "lowest" or "highest" of the three, or "as softmax"
+    batch: Callable  # generator -> inputs, targets
+    inputs: int  # of the vocabulary, or numbers in a token
+    outputs: int
+    width: int
+    head_dim: int
+    steps: int
+    lr: float
+    heads: int = 1
+    context: int | None = None  # tokens with learned positions; None: inputs are numbers, their order says nothing
+    tied: bool = False  # the output layer is the embedding
+    mlp: bool = False
+
+
+class Mixer(LocalLinearAttention):
+    """The layer with `attend` in the place of `lla`: projections, norm and ridge stay, so that nothing else differs."""
+
+    def __init__(self, attend, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.attend = attend
+
+    def forward(self, x):
+        """Returns [B, T, C]."""
+        q, k, v = self.qkv(lambda projection: projection(x))
+        return self.o_proj(self.attend(q, k, v, self.ridge).transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    """Two layers: x + mixer(norm x), and for some tasks x + MLP(norm x). Numbers are not normalised: sizes count."""
+
+    def __init__(self, attend, task, ridge=1.0):
+        super().__init__()
+        width, norm = task.width, nn.RMSNorm if task.context else nn.Identity
+        self.embed = nn.Embedding(task.inputs, width) if task.context else nn.Linear(task.inputs, width)
+        self.positions = nn.Embedding(task.context or 0, width)
+        for table in [self.embed, self.positions] if task.context else []:
+            nn.init.normal_(table.weight, std=width**-0.5)  # each row about as long as 1
+        self.parts = nn.ModuleList()  # what is added to x, in order
+        for _ in range(2):
+            mixer = Mixer(attend, width, task.heads, head_dim=task.head_dim, ridge=ridge)
+            self.parts.append(nn.Sequential(norm(width), mixer))
+            if task.mlp:
+                mlp = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                self.parts.append(nn.Sequential(norm(width), *mlp))
+        self.head = nn.Sequential(norm(width), nn.Linear(width, task.outputs, bias=not task.tied))
+        if task.tied:
+            self.head[1].weight = self.embed.weight
+
+    def forward(self, x):
+        """Returns [B, T, outputs]. x: numbers [B, T, inputs], or ids [B, T]."""
+        x = self.embed(x) + (self.positions.weight[: x.shape[1]] if self.positions.num_embeddings else 0)
+        for part in self.parts:
+            x = x + part(x)
+        return self.head(x)
+
+
+def train_one(task, attend, seed, device, ridge=1.0, lr=None):
+    """Returns (the loss of each step, the score on new data): error / mean y^2 of numbers, accuracy of ids."""
+    torch.manual_seed(seed)
+    model, generator = Model(attend, task, ridge).to(device), torch.Generator(device).manual_seed(seed)
+    lr, losses = lr or task.lr, []
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in tqdm(range(task.steps), desc=task.name, delay=2, leave=False):
+        for group in optimizer.param_groups:  # warm up over a tenth, then fall to 0
+            group["lr"] = lr * min((step + 1) / (0.1 * task.steps), 1) * (1 - step / task.steps)
+        inputs, y = task.batch(generator)
+        out = model(inputs)
+        loss = F.mse_loss(out, y) if y.is_floating_point() else F.cross_entropy(out.flatten(0, 1), y.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    with torch.no_grad():
+        inputs, y = map(torch.cat, zip(*(task.batch(generator) for _ in range(8))))  # [8 B, T, ...]
+        out = torch.cat([model(part) for part in inputs.chunk(8)])
+    if y.is_floating_point():
+        return torch.stack(losses).tolist(), ((out - y).square().sum() / y.square().sum()).item()
+    return torch.stack(losses).tolist(), (out.argmax(-1) == y)[y >= 0].float().mean().item()
+
+
+def fit_errors(seed, d, S, n, device, T=1024):
+    """Returns name -> error / mean y^2 of each answer [T - 1], over n sequences. Nothing is trained.
+
+    At each position the three fit the pairs so far and are asked for the next y.
+    """
+    fits = partial(softmax_attention, scale=16.0), partial(mesa_ref, ridge=1.0), partial(lla, ridge=1e-3, scale=16.0)
+    x, y = (t[:, None] for t in piecewise_linear(torch.Generator(device).manual_seed(seed), n, T, S, d))
+    inputs, y = (x[:, :, 1:], x[:, :, :-1], y[:, :, :-1]), y[:, :, 1:]  # q, k, v, [n, 1, T - 1, d], and the answers
+    errors = {}
+    for name, fit in zip(MIXERS, fits):  # one sequence at a time: the definition of LLA needs T^2 d numbers for each
+        o = torch.cat([fit(*parts) for parts in zip(*(t.split(1) for t in inputs))])
+        errors[name] = ((o - y).square().sum(-1).mean((0, 1)) / y.square().sum(-1).mean()).cpu()
+    return errors
+
+
+def tasks(device):
+    """Returns the trained experiments: on a CPU only the regression, small."""
+    if device == "cpu":
+        batch = partial(regression_batch, B=16, T=128, d=8)
+        sizes = dict(inputs=24, outputs=8, width=32, head_dim=16, steps=200, lr=2e-2)
+        return [
+            Task(f"in-context regression, d 8, S {S}", "lowest", partial(batch, S=S), **sizes) for S in (16, 32, 64)
+        ]
+    batch = partial(regression_batch, B=16, T=512, d=32)
+    sizes = dict(inputs=96, outputs=32, width=128, head_dim=32, steps=300, lr=1e-2)
+    regression = [
+        Task(f"in-context regression, d 32, S {S}", "lowest", partial(batch, S=S), **sizes) for S in (64, 128, 256)
+    ]
+    sizes = dict(inputs=128, outputs=128, width=64, head_dim=32, heads=2, steps=1200, lr=3e-3, tied=True)
+    recall = [
+        Task(f"associative recall, {n} pairs", "highest",
+             partial(recall_batch, B=2048 // n, T=4 * n, n_pairs=n, vocab_size=128), context=4 * n, **sizes)
+        for n in (16, 32)
+    ]  # fmt: skip
+    sizes = dict(width=128, head_dim=32, heads=4, steps=800, lr=3e-3, context=16, mlp=True)
+    tracking = [
+        Task(f"state tracking, {n} places", "as softmax", partial(swaps_batch, B=256, T=16, n_items=n),
+             inputs=n * (n - 1) // 2, outputs=n, **sizes)
+        for n in (4, 8)
+    ]  # fmt: skip
+    return regression + recall + tracking
+
+
+def print_row(name, claim, runs):
+    """Prints mean and spread over seeds of each score in runs, name -> [seeds], and whether the claim is found.
+
+    One score is above or below another if they differ by more than their spreads. Returns the row, for the record.
+    """
+    runs = {who: torch.tensor(scores) for who, scores in runs.items()}
+    mean = {who: scores.mean().item() for who, scores in runs.items()}
+    spread = {who: scores.std().item() if len(scores) > 1 else 0.0 for who, scores in runs.items()}
+    above = {who: mean["LLA"] - mean[who] for who in ("softmax", "linear")}
+    room = {who: spread["LLA"] + spread[who] for who in above}
+    found = {
+        "lowest": all(above[who] < -room[who] for who in above),
+        "highest": all(above[who] > room[who] for who in above),
+        "as softmax": abs(above["softmax"]) <= room["softmax"] + 0.01,
+    }[claim]
+    cells = "".join(f"{mean[who]:9.3f}" + (f"±{spread[who]:.3f}" if spread["LLA"] else " " * 6) for who in runs)
+    ratio = f"{mean['softmax'] / mean['LLA']:.2f}" if claim == "lowest" else ""
+    tqdm.write(f"{name:38}{cells}{ratio:>11}  {claim:12}{'yes' if found else 'no'}")
+    return dict(name=name, claim=claim, found=found, **{who: scores.tolist() for who, scores in runs.items()})
+
+
+def demo():
+    """Prints the paper's experiments (on a CPU two of them), draws out/lla.png; on a GPU writes assets/bench, too."""
+    device, began, rows = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter(), []
+    torch.set_float32_matmul_precision("high")  # on a GPU, float32 products as TF32 do for all three
+    dims, (n, seeds) = (16, 32, 64), (32, SEEDS) if device == "cuda" else (3, SEEDS[:1])
+    print("Regression on segments of S pairs (x, y) of d numbers: squared error, as a share of the answers' square.")
+    print(f"Recall and tracking: how often right. {device}; ±: the spread over {len(SEEDS)} seeds.\n")
+    print(f"{'':38}" + "".join(f"{who:>9}{'':6}" for who in MIXERS) + "softmax/LLA  the paper: LLA is; found")
+    sizes = [(d, S) for d in dims for S in (128, 256, 512)]
+    errors = {size: [] for size in sizes}  # (d, S) -> [a seed each] of name -> error [T - 1]
+    for d, S in tqdm(sizes, desc="test-time regression", delay=2, leave=False):
+        errors[d, S] = [fit_errors(seed, d, S, n, device) for seed in SEEDS]
+        scores = {who: [error[who].mean().item() for error in errors[d, S]] for who in MIXERS}
+        rows.append(print_row(f"test-time regression, d {d}, S {S}", "lowest", scores))
+    for task in tasks(device):
+        scores = {who: [train_one(task, attend, seed, device)[1] for seed in seeds] for who, attend in MIXERS.items()}
+        rows.append(print_row(task.name, task.claim, scores))
+    seconds, gain = time.perf_counter() - began, gains(errors)
+    print(f"\ntest-time regression, S 256, segment by segment\n{'':8}" + "".join(f"{who:^28}" for who in MIXERS))
+    for d in dims:
+        print(f"{'d ' + str(d):8}" + "".join(by_segment(errors[d, 256], who, 256) for who in MIXERS))
+    print()
+    learned = [sum(row["softmax"]) / sum(row["LLA"]) for row in rows if row["name"].startswith("in-context")]
+    print_gains("softmax/LLA grows with d, S = 256", [gain[d, 256] for d in dims])
+    print_gains("softmax/LLA grows with d, S = 8 d", [gain[d, 8 * d] for d in dims])
+    print_gains("in context it is largest at the smallest S", learned[::-1])
+    print(f"\n{seconds:.0f} s" + ("" if device == "cuda" else "; recall and state tracking run on a GPU"))
+    draw(errors, Path("out/lla.png"))
+    if device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        settings = [{**vars(task), "batch": task.batch.keywords} for task in tasks(device)]
+        record = dict(
+            machine=machine, command="python lla.py", seconds=seconds, seeds=SEEDS, rows=rows, settings=settings
+        )
+        path = Path(__file__).parent / "assets" / "bench" / "lla_demo.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def print_gains(claim, gains):
+    """Prints a claim, the gains that it says grow from left to right, and whether they do."""
+    print(f"{claim:46}" + "".join(f"{gain:7.2f}" for gain in gains) + ("   yes" if gains == sorted(gains) else "   no"))
+
+
+def by_segment(errors, who, S):
+    """Returns the mean error in each segment, as text. The first answer of the text is the second pair's."""
+    mean = F.pad(torch.stack([error[who] for error in errors]).mean(0), (1, 0), value=math.nan)  # [T]
+    return "".join(f"{x:7.3f}" for x in mean.view(-1, S).nanmean(1))
+
+
+def gains(errors):
+    """Returns (d, S) -> softmax's error over LLA's."""
+    return {
+        size: (sum(error["softmax"].sum() for error in runs) / sum(error["LLA"].sum() for error in runs)).item()
+        for size, runs in errors.items()
+    }
+
+
+def draw(errors, path, d=32, S=256, width=16):
+    """Draws the errors by position for one d and S, and softmax's error over LLA's for all; writes them to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 4), dpi=150, layout="constrained", gridspec_kw=dict(width_ratios=[2, 1])
+    )
+    for who, color in zip(MIXERS, ("#D55E00", "#0072B2", "#009E73")):
+        curves = torch.stack([error[who] for error in errors[d, S]])  # [seeds, T - 1]
+        curves = F.pad(curves, (1, 0), value=math.nan).unflatten(1, (-1, width)).nanmean(2)  # [seeds, T / width]
+        at, mean, T = width * (torch.arange(curves.shape[1]) + 0.5), curves.mean(0), curves.shape[1] * width
+        left.fill_between(at, curves.amin(0), curves.amax(0), color=color, alpha=0.2, linewidth=0)
+        left.plot(at, mean, color=color)
+        left.annotate(who, (at[-1], mean[-1]), xytext=(4, -3), textcoords="offset points", color=color)
+    for start in range(S, T, S):
+        left.axvline(start, color="#999999", linewidth=1, linestyle=":")
+    left.set(xlabel=f"position; a new segment every {S}", ylabel="squared error / mean square of the answer", ylim=0)
+    left.set_title(f"d = {d}, means of {width} positions, band: seeds", fontsize=9)
+    left.set_xlim(0, 1.12 * T)
+    ratio = gains(errors)
+    for share, color in (4, "#999999"), (8, "#555555"), (16, "black"):
+        line = [(d, r) for (d, S), r in ratio.items() if S == share * d]
+        right.plot(*zip(*line), marker="o", markersize=3, color=color)
+        right.annotate(f"S = {share} d", line[-1], xytext=(4, -3), textcoords="offset points", color=color)
+    right.set_xscale("log", base=2)
+    right.set_xticks([16, 32, 64], [16, 32, 64])
+    right.set(xlabel="d", ylabel="softmax's error / LLA's", xlim=(14, 110), ylim=1)
+    right.set_title("all positions, segments of S", fontsize=9)
+    for axes in left, right:
+        axes.grid(alpha=0.3)
+    figure.suptitle(
+        f"LLA keeps learning in each segment: softmax attention's error is {ratio[d, S]:.1f} times LLA's at d = {d}"
+    )
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
+# ---- 7. python lla.py bench: how exact, how fast, how large, on a GPU ----------------------------------------------
+
+PEAK = 989e12  # FLOP/s of an H100 or H200, dense bfloat16
+
+
+def attention_inputs(kind, B, H, T, D, seed=0):
+    """Returns q, k, v, g [B, H, T, D] in bfloat16 and scale: logits of a spread of about 1, of "sharp" 4."""
+    normal = partial(torch.randn, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+    (q, k, v, g), scale = (normal(B, H, T, D) for _ in range(4)), D**-0.5
+    if kind in ("unit norm", "rms norm"):  # of length 1 and sqrt(D)
+        length = 1 if kind == "unit norm" else D**0.5
+        q, k, scale = F.normalize(q, dim=-1) * length, F.normalize(k, dim=-1) * length, D**0.5 / length**2
+    if kind == "offset":
+        k = k + 3 * normal(1, H, 1, D)
+    if kind == "sharp":
+        scale = 4 * scale
+    return *(t.bfloat16() for t in (q, k, v, g)), scale
+
+
+def bench_errors(T=4096):
+    """Returns rows: the relative errors of output and gradients against the definition in float64."""
+    rows = []
+    print(f"\nerrors against float64, bf16, T {T}; steps: mean and largest\n{'':34}", end="")
+    print("".join(f"{name:>9}" for name in ("o", "dq", "dk", "dv", "dridge")), "  steps")
+    for D, ridge, kind in itertools.product(
+        (64, 128), (1.0, 0.1), ("gauss", "unit norm", "rms norm", "offset", "sharp")
+    ):
+        *inputs, g, scale = attention_inputs(kind, 1, 2, T, D)
+        inputs.append(torch.full((2,), ridge, device="cuda"))
+        used = torch.zeros(2, 1, 2, T, dtype=torch.int32, device="cuda")
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        o = lla_triton(*leaves, scale=scale, used=used)
+        found = [o, *torch.autograd.grad(o, leaves, g)]
+        leaves = [t.double().requires_grad_() for t in inputs]
+        o = lla_ref(*leaves, scale=scale)
+        exact = [o, *torch.autograd.grad(o, leaves, g.double())]
+        errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact)]
+        steps = used[0].float().mean().item(), used[0].max().item()
+        rows.append(dict(T=T, D=D, ridge=ridge, keys=kind, errors=errors, steps=steps))
+        cells = "".join(f"{e:9.1e}" for e in errors)
+        print(f"D {D:<4} ridge {ridge:<4} {kind:16}{cells}   {steps[0]:.1f}, {steps[1]}")
+        del found, exact, leaves, o
+    return rows
+
+
+def peak_mib(fn, inputs, g):
+    """Returns the MiB that fn(*inputs), forward and backward, takes at its peak beside inputs and g."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(fn(*leaves), leaves, g)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def bench_speed():
+    """Returns rows: milliseconds and MiB of LLA and of softmax attention, and the steps that the solves took."""
+    rows = []
+    print("\nbf16, causal, ridge 1; steps: mean over rows, forward and backward; bound: all products at 989 TFLOP/s")
+    print(f"{'':40}{'fwd ms':>9}{'of bound':>9}{'f+b ms':>9}{'of bound':>9}{'MiB':>8}   steps")
+    shapes = (4, 16, 4096, 128), (4, 16, 4096, 64), (1, 16, 65536, 64)
+    for (B, H, T, D), kind in itertools.product(shapes, ("unit norm", "rms norm", "softmax")):
+        q, k, v, g, scale = attention_inputs("unit norm" if kind == "softmax" else kind, B, H, T, D)
+        used = torch.zeros(2, B, H, T, dtype=torch.int32, device="cuda")
+        ridge = torch.ones(H, device="cuda")
+        fn, products, inputs = partial(lla_triton, scale=scale), (5, 16), (q, k, v, ridge)
+        if kind == "softmax":
+            fn, products, inputs = (
+                partial(F.scaled_dot_product_attention, is_causal=True, scale=scale),
+                (2, 5),
+                (q, k, v),
+            )
+        else:
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            torch.autograd.grad(fn(*leaves, used=used), leaves, g)
+        forward, both, _ = time_one(fn, inputs)
+        mib = peak_mib(fn, inputs, g)
+        steps = used.float().mean((1, 2, 3)).tolist()
+        product = B * H * T**2 * D / PEAK * 1e3  # ms of one, over the causal half
+        bounds = product * (products[0] + 3 * steps[0]), product * (sum(products) + 3 * sum(steps))
+        rows.append(
+            dict(
+                shape=[B, H, T, D],
+                keys=kind,
+                fwd_ms=forward,
+                fwd_bwd_ms=both,
+                peak_mib=mib,
+                steps=steps,
+                bounds_ms=bounds,
+            )
+        )
+        print(f"{str((B, H, T, D)):24}{kind:16}{forward:9.3f}{bounds[0] / forward:9.0%}{both:9.3f}", end="")
+        print(f"{bounds[1] / both:9.0%}{mib:8.0f}   {steps[0]:.2f}, {steps[1]:.2f}")
+    return rows
+
+
+def bench_memory(H=16, D=64):
+    """Returns name -> [(T, MiB at the peak of forward and backward)] of LLA, softmax attention and the definition."""
+    found = {"FlashLLA": [], "softmax attention": [], "the definition": []}
+    attend = partial(F.scaled_dot_product_attention, is_causal=True)
+    for T in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
+        q, k, v, g, scale = attention_inputs("unit norm", 1, H, T, D)
+        for name, fn in zip(found, (partial(lla_triton, ridge=1.0), attend, partial(lla_ref, ridge=1.0))):
+            if name != "the definition" or T <= 4096:
+                found[name].append((T, peak_mib(partial(fn, scale=scale), (q, k, v), g)))
+    return found
+
+
+def plot_memory(found, path):
+    """Draws the memory of the three against the length of the text, and writes it to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    for (name, points), color in zip(found.items(), ("#009E73", "#D55E00", "#999999")):
+        axes.plot(*zip(*points), marker="o", markersize=3, color=color)
+        axes.annotate(name, points[-1], xytext=(-4, 6), textcoords="offset points", ha="right", color=color)
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens (16 heads of 64)", ylabel="MiB at the peak of forward + backward"
+    )
+    axes.set_xticks([2**n for n in range(10, 17)], [f"{2**n // 1024}k" for n in range(10, 17)])
+    axes.grid(alpha=0.3)
+    ratio = found["FlashLLA"][-1][1] / found["softmax attention"][-1][1]
+    axes.set_title(f"FlashLLA's memory grows as softmax attention's: {ratio:.1f} times it at 65,536 tokens")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
+def bench_step():
+    """Returns rows: microseconds of one new token at a cache, beside softmax attention at the same cache."""
+    rows = []
+    print(f"\none new token, bf16{'':21}{'lla_step us':>12}{'softmax us':>12}{'ratio':>7}{'floor us':>10}")
+    for B, H, Hkv, S, D in (
+        (1, 16, 16, 65536, 64),
+        (8, 16, 16, 8192, 64),
+        (1, 16, 16, 65536, 128),
+        (1, 32, 8, 65536, 128),
+    ):
+        q, ridge = torch.randn(B, H, D, device="cuda").bfloat16(), torch.ones(H, device="cuda")
+        k, v = (torch.randn(B, Hkv, S, D, device="cuda").bfloat16() for _ in "kv")
+        length = torch.tensor(S, device="cuda")
+        ours = 1e3 * milliseconds(partial(lla_step_triton, q, k, v, ridge, length))
+        softmax = partial(F.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True)
+        softmax = 1e3 * milliseconds(softmax)
+        floor = 4 * k.numel() / BYTES * 1e6
+        rows.append(dict(shape=[B, H, Hkv, S, D], lla_step_us=ours, softmax_us=softmax, floor_us=floor))
+        print(f"{str((B, H, Hkv, S, D)):40}{ours:12.1f}{softmax:12.1f}{ours / softmax:7.2f}{floor:10.1f}")
+    return rows
+
+
+def bench():
+    """Prints errors, times and memory on a GPU, draws out/lla_memory.png, and writes assets/bench/lla.json."""
+    if not torch.cuda.is_available():
+        raise SystemExit("lla.py bench: there is no CUDA device; the tests check the kernels without one")
+    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+    print(machine)
+    record = dict(machine=machine, command="python lla.py bench", speed=bench_speed(), step=bench_step())
+    record |= dict(errors=bench_errors(), memory_mib=bench_memory())
+    plot_memory(record["memory_mib"], Path("out/lla_memory.png"))
+    path = Path(__file__).parent / "assets" / "bench" / "lla.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["bench"]):
+        raise SystemExit("usage: python lla.py [bench]")
+    bench() if sys.argv[1:] else demo()

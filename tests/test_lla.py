@@ -1,6 +1,8 @@
 """lla.py: its two forms against each other, limit cases, and the kernels against the definition in float64."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -411,3 +413,133 @@ def test_a_layer_without_a_ridge_is_refused():
         lla.LocalLinearAttention(16, 2, ridge=0)
     with pytest.raises(ValueError, match="not a multiple"):
         lla.LocalLinearAttention(16, 3, 2, 4)
+
+
+# ---- the demo's pieces
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_mesa_is_a_ridge_regression_on_all_pairs_so_far():
+    q, k, v = (torch.randn(2, 3, 9, size, generator=rng(size), dtype=torch.float64) for size in (4, 4, 5))
+    ridge = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
+    o = lla.mesa_ref(q, k, v, ridge)  # [2, 3, 9, 5]
+    for b, h, t in ((0, 0, 0), (1, 1, 3), (0, 2, 8)):  # fewer pairs than dimensions, and more
+        rows = torch.cat([k[b, h, : t + 1], ridge[h] ** 0.5 * torch.eye(4, dtype=torch.float64)])  # ridge as data
+        targets = torch.cat([v[b, h, : t + 1], torch.zeros(4, 5, dtype=torch.float64)])
+        expected = q[b, h, t] @ torch.linalg.lstsq(rows, targets).solution
+        torch.testing.assert_close(o[b, h, t], expected)
+
+
+def test_mesa_is_causal_and_has_gradients():
+    q, k, v = (torch.randn(1, 1, 6, 3, generator=rng(i), dtype=torch.float64, requires_grad=True) for i in range(3))
+    lla.mesa_ref(q, k, v, 0.5)[:, :, 2].sum().backward()
+    assert not k.grad[:, :, 3:].any() and not v.grad[:, :, 3:].any() and k.grad[:, :, :3].all()
+    ridge = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lla.mesa_ref, (q, k, v, ridge))
+
+
+def test_each_segment_has_a_line_of_its_own():
+    x, y = lla.piecewise_linear(rng(), B=2, T=48, S=16, d=4)
+    torch.testing.assert_close(x.norm(dim=-1), torch.ones(2, 48))
+    for b in range(2):
+        parts = [(x[b, s : s + 16], y[b, s : s + 16]) for s in (0, 16, 32)]
+        maps = [torch.linalg.lstsq(*part).solution for part in parts]
+        for (x_part, y_part), A in zip(parts, maps):
+            torch.testing.assert_close(x_part @ A, y_part, atol=1e-4, rtol=1e-4)
+        assert (maps[0] - maps[1]).norm() > 0.5 and (maps[1] - maps[2]).norm() > 0.5
+
+
+def test_a_regression_token_holds_a_pair_and_the_next_question():
+    tokens, y = lla.regression_batch(rng(), B=2, T=32, S=16, d=4)
+    x_now, y_now, x_next = tokens.split(4, dim=-1)
+    torch.testing.assert_close(x_next[:, :-1], x_now[:, 1:])
+    torch.testing.assert_close(y[:, :-1], y_now[:, 1:])
+
+
+def test_recall_asks_every_key_once_for_the_value_after_it():
+    ids, targets = lla.recall_batch(rng(), B=8, T=40, n_pairs=7, vocab_size=64)
+    assert ids.shape == targets.shape == (8, 40)
+    for row, answers in zip(ids.tolist(), targets.tolist()):
+        keys, values = row[:14:2], row[1:14:2]
+        assert len(set(keys)) == len(set(values)) == 7
+        assert all(0 < key < 32 for key in keys) and all(32 <= value < 64 for value in values)
+        assert set(answers[:14]) == {-100}
+        asked = {row[t]: answers[t] for t in range(14, 40) if row[t]}
+        assert asked == dict(zip(keys, values)) and sum(map(bool, row[14:])) == 7
+        assert all(answers[t] == -100 for t in range(40) if not row[t])
+
+
+def test_recall_asks_soon_rather_than_late():
+    ids, _ = lla.recall_batch(rng(), B=200, T=80, n_pairs=8, vocab_size=64)
+    asked = (ids[:, 16:] > 0).float().mean(0)  # [64]
+    assert asked[:8].mean() > 4 * asked[-8:].mean()
+
+
+def test_places_are_those_of_the_swaps():
+    n = 5
+    ids, places = lla.swaps_batch(rng(), B=6, T=20, n_items=n)
+    swaps = [(a, b) for a in range(n) for b in range(a + 1, n)]
+    for row, where in zip(ids.tolist(), places.tolist()):
+        items = list(range(n))
+        for swap, place in zip(row, where):
+            a, b = swaps[swap]
+            items[a], items[b] = items[b], items[a]
+            assert items.index(0) == place
+
+
+def test_local_lines_beat_averages_and_one_line_the_more_the_larger_d(device):
+    gain = []
+    for d in (16, 32):
+        error = {who: e.mean().item() for who, e in lla.fit_errors(0, d, S=256, n=2, device=device).items()}
+        assert error["LLA"] < 0.6 * error["softmax"] and error["LLA"] < 0.4 * error["linear"]
+        gain.append(error["softmax"] / error["LLA"])
+    assert gain[1] > 1.2 * gain[0]
+
+
+def test_one_line_beats_averages_only_while_there_is_one():
+    error = lla.fit_errors(0, 16, S=128, n=2, device="cpu", T=512)
+    first, last = ({who: e[start + 64 : start + 127].mean() for who, e in error.items()} for start in (0, 384))
+    assert first["linear"] < 0.3 * first["softmax"] and last["linear"] > 1.3 * last["softmax"]
+    assert first["LLA"] < 0.3 * first["softmax"] and last["LLA"] < 0.4 * last["softmax"]
+
+
+TINY = dict(width=32, head_dim=16, lr=1e-2)
+TASKS = {
+    "regression": lla.Task("", "lowest", partial(lla.regression_batch, B=8, T=32, S=16, d=4), 12, 4, steps=40, **TINY),
+    "recall": lla.Task("", "highest", partial(lla.recall_batch, B=16, T=12, n_pairs=2, vocab_size=16), 16, 16, steps=60,
+                       context=12, tied=True, heads=2, **TINY),
+    "swaps": lla.Task("", "as softmax", partial(lla.swaps_batch, B=16, T=6, n_items=3), 3, 3, steps=60,
+                      context=6, mlp=True, heads=2, **TINY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("who", lla.MIXERS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_tiny_model_learns(task, who, device):
+    losses, score = lla.train_one(TASKS[task], lla.MIXERS[who], 0, device)
+    first, last = (sum(part) / len(part) for part in (losses[:5], losses[-5:]))
+    assert last < 0.8 * first
+    assert score < 0.8 if task == "regression" else score > 0.5
+
+
+def test_models_differ_in_nothing_but_the_mixer():
+    states = []
+    for attend in lla.MIXERS.values():
+        torch.manual_seed(0)
+        states.append(lla.Model(attend, replace(TASKS["recall"], mlp=True)).state_dict())
+    for state in states[1:]:
+        assert state.keys() == states[0].keys() and all(torch.equal(p, states[0][name]) for name, p in state.items())
+
+
+@pytest.mark.parametrize(
+    ("claim", "ours", "found"),
+    [("lowest", [0.1, 0.1], True), ("lowest", [0.1, 0.5], False),
+     ("highest", [0.9, 0.9], True), ("highest", [0.5, 0.5], False),
+     ("as softmax", [0.5, 0.5], True), ("as softmax", [0.7, 0.7], False)],
+)  # fmt: skip
+def test_a_claim_is_found_if_the_scores_differ_by_more_than_their_spreads(claim, ours, found):
+    runs = {"softmax": [0.5, 0.5], "linear": [0.4, 0.4], "LLA": ours}
+    assert lla.print_row("", claim, runs)["found"] == found
