@@ -17,13 +17,21 @@ Symbols  code    paper      meaning
          scale   1/h        of the logits, 1 / bandwidth; default 1 / sqrt(D)
          s       w / omega  softmax weights [T, S]
          kbar               mean of the keys under s          C   their covariance + ridge I
-         x       -> rho     C^-1 (q - kbar); the paper solves for rho = Sigma^-1 mu around the query: see `paper_fit`
-Limits   ridge -> inf gives softmax attention; scale = 0 gives ridge regression on all keys; values that are an affine
-         map of the keys come back exactly, outside of the keys too; the first token returns v_1: tests/test_lla.py.
-Differs  From the authors' kernels (Yifei-Zuo/FlashLLA): the ridge stands against normalised weights, as theirs, but its
-         gradient is complete (theirs holds the sum of the weights in it constant, 5 to 7 % of dq and dk); the system is
-         centred on the keys' mean, not on the query, which has no vanishing denominator; a row stops when it is solved
-         (theirs takes 32 steps always); keys and directions are multiplied as float16, not bfloat16.
+         x                  C^-1 (q - kbar), = - rho / (1 - mu.rho) of the paper's system around the query: `paper_fit`
+         y                  y_j = x.(k_j - kbar): the weights become s_j (1 + y_j)
+         T, S               queries, keys: the queries are the last T of S positions
+         iters, tol         conjugate gradients: steps at most; how small a residual ends it
+Limits   ridge -> inf gives softmax attention; scale = 0 gives ridge regression with an intercept on all keys so far; as
+         ridge -> 0 and with more than D keys, values that are an affine map of them come back exactly, outside of the
+         keys too; the first token returns v_1: tests/test_lla.py.
+Differs  The paper sets lambda against the weights as they are; here, as in the authors' code (Yifei-Zuo/FlashLLA), it
+         stands against weights that sum to one, so that no shift of the logits changes it. From that code: the gradient
+         is complete (theirs holds the weights' sum in the ridge constant: 4 to 14 % of dq and dk, by ridge and size);
+         the system is centred on the keys' mean, not on the query, which has no vanishing denominator; a tile is swept
+         until its rows are solved (theirs 32 times), to 5e-4 in 16 bits (theirs 1e-6); 16-bit keys and directions are
+         multiplied as float16; one new token is solved from moments, not by sweeps; the layer learns its ridge, and
+         queries and keys share a norm.
+Read     1, the comment that opens 2, 3, `_solve_kernel`, 4. What `python lla.py` runs is in 6 and 7.
 """
 
 import itertools
@@ -96,7 +104,8 @@ def local_fit(s, q, k, v, ridge, iters=None):
     Equation by equation, the centred form. q [B, H, T, D]; k [B, H, S, D]; v [B, H, S, Dv]; ridge [H or 1, 1, 1].
     iters: steps of conjugate gradients in place of an exact solve.
     """
-    D = k.shape[-1]
+    D, origin = k.shape[-1], k[:, :, :1]
+    q, k = q - origin, k - origin  # changes nothing, but C is a difference of moments: the smaller the more exact
     kbar = s @ k  # [B, H, T, D]
     kk = (k[..., :, None] * k[..., None, :]).flatten(-2)  # [B, H, S, D D]
     C = (s @ kk).unflatten(-1, (D, D)) - kbar[..., :, None] * kbar[..., None, :]  # [B, H, T, D, D]
@@ -108,7 +117,7 @@ def local_fit(s, q, k, v, ridge, iters=None):
 
 
 def paper_fit(s, q, k, v, ridge):
-    """Returns what `local_fit` returns, by the formula of the paper: the same function, worse conditioned.
+    """Returns what `local_fit` returns, by the formula of the paper for weights that sum to one: worse conditioned.
 
     With z_j = k_j - q:  Sigma = sum_j s_j z_j z_j^T + ridge I,  mu = sum_j s_j z_j,  rho = Sigma^-1 mu,
     o = sum_j s_j (1 - z_j.rho) v_j / (1 - mu.rho).
@@ -136,7 +145,7 @@ def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
     q [B, H, T, D]; k [B, Hkv, S, D]; v [B, Hkv, S, Dv]; H a multiple of Hkv, a key head for each group of query heads.
     ridge > 0: a number, or a tensor [] or [H]. scale: 1 / sqrt(D) if None. causal: the T queries are the last of the S
     positions, and each sees its own and those before. iters: steps of conjugate gradients; None solves exactly.
-    Source: section 3 of the paper in the centred form, which `paper_fit` is tested to agree with. Memory S D^2 + T D^2.
+    Source: the paper's closed form, centred (`paper_fit` is tested to agree). Memory T S + (T + S) D^2 for each head.
     """
     dtype = q.dtype
     with torch.autocast(q.device.type, enabled=False):
@@ -148,19 +157,20 @@ def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
 #
 # Every kernel is a sweep: a program holds a tile of M queries and walks over the keys in tiles of N, as in
 # FlashAttention; or, for dk and dv, the other way round. It makes the weights again from q k^T in each sweep and writes
-# only what is of size [T, D].
+# only what is of size [T, D]; from forward to backward x and kbar are kept. Tiles come by descriptors (`desc`), with
+# which the hardware copies whole tiles, and zeros where a tensor has ended.
 #
 #                products on tensor cores, each 2 M N D FLOPs a tile                       result
 #     stats      q k^T   w k                                                   2          softmax sum, kbar
-#     solve      q k^T   p k^T   alpha k                    for each step      3 N        x = C^-1 (q - kbar)
+#     solve      q k^T   p k^T   alpha k                    for each step      3 n        x = C^-1 (q - kbar)
 #     output     q k^T   x k^T   a v                                           3          o
 #     ---- backward, g = do
 #     rhs        q k^T   g v^T   (w G) k                                       3          t = Cov_s(k, G), G_j = g.v_j
-#     solve      as above                                   for each step      3 N'       u = C^-1 t
+#     solve      as above                                   for each step      3 n'       u = C^-1 t
 #     dq         q k^T   x k^T   u k^T   g v^T   dl k                          5          dq, dridge
 #     dkv        q k^T   x k^T   u k^T   g v^T   a^T g   dl^T q   e^T x   a^T u   8       dk, dv
 #
-# so 5 + 3 N forward and 16 + 3 N' backward; softmax attention has 2 and 5. Bytes matter little: M queries share each
+# so 5 + 3 n forward and 16 + 3 n' backward; softmax attention has 2 and 5. Bytes matter little: M queries share each
 # key that is read, mostly from the L2 cache.
 #
 # Conjugate gradients needs only C p, and that is a sweep too, since the mean of the keys comes off by a row scalar:
@@ -174,14 +184,16 @@ def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
 #     dlogit_j = s_j (f_j e_j - mean)                       whose sum over j is 0, as it must be for softmax
 #     dq_i = u_i + scale sum_j dlogit_ij k_j                dv_j = sum_i s_ij f_ij g_i      dridge = - sum_i u_i.x_i
 #     dk_j = sum_i (scale dlogit_ij q_i + s_ij e_ij x_i - s_ij f_ij u_i)
-# This differentiates the exact solution: it is off by the residuals of x and u, which `tol` bounds.
+# This differentiates the exact solution: it is off by the residuals of x and u, which are `tol` or what `iters` left.
 #
 # Rounding. Errors in C p come out of the solve multiplied by the condition of C, up to |k|^2 / ridge, so these products
 # get 11 bits: 16-bit inputs are multiplied as float16 wherever a key is (|q|, |k| < 65504), weights relative to the
 # row's largest, and each direction p scaled to length one *and rounded before it is used*: then C p is that of the very
 # p that x moves along. x and u are stored so too, as unit vector, length and (unit vector).kbar, which `Probe` holds:
-# in y_j the same rounded x must meet k_j and kbar. Gradients are taken per unit of |g|, as float16 has no room for
-# small ones. Products with v and g, and the sums of dk and dv, stay in the inputs' dtype.
+# in y_j the same rounded x must meet k_j and kbar. Until dq, gradients are in units of |g| max|v| (`gnorm`), as float16
+# has no room for small ones. Products with v and g, and the sums of dk and dv, stay in the inputs' dtype. What is left
+# is an error of about 2^-12 |k|^2 / ridge in the rows whose keys do not fill the space: in 16 bits a ridge of less than
+# a thousandth of |k|^2 costs accuracy (the layer's is never below MIN_RIDGE).
 
 
 @jit
@@ -217,12 +229,21 @@ def _place(T, H, GROUP, M: tl.constexpr):
 
 
 @jit
+def _own_rows(first, at, T, M: tl.constexpr, D: tl.constexpr):
+    """Returns, of M queries of head number `at`: where a number of each lies, and a vector, and which of them exist."""
+    t = first + tl.arange(0, M)
+    row = at * T + t
+    return row, row[:, None] * D + tl.arange(0, D)[None, :], t < T, (t < T)[:, None]
+
+
+@jit
 def _stats_kernel(q_desc, k_desc, best_ptr, total_ptr, kbar_ptr, T, S, H, GROUP, scale, CAUSAL: tl.constexpr,
                   PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """Online softmax: each query's largest logit, its sum of weights, and the mean of the keys under them."""
     first, batch, head, kv_head, at = _place(T, H, GROUP, M)
     last, full, end = _reach(first, T, S, CAUSAL, M, N)
     q = _rows(q_desc, batch, head, first)  # [M, D]
-    best, total, total16 = tl.full([M], -float("inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    best, total, summed = tl.full([M], -float("inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     for MASKED in tl.static_range(2):
         for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
@@ -232,30 +253,27 @@ def _stats_kernel(q_desc, k_desc, best_ptr, total_ptr, kbar_ptr, T, S, H, GROUP,
                 logits = tl.where(start + tl.arange(0, N)[None, :] <= last[:, None], logits, -float("inf"))
             higher = tl.maximum(best, tl.max(logits, 1))
             w, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(best - higher)
-            w16 = w.to(k.dtype)
+            rounded = w.to(k.dtype)
             total = total * shrink + tl.sum(w, 1)
-            total16 = total16 * shrink + tl.sum(w16.to(tl.float32), 1)
-            acc = tl.dot(w16, k, acc=acc * shrink[:, None], input_precision=PRECISION)
+            summed = summed * shrink + tl.sum(rounded.to(tl.float32), 1)
+            acc = tl.dot(rounded, k, acc=acc * shrink[:, None], input_precision=PRECISION)
             best = higher
-    t = first + tl.arange(0, M)
-    row, inside = at * T + t, t < T
+    row, here, inside, in_rows = _own_rows(first, at, T, M, D)
     tl.store(best_ptr + row, best, mask=inside)
     tl.store(total_ptr + row, total, mask=inside)
-    here = row[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(kbar_ptr + here, acc / total16[:, None], mask=inside[:, None])  # by the sum of what was summed
+    tl.store(kbar_ptr + here, acc / summed[:, None], mask=in_rows)  # by the sum of what was summed: rounded weights
 
 
 @jit
 def _solve_kernel(q_desc, k_desc, best_ptr, total_ptr, kbar_ptr, ridge_ptr, rhs_ptr, x_ptr, norm_ptr, mean_ptr,
                   used_ptr, T, S, H, GROUP, scale, iters, tol, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
                   M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """Solves C x = rhs for a tile of queries, each by its own conjugate gradients; x as a Probe."""
     # 1. Start at x = 0: the residual r is the right side, q - kbar or what rhs_ptr holds.
     first, batch, head, kv_head, at = _place(T, H, GROUP, M)
     last, full, end = _reach(first, T, S, CAUSAL, M, N)
     q = _rows(q_desc, batch, head, first)  # [M, D]
-    t = first + tl.arange(0, M)
-    row, inside = at * T + t, t < T
-    here, in_rows = row[:, None] * D + tl.arange(0, D)[None, :], inside[:, None]
+    row, here, inside, in_rows = _own_rows(first, at, T, M, D)
     best = tl.load(best_ptr + row, mask=inside, other=0.0)
     total = tl.load(total_ptr + row, mask=inside, other=1.0)
     ridge = tl.load(ridge_ptr + head)
@@ -308,12 +326,11 @@ def _solve_kernel(q_desc, k_desc, best_ptr, total_ptr, kbar_ptr, ridge_ptr, rhs_
 def _output_kernel(q_desc, x_desc, k_desc, v_desc, norm_ptr, mean_ptr, best_ptr, total_ptr, o_ptr, T, S, H, GROUP,
                    scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                    D: tl.constexpr):  # fmt: skip
+    """o_i = sum_j s_ij (1 + y_ij) v_j, with y_ij = |x| (unit.k_j - unit.kbar)."""
     first, batch, head, kv_head, at = _place(T, H, GROUP, M)
     last, full, end = _reach(first, T, S, CAUSAL, M, N)
     q, x = _rows(q_desc, batch, head, first), _rows(x_desc, batch, head, first)  # [M, D]
-    t = first + tl.arange(0, M)
-    row, inside = at * T + t, t < T
-    here, in_rows = row[:, None] * D + tl.arange(0, D)[None, :], inside[:, None]
+    row, here, inside, in_rows = _own_rows(first, at, T, M, D)
     best = tl.load(best_ptr + row, mask=inside, other=0.0)
     norm = tl.load(norm_ptr + row, mask=inside, other=0.0)
     f0 = 1 - norm * tl.load(mean_ptr + row, mask=inside, other=0.0)
@@ -329,32 +346,31 @@ def _output_kernel(q_desc, x_desc, k_desc, v_desc, norm_ptr, mean_ptr, best_ptr,
 
 
 @jit
-def _rhs_kernel(q_desc, g_desc, k_desc, v_desc, best_ptr, total_ptr, kbar_ptr, rhs_ptr, gnorm_ptr, gbar_ptr,
+def _rhs_kernel(q_desc, g_desc, k_desc, v_desc, best_ptr, total_ptr, kbar_ptr, vmax_ptr, rhs_ptr, gnorm_ptr, gbar_ptr,
                 T, S, H, GROUP, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                 D: tl.constexpr):  # fmt: skip
+    """t_i = sum_j s_ij (G_ij - Gbar_i) k_j, the right side of u's system, and Gbar, in units of gnorm."""
     first, batch, head, kv_head, at = _place(T, H, GROUP, M)
     last, full, end = _reach(first, T, S, CAUSAL, M, N)
     q, g = _rows(q_desc, batch, head, first), _rows(g_desc, batch, head, first)  # [M, D]
-    t = first + tl.arange(0, M)
-    row, inside = at * T + t, t < T
-    here, in_rows = row[:, None] * D + tl.arange(0, D)[None, :], inside[:, None]
+    row, here, inside, in_rows = _own_rows(first, at, T, M, D)
     best = tl.load(best_ptr + row, mask=inside, other=0.0)
     gf = g.to(tl.float32)
-    gnorm = tl.sqrt(tl.sum(gf * gf, 1))
+    gnorm = tl.sqrt(tl.sum(gf * gf, 1)) * tl.load(vmax_ptr).to(tl.float32)  # the unit of what follows from g
     unit = 1 / tl.maximum(gnorm, 1e-30)
-    acc, sums, sums16 = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    acc, sums, summed = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     for MASKED in tl.static_range(2):
         for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
             k, v = _rows(k_desc, batch, kv_head, start), _rows(v_desc, batch, kv_head, start)  # [N, D]
             w = _weights(q, k, best, scale, last, start, MASKED, PRECISION)
             wg = w * (tl.dot(g, tl.trans(v), input_precision=PRECISION) * unit[:, None])  # [M, N]
-            wg16 = wg.to(k.dtype)
+            rounded = wg.to(k.dtype)
             sums += tl.sum(wg, 1)
-            sums16 += tl.sum(wg16.to(tl.float32), 1)
-            acc = tl.dot(wg16, k, acc=acc, input_precision=PRECISION)
+            summed += tl.sum(rounded.to(tl.float32), 1)
+            acc = tl.dot(rounded, k, acc=acc, input_precision=PRECISION)
     total = tl.load(total_ptr + row, mask=inside, other=1.0)
     kbar = tl.load(kbar_ptr + here, mask=in_rows, other=0.0)
-    tl.store(rhs_ptr + here, (acc - sums16[:, None] * kbar) / total[:, None], mask=in_rows)
+    tl.store(rhs_ptr + here, (acc - summed[:, None] * kbar) / total[:, None], mask=in_rows)
     tl.store(gnorm_ptr + row, gnorm, mask=inside)
     tl.store(gbar_ptr + row, sums / total, mask=inside)
 
@@ -364,13 +380,12 @@ def _dq_kernel(q_desc, g_desc, x_desc, u_desc, k_desc, v_desc, best_ptr, total_p
                unorm_ptr, umean_ptr, gnorm_ptr, gbar_ptr, dq_ptr, ux_ptr, rows_ptr, T, S, H, GROUP, scale, raw_scale,
                CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                D: tl.constexpr):  # fmt: skip
+    """dq, u.x for the ridge, and for the next kernel five numbers of each row: see its loads."""
     first, batch, head, kv_head, at = _place(T, H, GROUP, M)
     last, full, end = _reach(first, T, S, CAUSAL, M, N)
     q, g = _rows(q_desc, batch, head, first), _rows(g_desc, batch, head, first)  # [M, D]
     x, u = _rows(x_desc, batch, head, first), _rows(u_desc, batch, head, first)  # [M, D]
-    t = first + tl.arange(0, M)
-    row, inside = at * T + t, t < T
-    here, in_rows = row[:, None] * D + tl.arange(0, D)[None, :], inside[:, None]
+    row, here, inside, in_rows = _own_rows(first, at, T, M, D)
     best = tl.load(best_ptr + row, mask=inside, other=0.0)
     xnorm = tl.load(xnorm_ptr + row, mask=inside, other=0.0)
     unorm = tl.load(unorm_ptr + row, mask=inside, other=0.0)
@@ -378,7 +393,7 @@ def _dq_kernel(q_desc, g_desc, x_desc, u_desc, k_desc, v_desc, best_ptr, total_p
     f0 = 1 - xnorm * tl.load(xmean_ptr + row, mask=inside, other=0.0)
     e0 = unorm * tl.load(umean_ptr + row, mask=inside, other=0.0) - tl.load(gbar_ptr + row, mask=inside, other=0.0)
     unit = 1 / tl.maximum(gnorm, 1e-30)
-    acc, sums, sums16 = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    acc, sums, summed = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     for MASKED in tl.static_range(2):
         for start in tl.range(full if MASKED else 0, end if MASKED else full, N):
             k, v = _rows(k_desc, batch, kv_head, start), _rows(v_desc, batch, kv_head, start)  # [N, D]
@@ -387,14 +402,14 @@ def _dq_kernel(q_desc, g_desc, x_desc, u_desc, k_desc, v_desc, best_ptr, total_p
             n = unorm[:, None] * tl.dot(u, tl.trans(k), input_precision=PRECISION)
             e = tl.dot(g, tl.trans(v), input_precision=PRECISION) * unit[:, None] + e0[:, None] - n
             dw = w * f * e
-            dw16 = dw.to(k.dtype)
+            rounded = dw.to(k.dtype)
             sums += tl.sum(dw, 1)
-            sums16 += tl.sum(dw16.to(tl.float32), 1)
-            acc = tl.dot(dw16, k, acc=acc, input_precision=PRECISION)
+            summed += tl.sum(rounded.to(tl.float32), 1)
+            acc = tl.dot(rounded, k, acc=acc, input_precision=PRECISION)
     total = tl.load(total_ptr + row, mask=inside, other=1.0)
     kbar = tl.load(kbar_ptr + here, mask=in_rows, other=0.0)
     uf = u.to(tl.float32) * unorm[:, None]
-    dq = uf + raw_scale * (acc - sums16[:, None] * kbar) / total[:, None]
+    dq = uf + raw_scale * (acc - summed[:, None] * kbar) / total[:, None]
     tl.store(dq_ptr + here, dq * gnorm[:, None], mask=in_rows)
     tl.store(ux_ptr + row, gnorm * xnorm * tl.sum(uf * x.to(tl.float32), 1), mask=inside)
     # What the next kernel needs of each row, in real units.
@@ -410,6 +425,7 @@ def _dq_kernel(q_desc, g_desc, x_desc, u_desc, k_desc, v_desc, best_ptr, total_p
 def _dkv_kernel(q_desc, g_desc, x_desc, u_desc, x16_desc, u16_desc, k_desc, k16_desc, v_desc, xnorm_ptr, rows_ptr,
                 dk_ptr, dv_ptr, T, S, H, GROUP, scale, raw_scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
                 M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """dk and dv of a tile of keys, over the queries that see them of all heads that share them."""
     first = tl.program_id(0) * N
     batch, kv_head = tl.program_id(1) // (H // GROUP), tl.program_id(1) % (H // GROUP)
     k, v = _rows(k_desc, batch, kv_head, first), _rows(v_desc, batch, kv_head, first)  # [N, D]
@@ -431,13 +447,13 @@ def _dkv_kernel(q_desc, g_desc, x_desc, u_desc, x16_desc, u16_desc, k_desc, k16_
                 x16, u16 = _rows(x16_desc, batch, head, start), _rows(u16_desc, batch, head, start)
                 t = start + tl.arange(0, M)
                 row, inside = at + t, t < T
-                best = tl.load(rows_ptr + row, mask=inside, other=float("inf"))
+                lse = tl.load(rows_ptr + row, mask=inside, other=float("inf"))  # log2 of the row's sum
                 f0 = tl.load(rows_ptr + stride + row, mask=inside, other=0.0)
                 unorm = tl.load(rows_ptr + 2 * stride + row, mask=inside, other=0.0)
                 e0 = tl.load(rows_ptr + 3 * stride + row, mask=inside, other=0.0)
                 mean = tl.load(rows_ptr + 4 * stride + row, mask=inside, other=0.0)
                 xnorm = tl.load(xnorm_ptr + row, mask=inside, other=0.0)
-                s = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - best[None, :])  # [N, M]
+                s = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # [N, M]
                 if MASKED:
                     s = tl.where(keys[:, None] <= (t + S - T)[None, :], s, 0.0)
                 a = s * (tl.dot(k16, tl.trans(x16), input_precision=PRECISION) * xnorm[None, :] + f0[None, :])
@@ -479,11 +495,16 @@ def _tile(name, D, itemsize, held, streamed):
     return *((theirs, mine) if name == "dkv" else (mine, theirs)), warps, stages
 
 
+def _copyable(x):
+    """Returns x, or a copy that the hardware can copy from: address and strides are multiples of 16 bytes."""
+    whole = 16 // x.element_size()
+    if x.data_ptr() % 16 or x.stride(3) != 1 or any(s % whole or not s for s in x.stride()[:3]):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
 def _blocks(x, rows):
     """Returns a descriptor of x [B, heads, T, D], to be loaded in tiles of `rows` rows of one head."""
-    whole = 16 // x.element_size()  # strides and address of what the hardware copies are multiples of 16 bytes
-    if x.data_ptr() % 16 or x.stride(3) != 1 or any(s % whole or not s for s in x.stride()[:3]):
-        x = x.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]])
 
 
@@ -504,11 +525,14 @@ class Probe(NamedTuple):
 
 
 class _Sweeps:
-    """The kernels above, for given q [B, H, T, D] and k [B, Hkv, S, D]: one method each, which makes its results."""
+    """The kernels above, for given q [B, H, T, D], k and v [B, Hkv, S, D]: one method each, which makes its results."""
 
-    def __init__(self, q, k, scale, causal):
+    def __init__(self, q, k, v, scale, causal):
+        if q.dtype == torch.float64:
+            raise ValueError("the kernels compute in float32 and the tensors are float64; use backend='torch'")
         dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
-        self.given, self.q, self.k = (q, k), q.to(dtype), k.to(dtype)
+        self.given, self.v = (_copyable(q), _copyable(k)), _copyable(v)
+        self.q, self.k = (x.to(dtype) for x in self.given)
         (self.B, self.H, self.T, self.D), (self.Hkv, self.S) = q.shape, k.shape[1:3]
         self.scale, self.causal = scale, causal
         self.sizes = self.T, self.S, self.H, self.H // self.Hkv, scale / math.log(2)
@@ -543,8 +567,8 @@ class _Sweeps:
         self.run(_solve_kernel, "solve", [self.q], [self.k], *arguments)
         return out
 
-    def output(self, stats, x, v):
-        o = self.vector(v.dtype)
+    def output(self, stats, x):
+        o, v = self.vector(self.v.dtype), self.v
         self.run(
             _output_kernel,
             "output",
@@ -559,15 +583,16 @@ class _Sweeps:
         )
         return o
 
-    def rhs(self, stats, v, g):
-        """Returns t / |g| [B, H, T, D], |g| and Gbar / |g| [B, H, T]."""
-        out = self.vector(), self.row(), self.row()
-        self.run(_rhs_kernel, "rhs", [self.q, g], [self.k, v], *stats, *out, *self.sizes)
-        return out
+    def rhs(self, stats, g):
+        """Returns t [B, H, T, D], the unit gnorm that it is in, and Gbar in it [B, H, T]."""
+        vmax = torch.linalg.vector_norm(self.v.detach(), math.inf)
+        t, gnorm, gbar = self.vector(), self.row(), self.row()
+        self.run(_rhs_kernel, "rhs", [self.q, g], [self.k, self.v], *stats, vmax, t, gnorm, gbar, *self.sizes)
+        return t, gnorm, gbar
 
-    def gradients(self, stats, x, u, v, g, gnorm, gbar):
-        """Returns dq, dk, dv and u.x [B, H, T], for u in units of |g|: all but what comes through x itself."""
-        q, k = self.given
+    def gradients(self, stats, x, u, g, gnorm, gbar):
+        """Returns dq, dk, dv and u.x [B, H, T], for u and gbar in units of gnorm."""
+        (q, k), v = self.given, self.v
         dq, ux, rows = self.vector(q.dtype), self.row(), self.row(5)
         self.run(
             _dq_kernel, "dq", [self.q, g, x.unit, u.unit], [self.k, v], *stats, *x[1:], *u[1:], gnorm, gbar,
@@ -579,49 +604,60 @@ class _Sweeps:
         return dq, dk, dv, ux
 
 
+def _sized(g):
+    """Returns (g / size, size): float16, which what dk sums is rounded to, has no room for small gradients."""
+    if g.dtype != torch.float16:
+        return _copyable(g), None
+    size = torch.exp2(torch.linalg.vector_norm(g, math.inf, dtype=torch.float32).clamp_min(2**-24).log2().floor())
+    return _copyable((g / size).to(g.dtype)), size  # a power of two: nothing is rounded
+
+
 class _FlashLLA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, ridge, scale, iters, tol, causal, used):
-        sweeps = _Sweeps(q, k, scale, causal)
+        sweeps = _Sweeps(q, k, v, scale, causal)
         stats = sweeps.stats()
         x = sweeps.solve(stats, ridge, None, iters, tol, None if used is None else used[0])
         ctx.save_for_backward(q, k, v, ridge, *stats, *x)
         ctx.settings = scale, iters, tol, causal, used
-        return sweeps.output(stats, x, v)
+        return sweeps.output(stats, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         q, k, v, ridge, *saved = ctx.saved_tensors
         scale, iters, tol, causal, used = ctx.settings
-        stats, x, sweeps = Stats(*saved[:3]), Probe(*saved[3:]), _Sweeps(q, k, scale, causal)
-        t, gnorm, gbar = sweeps.rhs(stats, v, g)
+        stats, x, sweeps = Stats(*saved[:3]), Probe(*saved[3:]), _Sweeps(q, k, v, scale, causal)
+        g, size = _sized(g)
+        t, gnorm, gbar = sweeps.rhs(stats, g)
         u = sweeps.solve(stats, ridge, t, iters, tol, None if used is None else used[1])
         del t
-        dq, dk, dv, ux = sweeps.gradients(stats, x, u, v, g, gnorm, gbar)
+        dq, dk, dv, ux = (d if size is None else d * size for d in sweeps.gradients(stats, x, u, g, gnorm, gbar))
         return dq, dk, dv, -ux.sum((0, 2)), None, None, None, None, None
 
 
 class _FlashParallax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, r, scale, causal):
-        sweeps = _Sweeps(q, k, scale, causal)
+        sweeps = _Sweeps(q, k, v, scale, causal)
         stats, norm = sweeps.stats(), r.float().norm(dim=-1)
         unit = (-r / norm.clamp_min(1e-30)[..., None]).to(sweeps.k.dtype)
         x = Probe(unit, norm, (unit * stats.kbar).sum(-1))
         ctx.save_for_backward(q, k, v, *stats, *x)
         ctx.settings = scale, causal
-        return sweeps.output(stats, x, v)
+        return sweeps.output(stats, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         q, k, v, *saved = ctx.saved_tensors
-        stats, x, sweeps = Stats(*saved[:3]), Probe(*saved[3:]), _Sweeps(q, k, *ctx.settings)
-        t, gnorm, gbar = sweeps.rhs(stats, v, g)
+        stats, x, sweeps = Stats(*saved[:3]), Probe(*saved[3:]), _Sweeps(q, k, v, *ctx.settings)
+        g, size = _sized(g)
+        t, gnorm, gbar = sweeps.rhs(stats, g)
         nothing = Probe(*(torch.zeros_like(part) for part in x))  # x does not come from a solve: no u
-        dq, dk, dv, _ = sweeps.gradients(stats, x, nothing, v, g, gnorm, gbar)
-        return dq, dk, dv, -(t * gnorm[..., None]).to(q.dtype), None, None
+        dq, dk, dv, _ = sweeps.gradients(stats, x, nothing, g, gnorm, gbar)
+        dr = -(t * gnorm[..., None]).to(q.dtype)
+        return *(d if size is None else d * size for d in (dq, dk, dv, dr)), None, None
 
 
 # ---- 3. the functions to call -------------------------------------------------------------------------------------
@@ -641,13 +677,13 @@ def _widened(*tensors):
 
 @torch.compiler.disable  # large products in a few kernels: nothing for a compiler to gain
 def lla_triton(q, k, v, ridge, scale=None, iters=None, causal=True, tol=None, used=None):
-    """Returns `lla_ref(...)` by FlashLLA, with memory T D. iters: steps at most, 2 D if None.
+    """Returns `lla_ref(...)` by FlashLLA, with memory T D. iters: steps at most, 4 D if None.
 
     tol: a row is solved when its residual is this part of its right side; 5e-4 for 16-bit inputs, 1e-5 for float32.
     used: an int32 tensor [2, B, H, T] that is told how many steps each row took, forward and backward.
     """
     H, D, Dv = q.shape[1], q.shape[3], v.shape[3]
-    scale, iters = D**-0.5 if scale is None else scale, 2 * D if iters is None else iters
+    scale, iters = D**-0.5 if scale is None else scale, 4 * D if iters is None else iters
     tol = (1e-5 if q.dtype == torch.float32 else 5e-4) if tol is None else tol
     q, k, v = _widened(q, k, v)
     return _FlashLLA.apply(q, k, v, _per_head(ridge, H, q.device), scale, iters, tol, causal, used)[..., :Dv]
@@ -684,12 +720,13 @@ def _in_triton(backend, q, *wide):
         raise ValueError(
             f"the kernels take heads of up to {WIDTHS[-1]} channels; use backend='torch', or narrower heads"
         )
-    return q.numel() > 0
+    return q.numel() > 0 and all(t.numel() > 0 for t in wide)
 
 
 def lla(q, k, v, ridge, scale=None, iters=None, causal=True, backend="auto"):
-    """Returns `lla_ref(...)` on the backend asked for. On the kernels, iters=None solves to rounding: see `lla_triton`.
+    """Returns `lla_ref(...)` on the backend asked for. iters=None solves until the residual is small: see `lla_triton`.
 
+    A row does not depend, bit for bit, on what comes after it or on other texts, as long as all of that is finite.
     Raises ValueError for shapes or dtypes that do not match, a ridge that is not positive (if it is a number), more
     causal queries than keys, and heads that are too wide for a backend asked for by name.
     """
@@ -736,14 +773,18 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
     """Returns o [B, H, D]: `lla` of one new query on its cache, which holds its own key and value already.
 
     q [B, H, D]; k_cache, v_cache [B, Hkv, room, D], of which the first `length` positions are filled: a number, an
-    int64 tensor [] where it is only known on the GPU, None: all. pad [B] int64: positions at the start nobody looks at.
+    int64 tensor [] where it is only known on the GPU, None: all. pad [B] int64, less than length: positions at the
+    start that nobody looks at; what they and those behind `length` hold may be anything.
     """
     dtype, room = q.dtype, k_cache.shape[2]
     q, k, v, ridge = _each_head(q[:, :, None], k_cache, v_cache, ridge)
     at = torch.arange(room, device=q.device)
-    filled = at < (room if length is None else length)  # [room]
-    k, v = (torch.where(filled[:, None], t, 0.0) for t in (k, v))  # what lies behind may be anything, NaN too
-    seen = filled if pad is None else filled & (at >= pad[:, None, None, None])  # [room] or [B, 1, 1, room]
+    seen = at < (room if length is None else length)  # [room]
+    if pad is not None:
+        seen = seen & (at >= pad[:, None, None, None])  # [B, 1, 1, room]
+    k, v = (
+        torch.where(seen.mT if seen.dim() > 1 else seen[:, None], t, 0.0) for t in (k, v)
+    )  # it may be NaN elsewhere
     with torch.autocast(q.device.type, enabled=False):
         logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
         return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
@@ -752,7 +793,8 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
 # One query needs no iteration over the cache: its moments are small. Reading the cache once gives them all,
 #     total = sum w    sum w k    sum w v    sum w k k^T    sum w v k^T        [D, 2 D] numbers for each head
 # and C, kbar and Cov(v, k) follow: o = vbar + Cov(v, k) C^-1 (q - kbar). A program takes one head and a part of its
-# positions (as many parts as fill the GPU), a second kernel adds the parts up, a third solves the D x D system:
+# positions (as many parts as fill the GPU), a second kernel adds the parts up, a third solves the D x D system, in
+# float32, by conjugate gradients again:
 #
 #     keys of one head  |-- part 0 --|-- part 1 --| ...      each: largest logit, total, sums [2 D], products [D, 2 D]
 #
@@ -765,15 +807,15 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
 
 
 @jit
-def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, H, GROUP, D, scale, margin, stride_qb,
+def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, room, H, GROUP, D, scale, margin, stride_qb,
                     stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr,
                     PRECISION: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     head, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, d = tl.arange(0, N), tl.arange(0, BLOCK)
     wait_for_the_kernel_before(PDL)
-    length, pad = tl.load(length_ptr).to(tl.int32), tl.cast(0, tl.int32)
+    length, pad = tl.minimum(tl.load(length_ptr), room).to(tl.int32), tl.cast(0, tl.int32)
     if pad_ptr is not None:
-        pad = tl.load(pad_ptr + batch).to(tl.int32)
+        pad = tl.minimum(tl.load(pad_ptr + batch), room - 1).to(tl.int32)
     k_ptr += batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + (head // GROUP).to(tl.int64) * stride_vh
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32) * scale
@@ -811,7 +853,7 @@ def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, H, GROU
         highest = tl.max(seen, 0)
         again = (highest - best > 2 * margin).to(tl.int32)
         best = tl.where(again > 0, highest, best)
-    size = 2 * BLOCK * BLOCK + 2 * BLOCK + 2
+    size = 2 * BLOCK * BLOCK + 2 * BLOCK + 2  # a part: products [D, 2 D], k and v by turns; ksum, vsum, total, best
     part = parts_ptr + ((batch * H + head) * SPLITS + split) * size
     tl.store(part + d[:, None] * 2 * BLOCK + tl.arange(0, 2 * BLOCK)[None, :], squares)
     part += 2 * BLOCK * BLOCK
@@ -835,14 +877,14 @@ def _sum_parts_kernel(parts_ptr, sums_ptr, size, SPLITS: tl.constexpr, BLOCK: tl
 
 
 @jit
-def _fit_kernel(q_ptr, k_ptr, pad_ptr, sums_ptr, ridge_ptr, o_ptr, H, GROUP, D, tol, stride_qb, stride_qh,
+def _fit_kernel(q_ptr, k_ptr, pad_ptr, sums_ptr, ridge_ptr, o_ptr, room, H, GROUP, D, tol, stride_qb, stride_qh,
                         stride_kb, stride_kh, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK)[:, None]
     wait_for_the_kernel_before(PDL)
     pad = tl.cast(0, tl.int64)
     if pad_ptr is not None:
-        pad = tl.load(pad_ptr + batch)
+        pad = tl.minimum(tl.load(pad_ptr + batch), room - 1)
     sums_ptr += (batch * H + head) * (2 * BLOCK * BLOCK + 2 * BLOCK + 2)
     squares = tl.load(sums_ptr + e * 2 * BLOCK + tl.arange(0, 2 * BLOCK)[None, :])
     sums_ptr += 2 * BLOCK * BLOCK
@@ -874,6 +916,7 @@ def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=Non
     """Returns `lla_step_ref(...)`, computed by three kernels that read the cache once. It has no backward."""
     (B, H, D), (Hkv, room) = q.shape, k_cache.shape[1:3]
     q, k, v = tail_contiguous(q), tail_contiguous(k_cache, 2), tail_contiguous(v_cache, 2)
+    pad = None if pad is None else pad.to(torch.int64).contiguous()
     if not torch.is_tensor(length):
         length = torch.full((), room if length is None else length, dtype=torch.int64, device=q.device)
     BLOCK, splits = block_of(D), 1
@@ -884,7 +927,7 @@ def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=Non
     group, size, scale = H // Hkv, 2 * BLOCK * BLOCK + 2 * BLOCK + 2, D**-0.5 if scale is None else scale
     parts = torch.empty(B * H, splits, size, dtype=torch.float32, device=q.device)
     _moments_kernel[(H, splits, B)](
-        q, k, v, length, pad, parts, H, group, D, scale / math.log(2), 8.0 if q.dtype == torch.float16 else 32.0,
+        q, k, v, length, pad, parts, room, H, group, D, scale / math.log(2), 4.0 if q.dtype == torch.float16 else 32.0,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], SPLITS=splits, PRECISION=dot_precision(), N=N, BLOCK=BLOCK,
         num_warps=warps, num_stages=stages, **early_launch(),
     )  # fmt: skip
@@ -895,8 +938,9 @@ def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=Non
         _sum_parts_kernel[grid](parts, sums, size, SPLITS=splits, BLOCK=512, **early_launch())
     o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     _fit_kernel[(H, B)](
-        q, k, pad, sums, _per_head(ridge, H, q.device), o, H, group, D, 1e-5 if q.dtype == torch.float32 else 1e-4,
-        *q.stride()[:2], *k.stride()[:2], BLOCK=BLOCK, num_warps=max(4, BLOCK // 8), **early_launch(),
+        q, k, pad, sums, _per_head(ridge, H, q.device), o, room, H, group, D,
+        1e-5 if q.dtype == torch.float32 else 1e-4, *q.stride()[:2], *k.stride()[:2],
+        BLOCK=BLOCK, num_warps=max(4, BLOCK // 8), **early_launch(),
     )  # fmt: skip
     return o
 
@@ -904,9 +948,14 @@ def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=Non
 def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, backend="auto"):
     """Returns `lla_step_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad.
 
-    Raises ValueError for shapes or dtypes that do not match, and for a number as ridge that is not positive.
+    Raises ValueError for shapes or dtypes that do not match, a length that is no number within the cache, and a ridge
+    that is not positive (if it is a number).
     """
     _check(q, k_cache, v_cache, 1)
+    if torch.is_tensor(length):
+        expect("length", length)
+    elif length is not None and not 1 <= length <= k_cache.shape[2]:
+        raise ValueError(f"length={length} is outside of the cache, which has room for {k_cache.shape[2]} positions")
     expect("v_cache", v_cache, *k_cache.shape)
     expect("pad", pad, len(q))
     _check_ridge(ridge, q.shape[1])
@@ -917,11 +966,14 @@ def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, back
 # ---- 5. the layer -------------------------------------------------------------------------------------------------
 
 
+MIN_RIDGE = 0.01  # a head may not learn a smaller one: more steps, and more of the rounding error
+
+
 class LocalLinearAttention(nn.Module):
     """Causal local linear attention with grouped keys and values: a layer to put where softmax attention stands.
 
     q and k are normalised by one RMSNorm that they share, so that a query is a point among the keys (its distance to
-    them is what the fit uses), and each head learns its own ridge = softplus(raw_ridge).
+    them is what the fit uses), and each head learns its own ridge = MIN_RIDGE + softplus(raw_ridge).
     """
 
     def __init__(self, hidden_size, num_heads, num_kv_heads=None, head_dim=None, ridge=1.0, eps=1e-5):
@@ -929,20 +981,21 @@ class LocalLinearAttention(nn.Module):
         num_kv_heads, head_dim = num_kv_heads or num_heads, head_dim or hidden_size // num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}")
-        if ridge <= 0:
-            raise ValueError(f"ridge={ridge} must be positive: with fewer keys than dimensions the fit needs it")
+        if not MIN_RIDGE < ridge < math.inf:
+            raise ValueError(f"ridge={ridge} must be above {MIN_RIDGE}, the least that a head may learn, and finite")
         self.head_dim, self.eps = head_dim, eps
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
         self.qk_norm = nn.Parameter(torch.ones(head_dim))
-        self.raw_ridge = nn.Parameter(torch.full((num_heads,), ridge + math.log(-math.expm1(-ridge))))
+        above = ridge - MIN_RIDGE
+        self.raw_ridge = nn.Parameter(torch.full((num_heads,), above + math.log(-math.expm1(-above))))
 
     @property
     def ridge(self):
         """The ridge of each head [H], float32."""
-        return F.softplus(self.raw_ridge.float())
+        return MIN_RIDGE + F.softplus(self.raw_ridge.float())
 
     def qkv(self, product):
         """Returns q, k, v, each [B, heads, T, D]: product(projection) of each projection, q and k normalised."""
@@ -956,7 +1009,7 @@ class LocalLinearAttention(nn.Module):
         """Returns [B, T, C]. cache: a pair [k, v] of the tokens before, or [] for none yet; it is extended in place."""
         q, k, v = self.qkv(lambda projection: projection(x))
         if cache is not None:
-            cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v))] if cache else [k, v]
+            cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v))] if len(cache) else [k, v]
             k, v = cache
         return self.o_proj(lla(q, k, v, self.ridge).transpose(1, 2).flatten(2))
 
@@ -1179,7 +1232,7 @@ def print_row(name, claim, runs):
         "highest": all(above[who] > room[who] for who in above),
         "as softmax": abs(above["softmax"]) <= room["softmax"] + 0.01,
     }[claim]
-    cells = "".join(f"{mean[who]:9.3f}" + (f"±{spread[who]:.3f}" if spread["LLA"] else " " * 6) for who in runs)
+    cells = "".join(f"{mean[who]:9.3f}" + (f"±{spread[who]:.3f}" if len(runs["LLA"]) > 1 else " " * 6) for who in runs)
     ratio = f"{mean['softmax'] / mean['LLA']:.2f}" if claim == "lowest" else ""
     tqdm.write(f"{name:38}{cells}{ratio:>11}  {claim:12}{'yes' if found else 'no'}")
     return dict(name=name, claim=claim, found=found, **{who: scores.tolist() for who, scores in runs.items()})
@@ -1191,7 +1244,7 @@ def demo():
     torch.set_float32_matmul_precision("high")  # on a GPU, float32 products as TF32 do for all three
     dims, (n, seeds) = (16, 32, 64), (32, SEEDS) if device == "cuda" else (3, SEEDS[:1])
     print("Regression on segments of S pairs (x, y) of d numbers: squared error, as a share of the answers' square.")
-    print(f"Recall and tracking: how often right. {device}; ±: the spread over {len(SEEDS)} seeds.\n")
+    print(f"Recall and tracking: how often right. {device}; ±: the spread over seeds, where there are several.\n")
     print(f"{'':38}" + "".join(f"{who:>9}{'':6}" for who in MIXERS) + "softmax/LLA  the paper: LLA is; found")
     sizes = [(d, S) for d in dims for S in (128, 256, 512)]
     errors = {size: [] for size in sizes}  # (d, S) -> [a seed each] of name -> error [T - 1]

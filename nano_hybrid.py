@@ -65,7 +65,7 @@ from tqdm import tqdm
 from decoding import BudgetControl, Chooser, DraftStats, Repeated, append, cached_attention, linear_step, to_host
 from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
 from latent_moe import MLP, MoE, MoEConfig, Router
-from lla import LocalLinearAttention, lla, lla_step
+from lla import MIN_RIDGE, LocalLinearAttention, lla, lla_step
 from ssd import mamba2_inner, mamba2_steps
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
@@ -141,8 +141,8 @@ class HybridConfig:
                 raise ValueError(f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}")
         if self.rotary_base is not None and (self.rotary_base <= 0 or self.head_dim % 2):
             raise ValueError(f"rotary_base={self.rotary_base} must be positive, and head_dim={self.head_dim} even")
-        if not 0 < self.lla_ridge < math.inf:
-            raise ValueError(f"lla_ridge={self.lla_ridge} must be a positive number")
+        if not MIN_RIDGE < self.lla_ridge < math.inf:
+            raise ValueError(f"lla_ridge={self.lla_ridge} must be above {MIN_RIDGE}, and finite")
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
         if "E" in self.hybrid_override_pattern or (self.num_nextn_predict_layers and "E" in pattern):
@@ -461,8 +461,9 @@ def rotate(x, start, base):
 class KeyValueMixer:
     """What all attention has in common: it remembers keys and values, and each query reads those up to its own.
 
-    A subclass is a Module with projections to q, k, v and from o, and three methods: `qkv(product)`, as
-    LocalLinearAttention has it; `read`, for a text or a piece of one; `read_fixed`, for a few tokens on a fixed cache.
+    A subclass is a Module with projections to q, k, v and from o, an `index`, a `rotary_base` or None, and three
+    methods: `qkv(product)`, as LocalLinearAttention has it; `read`, for a text or a piece of one; `read_fixed`, for a
+    few tokens on a fixed cache.
     """
 
     def forward(self, x, cache=None):
@@ -855,7 +856,7 @@ class Hybrid(nn.Module):
     @torch.inference_mode()
     def generate(
         self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None,
-        budget=None, draft=0, drafts=None, prefill_size=8192,
+        budget=None, draft=0, drafts=None, logprobs=None, prefill_size=8192,
     ):  # fmt: skip
         """Yields one int64 tensor [B] per step: the next token of every row, -1 for a row that has stopped.
 
@@ -865,8 +866,9 @@ class Hybrid(nn.Module):
         has dropout.
 
         budget: a ThinkingBudget. draft: tokens to guess ahead by multi-token prediction, for one row: the text is the
-        same (sampled: equally distributed), in fewer forwards; drafts: a DraftStats to count in. prefill_size: tokens
-        of the prompt to read at a time, which bounds the memory that takes.
+        same (sampled: equally distributed), in fewer forwards; drafts: a DraftStats to count in. logprobs: a list to
+        which the log-probability [B] of each step's tokens, as they were drawn, is added. prefill_size: tokens of the
+        prompt to read at a time, which bounds the memory that takes.
 
         Raises ValueError for an empty prompt, a setting out of range, or drafts where there can be none.
         """
@@ -889,6 +891,10 @@ class Hybrid(nn.Module):
                 f"draft={draft} needs a model trained with num_nextn_predict_layers=1 (--recipe=super3 is), "
                 f"one row (here {len(ids)}) and no thinking budget"
             )
+        if logprobs is not None and (draft or budget or temperature == 0):
+            raise ValueError(
+                "logprobs are of tokens that were drawn: they need temperature > 0, no drafts and no budget"
+            )
         device = self.lm_head.weight.device
         T = max(len(row) for row in ids)
         pad = torch.tensor([T - len(row) for row in ids], device=device)
@@ -900,7 +906,7 @@ class Hybrid(nn.Module):
             drafts = DraftStats() if drafts is None else drafts
             steps = self._steps_with_drafts(ids, draft, choose, drafts, prefill_size, room)
         else:
-            steps = self._steps(ids, pad, choose, budget, prefill_size, room)
+            steps = self._steps(ids, pad, choose, budget, prefill_size, room, logprobs)
         done, all_done = torch.zeros(len(ids), dtype=torch.bool, device=device), None
         for token in itertools.islice(steps, max_new_tokens):
             if all_done and all_done():  # asked only now that a GPU has the next step to work on
@@ -910,23 +916,32 @@ class Hybrid(nn.Module):
                 done |= torch.isin(token, stop)  # a row that has stopped goes on unseen: the batch keeps its shape
                 all_done = to_host(done.all())
 
-    def _steps(self, ids, pad, choose, budget, prefill_size, room):
-        """Yields the next token [B] of every row, without end."""
+    def _steps(self, ids, pad, choose, budget, prefill_size, room, logprobs=None):
+        """Yields the next token [B] of every row, without end. logprobs: a list that their log-probabilities go to."""
         cache = self.new_cache(pad, room)
         control = budget and BudgetControl(budget, ids)
-        for part in ids.split(prefill_size, dim=1):
-            hidden = self.model(part, cache)
-        token, _ = choose(self._logits(hidden[:, -1]))  # [B]; only the last position needs logits
-        cache.fix(room, ids.device)
+        token, logprob = (torch.empty(len(ids), dtype=t, device=ids.device) for t in (torch.int64, torch.float32))
+
+        def choose_from(hidden):
+            drawn, probs = choose(self._logits(hidden[:, -1]))  # [B], [B, V]; only the last position needs logits
+            token.copy_(drawn)
+            if logprobs is not None:
+                logprob.copy_(probs.gather(1, drawn[:, None])[:, 0].log())
 
         def step():
-            hidden = self.model(token[:, None], cache)
-            token.copy_(choose(self._logits(hidden[:, -1]))[0])
+            choose_from(self.model(token[:, None], cache))
+
+        for part in ids.split(prefill_size, dim=1):
+            hidden = self.model(part, cache)
+        choose_from(hidden)
+        cache.fix(room, ids.device)
 
         step = Repeated(step, ids.device, self.lm_head.weight.dtype, choose.generator)
         for length in itertools.count(ids.shape[1] + 1):
             if control:
                 token.copy_(control(token))
+            if logprobs is not None:
+                logprobs.append(logprob.clone())
             yield token.clone()
             if length > room:
                 room *= 2

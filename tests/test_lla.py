@@ -120,6 +120,13 @@ def test_turning_keys_and_queries_together_changes_nothing():
     assert relative(lla.lla(q @ Q, k @ Q, v, 0.1), lla.lla(q, k, v, 0.1)) < 1e-10
 
 
+def test_keys_far_from_the_origin_cost_the_definition_nothing_in_float32():
+    """The covariance is a difference of moments; they are taken from the first key."""
+    q, k, v = qkv(T=30)
+    q, k = q + 100, k + 100
+    assert relative(lla.lla_ref(q.float(), k.float(), v.float(), 0.1), lla.lla_ref(q, k, v, 0.1)) < 1e-3
+
+
 def test_autocast_leaves_the_fit_in_float32():
     q, k, v = (t.float() for t in qkv())
     with torch.autocast("cpu", torch.bfloat16):
@@ -258,15 +265,44 @@ def test_the_kernels_stop_when_told_and_repeat_bit_for_bit():
 
 
 @NEEDS_TRITON
-def test_zero_gradients_and_missing_ones():
-    """A row that the loss does not look at, as behind a mask, gives zeros and not NaN."""
-    q, k, v = qkv(B=1, H=1, Hkv=1, T=20, D=32)
-    g = torch.zeros(1, 1, 20, 32).double()
-    assert not any(t.any() for t in with_gradients(lla.lla_triton, q, k, v, torch.tensor([1.0]), g, torch.float16)[1:])
-    g[:, :, 5] = 1e-6  # as small as float16 hardly holds: taken per unit of its length
-    got = with_gradients(lla.lla_triton, q, k, v, torch.tensor([1.0]), g, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1e-6])
+def test_small_gradients_and_none(size, dtype):
+    """Rows that the loss does not look at, as behind a mask, give zeros and not NaN; small ones keep their digits."""
+    q, k, v = (t.to(dtype).double() for t in qkv(B=1, H=1, Hkv=1, T=40, D=32))
+    g = (size * draw(1, 1, 40, 32, seed=3)).to(dtype).double()
+    g[:, :, ::3] = 0
+    got = with_gradients(lla.lla_triton, q, k, v, torch.tensor([1.0]), g, dtype)
     want = with_gradients(lla.lla_ref, q, k, v, torch.tensor([1.0]).double(), g, torch.float64)
-    assert all(relative(a, b) < 1e-4 for a, b in zip(got, want))
+    if size == 0:
+        assert not any(t.any() for t in got[1:])
+        return
+    for a, b in zip(got[1:4], want[1:4]):
+        b = b.to(a.dtype)  # in float16 the gradients themselves are as coarse
+        smallest = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps * b.numel() ** 0.5
+        assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm() + 2 * smallest
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_values_of_any_size(size):
+    """float16's range is not left: gradients are taken in units of |g| max|v|."""
+    q, k, v = (t.half().double() for t in qkv(B=1, H=1, Hkv=1, T=40, D=32))
+    v, g = (size * v).half().double(), draw(1, 1, 40, 32, seed=3).half().double() / size
+    got = with_gradients(lla.lla_triton, q, k, v, torch.tensor([1.0]), g, torch.float16)
+    want = with_gradients(lla.lla_ref, q, k, v, torch.tensor([1.0]).double(), g, torch.float64)
+    assert all(relative(a, b) < 1e-2 for a, b in zip(got[:3], want[:3]))
+
+
+@NEEDS_TRITON
+def test_a_nan_stays_in_its_row_and_its_text():
+    q, k, v = (t.float().to(DEVICE) for t in qkv(B=2, H=1, Hkv=1, T=20, D=32))
+    clean = lla.lla_triton(q, k, v, 0.5)
+    q[0, 0, 3] = math.nan
+    k[1, 0, 10] = math.nan
+    dirty = lla.lla_triton(q, k, v, 0.5)
+    rows = [i for i in range(20) if i != 3]
+    assert dirty[0, 0, 3].isnan().all() and torch.equal(dirty[0, 0, rows], clean[0, 0, rows])
 
 
 @NEEDS_TRITON
@@ -333,13 +369,24 @@ def test_a_step_is_the_last_row(sizes, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_a_step_behind_padding(backend):
-    q, k, v = (t.float().to(DEVICE) for t in qkv(3, 2, 1, 1, 40, 16))
-    pad = torch.tensor([0, 17, 39], device=DEVICE)
+@pytest.mark.parametrize("S, pads", [(40, [0, 17, 39]), (1500, [0, 700, 1499])])  # the longer one goes in parts
+def test_a_step_behind_padding(S, pads, backend):
+    q, k, v = (t.float().to(DEVICE) for t in qkv(3, 2, 1, 1, S, 16))
+    pad = torch.tensor(pads, device=DEVICE).repeat_interleave(2)[::2]  # with gaps between
+    for b, p in enumerate(pads):
+        k[b, :, :p], v[b, :, :p] = math.nan, math.inf
     got = lla.lla_step(q[:, :, 0], k, v, 0.5, pad=pad, backend=backend)
     for b, p in enumerate(pad.tolist()):
         want = lla.lla_ref(*(t[b : b + 1].double() for t in (q, k[:, :, p:], v[:, :, p:])), 0.5)
         assert relative(got[b], want[0, :, 0]) < 2e-5
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_step_in_16_bits(dtype):
+    q, k, v = (t.to(DEVICE, dtype) for t in qkv(1, 2, 1, 1, 300, 64))
+    want = lla.lla_ref(*(t.double() for t in (q, k, v)), 0.1)[:, :, 0]
+    assert relative(lla.lla_step(q[:, :, 0], k, v, 0.1, backend="triton"), want) < 8 * torch.finfo(dtype).eps
 
 
 @NEEDS_TRITON
@@ -400,6 +447,23 @@ def test_mistakes_are_named(change, message):
         lla.lla(**(dict(q=q, k=k, v=v, ridge=1.0) | change))
 
 
+@pytest.mark.parametrize("change, message", [
+    (dict(ridge=-1.0), "ridge=-1.0 must be positive"), (dict(pad=torch.zeros(3, dtype=torch.int64)), "pad is"),
+    (dict(length=0), "length=0 is outside"), (dict(length=10), "room for 9"),
+    (dict(length=torch.ones(2)), r"length is \[2\]"), (dict(v_cache=draw(2, 2, 9, 4)), "v_cache is"),
+])  # fmt: skip
+def test_mistakes_of_a_step_are_named(change, message):
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match=message):
+        lla.lla_step(**(dict(q=q[:, :, 0], k_cache=k, v_cache=v, ridge=1.0) | change))
+
+
+@NEEDS_TRITON
+def test_the_kernels_refuse_float64():
+    with pytest.raises(ValueError, match="float64"):
+        lla.lla_triton(*qkv(), 1.0)
+
+
 @NEEDS_TRITON
 def test_heads_too_wide_for_the_kernels(monkeypatch):
     q, k, v = (t.float().to(DEVICE) for t in qkv(1, 1, 1, 3, 3, 130))
@@ -409,7 +473,7 @@ def test_heads_too_wide_for_the_kernels(monkeypatch):
 
 
 def test_a_layer_without_a_ridge_is_refused():
-    with pytest.raises(ValueError, match="ridge=0 must be positive"):
+    with pytest.raises(ValueError, match="ridge=0 must be above 0.01"):
         lla.LocalLinearAttention(16, 2, ridge=0)
     with pytest.raises(ValueError, match="not a multiple"):
         lla.LocalLinearAttention(16, 3, 2, 4)

@@ -429,6 +429,15 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
     assert len(rows[0]) == max(end + 1, other)
 
 
+def test_the_log_probabilities_of_generation_are_those_of_training():
+    model, prompts, logprobs = build().eval(), [[1, 2, 3], [4], [5, 6]], []
+    options = dict(temperature=0.8, generator=torch.Generator().manual_seed(0), logprobs=logprobs)
+    tokens = torch.stack(list(model.generate(prompts, 6, **options)), 1)  # [3, 6]
+    for prompt, new, found in zip(prompts, tokens.tolist(), torch.stack(logprobs, 1)):
+        expected, _ = model.logprobs(torch.tensor([prompt + new]), temperature=0.8)
+        assert (found - expected[0, len(prompt) - 1 :]).abs().max() < 1e-4
+
+
 def test_generation_repeats_with_its_seed():
     model, ids = build(), draw_ids(2, 4)
     first, second, third = (
@@ -525,8 +534,8 @@ def test_a_bad_checkpoint_is_named(file, how, error, message, tmp_path):
         (dict(hidden_size=0), "hidden_size=0 must be a whole number of at least 1"),
         (dict(hidden_size="wide"), "hidden_size='wide' must be a whole number"),
         (dict(hidden_dropout=1.0), "hidden_dropout=1.0"),
-        (dict(lla_ridge=0.0), "lla_ridge=0.0 must be a positive number"),
-        (dict(lla_ridge=math.nan), "lla_ridge=nan must be a positive number"),
+        (dict(lla_ridge=0.0), "lla_ridge=0.0 must be above 0.01"),
+        (dict(lla_ridge=math.nan), "lla_ridge=nan must be above 0.01"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):
