@@ -20,6 +20,7 @@ Tasks       Made-up problems for reinforcement learning with exact verifiers: `e
 import ast
 import base64
 import codecs
+import ctypes
 import functools
 import glob
 import gzip
@@ -28,11 +29,13 @@ import inspect
 import itertools
 import json
 import lzma
+import math
 import operator
 import os
 import re
 import string
 import sysconfig
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -456,6 +459,7 @@ LONGEST_COMPLETION, LONGEST_ANSWER = 1 << 16, 256  # characters; what is longer 
 MARGIN = 8  # bytes that a completion may be longer than we foresaw
 HELD_OUT = 8  # one prompt in so many is never trained on
 MOST_TRIES = 256  # samples to look for a prompt in; one in eight has then been missed with a chance of 1e-15
+MOST_HUNG = 8  # threads that we leave to one environment's hanging verifiers
 
 
 @dataclass(frozen=True)
@@ -810,6 +814,43 @@ def sample_task(env, rng, held_out=False):
     raise ValueError(
         f"{env.name} made no {side} prompt in {MOST_TRIES} samples: too few are possible, try a larger size"
     )
+
+
+def score(task, text, timeout=None):
+    """Returns (reward in [0, 1], None), or (reward, what is wrong with the verifier): it costs its sample, not the run.
+
+    One that raises, gives no number or has none after `timeout` seconds is worth 0; a number outside of [0, 1] is
+    clipped. Our own verifiers do none of that and need no timeout. With one, a thread judges, and is told to exit when
+    time is up: that ends a loop in Python. One that waits in C stays, and after MOST_HUNG of those the environment's
+    completions are worth 0 unread. One that keeps Python's lock (10**10**9) cannot be stopped from inside its process.
+    """
+    verdict = []
+
+    def judge():
+        try:
+            verdict.append((float(task.verify(text)), None))
+        except (Exception, SystemExit) as error:
+            verdict.append((0.0, f"{type(error).__name__}: {error}"[:200]))
+
+    if timeout is None:
+        judge()
+    else:
+        hung = f"hung verifier of {task.env}"
+        if sum(thread.name == hung for thread in threading.enumerate()) >= MOST_HUNG:
+            return 0.0, f"not asked: {MOST_HUNG} earlier verifiers still hang"
+        worker = threading.Thread(target=judge, daemon=True)
+        worker.start()
+        worker.join(timeout)
+        if not verdict:
+            worker.name = hung
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
+            return 0.0, f"no verdict in {timeout} s"
+    reward, problem = verdict[0]
+    if not math.isfinite(reward):
+        return 0.0, f"verify returned {reward}"
+    if not 0 <= reward <= 1:
+        problem = f"verify returned {reward}, outside of [0, 1]"
+    return min(max(reward, 0.0), 1.0), problem
 
 
 def cut_trace(demo, lines):

@@ -1,6 +1,7 @@
 """data.py: tokenizers, documents, token files, batches, tasks with a verifier."""
 
 import pickle
+import threading
 import time
 import warnings
 from fractions import Fraction
@@ -12,6 +13,7 @@ from data import (
     ENVIRONMENTS,
     FIRST_FILLER,
     KEY_MARK,
+    MOST_HUNG,
     PASSKEY_VOCAB,
     QUERY_MARK,
     THINK_END,
@@ -28,6 +30,7 @@ from data import (
     passkey_batch,
     read_text,
     sample_task,
+    score,
     split_documents,
 )
 
@@ -335,6 +338,7 @@ def test_a_demo_is_right_short_and_ascii(spec):
         assert 0 < len(task.demo) < env.max_new_tokens  # room for the end-of-text token
         reward = task.verify(task.demo)
         assert type(reward) is float and reward == 1 or env.name == "countdown" and reward == 0
+        assert score(task, task.demo) == (reward, None)
         assert "\n" not in answer_of(task) and type(task.prompt) is type(task.demo) is str
 
 
@@ -588,3 +592,71 @@ def test_too_few_prompts_are_explained():
     assert sample_task(Single(), None, held_out=True).prompt == "s2="
     with pytest.raises(ValueError, match="single made no training prompt in 256 samples: too few are possible"):
         sample_task(Single(), None)
+
+
+# ---- verifiers of one's own ----
+
+
+def judged_by(check):
+    return Task("mine", "p", "", check)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "reward", "problem"),
+    [
+        (0.25, 0.25, None),
+        (True, 1.0, None),
+        (np.float32(0.5), 0.5, None),
+        (float("nan"), 0.0, "verify returned nan"),
+        (float("inf"), 0.0, "verify returned inf"),
+        (1.5, 1.0, "verify returned 1.5, outside of [0, 1]"),
+        (-2, 0.0, "verify returned -2.0, outside of [0, 1]"),
+        (None, 0.0, "TypeError: float() argument must be a string or a real number, not 'NoneType'"),
+        ("yes", 0.0, "ValueError: could not convert string to float: 'yes'"),
+    ],
+)
+@pytest.mark.parametrize("timeout", [None, 5])
+def test_a_reward_is_a_number_from_0_to_1(verdict, reward, problem, timeout):
+    assert score(judged_by(lambda text: verdict), "x", timeout) == (reward, problem)
+
+
+@pytest.mark.parametrize("timeout", [None, 5])
+@pytest.mark.parametrize("error", [KeyError("no"), RecursionError("deep"), SystemExit(3), AssertionError("x" * 999)])
+def test_a_verifier_that_raises_costs_its_sample(error, timeout):
+    def check(text):
+        raise error
+
+    reward, problem = score(judged_by(check), "x", timeout)
+    assert reward == 0 and problem.startswith(type(error).__name__) and len(problem) <= 200
+
+
+def wait_for_hung_verifiers():
+    for thread in threading.enumerate():
+        if thread.name.startswith("hung verifier"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_a_verifier_that_loops_costs_its_sample_and_ends():
+    def check(text):
+        while True:
+            pass
+
+    for _ in range(MOST_HUNG + 2):  # more than could be left hanging
+        assert score(judged_by(check), "x", 0.02) == (0.0, "no verdict in 0.02 s")
+        wait_for_hung_verifiers()  # it is told to exit, and does
+
+
+def test_verifiers_that_cannot_be_ended_do_not_pile_up():
+    asked, release = [], threading.Event()
+
+    def check(text):
+        asked.append(text)
+        release.wait()
+
+    problems = [score(judged_by(check), "x", 0.02)[1] for _ in range(MOST_HUNG + 5)]
+    assert len(asked) == MOST_HUNG and problems[MOST_HUNG:] == ["not asked: 8 earlier verifiers still hang"] * 5
+    assert score(Task("other", "p", "", lambda text: 1), "x", 5) == (1.0, None)  # the others go on
+    release.set()
+    wait_for_hung_verifiers()
+    assert score(judged_by(lambda text: 1), "x", 5) == (1.0, None)  # and so does it, when they have ended
