@@ -1,4 +1,4 @@
-"""What the models learn from: tokenizers, corpora and batches.
+"""What the models learn from: tokenizers, corpora, batches and tasks with a verifier.
 
 Corpora     "python"    the source of the running Python's standard library, tests left out: on every machine already
             a path      a text file, a folder (read recursively) or a glob such as 'books/*.txt'
@@ -13,19 +13,33 @@ Batches     A batch is a function of (seed, row numbers) alone. Whoever knows th
 Score       Losses in nats per token cannot be compared across tokenizers. Bits per byte can: total nats / ln 2 / bytes
             of the text predicted. `Corpus.compressors` gives gzip's and xz's figure for the same text.
 Passkeys    Made-up texts with something to be found again, to see how far back a model can look: `passkey_batch`.
+Tasks       Made-up problems for reinforcement learning with exact verifiers: `environment("sort:6").sample(rng)`. One
+            prompt in eight is held out, by its hash.
 """
 
+import ast
 import base64
 import codecs
+import ctypes
 import functools
 import glob
 import gzip
 import hashlib
+import inspect
 import itertools
+import json
 import lzma
+import math
+import operator
 import os
+import re
+import string
 import sysconfig
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -425,6 +439,424 @@ def passkey_batch(rng, n, length, depth=None, digits=PASSKEY_DIGITS):
     targets = block[:, 1:].copy()
     targets[:, :-digits] = -100
     return block[:, :-1], targets
+
+
+# ---- 6. tasks with a verifier ---------------------------------------------------------------------------------------
+
+# What reinforcement learning practises on. An environment is any object with
+#
+#     name              what rewards are listed under
+#     max_new_tokens    bytes: its longest sensible completion, and a margin
+#     sample(rng)       -> Task: a prompt, one good completion, and a judge of any other
+#
+# so yours is one more class of twenty lines, and one more row in ENVIRONMENTS. Ours write short ASCII for the "bytes"
+# tokenizer, because models of a million parameters read it. A first letter tells one environment from another.
+# The end-of-text token that ends a completion is no part of its text.
+
+THINK_END = "</think>"
+THINKING = {None: "", True: "<think>\n", False: "<think>" + THINK_END}  # how a prompt ends: plain, thinking on, off
+LONGEST_COMPLETION, LONGEST_ANSWER = 1 << 16, 256  # characters; what is longer is wrong unread
+MARGIN = 8  # bytes that a completion may be longer than we foresaw
+HELD_OUT = 8  # one prompt in so many is never trained on
+MOST_TRIES = 256  # samples to look for a prompt in; one in eight has then been missed with a chance of 1e-15
+MOST_HUNG = 8  # threads that we leave to one environment's hanging verifiers
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt to complete, and how to tell whether a completion is right."""
+
+    env: str  # name of the environment
+    prompt: str
+    demo: str  # a completion for the supervised warm start: right, or (countdown) only well-formed
+    check: Callable  # answer -> bool, or a float in [0, 1]; the answer is ASCII of at most LONGEST_ANSWER characters
+
+    def verify(self, text):
+        """Returns a reward in [0, 1] for any text; it raises only if a `check` of your own does.
+
+        Where the prompt opens a thought, the answer is what follows the last </think>, and a thought that is never
+        closed has none. Everywhere else all of the text is the answer.
+        """
+        _, closed, answer = text.rpartition(THINK_END)
+        if len(text) > LONGEST_COMPLETION or len(answer) > LONGEST_ANSWER or not answer.isascii():
+            return 0.0
+        if bool(closed) != self.prompt.endswith(THINKING[True]):
+            return 0.0
+        return float(self.check(answer))
+
+
+def checked_size(env, size):
+    """Returns `size`, or raises ValueError if the environment has no such difficulty."""
+    if size not in env.sizes:
+        raise ValueError(f"{env.name}:{size}: the size goes from {env.sizes[0]} (easy) to {env.sizes[-1]} (hard)")
+    return size
+
+
+def random_keys(rng, n):
+    """Returns n different keys of two letters."""
+    letters = string.ascii_lowercase
+    return [letters[i // 26] + letters[i % 26] for i in rng.choice(26 * 26, n, replace=False)]
+
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+MEANINGLESS = (SyntaxError, ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError, MemoryError)
+
+
+def evaluate(node, tools=()):
+    """Returns what a syntax tree of + - * /, whole numbers (as Fractions), words and calls of tools is worth.
+
+    tools: name -> function. Raises one of MEANINGLESS for anything else. Nothing is run but what stands here.
+    """
+    match node:
+        case ast.BinOp(left, sign, right):
+            return OPERATIONS[type(sign)](evaluate(left, tools), evaluate(right, tools))
+        case ast.Constant(int(value)):
+            return Fraction(value)
+        case ast.Name(word):
+            return word
+        case ast.Call(ast.Name(word), arguments, []):
+            return tools[word](*[evaluate(argument, tools) for argument in arguments])
+    raise ValueError(f"{type(node).__name__} has no meaning here")
+
+
+class Sort:
+    """Digits in order: `s314159=` -> `113459`. size: digits."""
+
+    name, sizes = "sort", range(2, 33)
+
+    def __init__(self, size=6):
+        self.size = checked_size(self, size)
+        self.max_new_tokens = size + MARGIN
+
+    def sample(self, rng):
+        digits = [str(d) for d in rng.integers(10, size=self.size)]
+        answer = "".join(sorted(digits))
+        return Task(self.name, f"s{''.join(digits)}=", answer, partial(operator.eq, answer))
+
+
+class Countdown:
+    """An expression that makes a number of others, each used once: `c3,5>8=` -> `3+5`. size: numbers to use.
+
+    It has + - * / and parentheses, no sign before a number, and exact fractions on the way. The demo is any expression
+    over the numbers: it shows the form, and never looks at the target, so that hitting it is left to discover.
+    """
+
+    name, sizes = "countdown", range(2, 7)
+
+    def __init__(self, size=2):
+        self.size = checked_size(self, size)
+        self.max_new_tokens = 4 * size - 5 + MARGIN  # numbers, operators, a pair of parentheses for all but the last
+
+    def sample(self, rng):
+        target = None
+        while target is None or target.denominator > 1 or not 0 <= target <= 99:
+            numbers = [str(n) for n in rng.integers(1, 10, self.size)]
+            target = self.worth(numbers, self.expression(numbers, rng))
+        prompt = f"c{','.join(numbers)}>{target}="
+        return Task(self.name, prompt, self.expression(numbers, rng), partial(self.hits, numbers, target))
+
+    def hits(self, numbers, target, answer):
+        return len(answer) <= self.max_new_tokens and self.worth(numbers, answer) == target
+
+    @staticmethod
+    def expression(numbers, rng):
+        """Returns a random expression that uses each number once: neighbours are joined until one is left."""
+        parts = rng.permutation(numbers).tolist()
+        while len(parts) > 1:
+            i = int(rng.integers(len(parts) - 1))
+            pair = parts[i] + "+-*/"[rng.integers(4)] + parts[i + 1]
+            parts[i : i + 2] = [f"({pair})" if len(parts) > 2 else pair]
+        return parts[0]
+
+    @staticmethod
+    def worth(numbers, text):
+        """Returns the value of an expression that uses each number once, and None for any other text."""
+        if not re.fullmatch(r"[-+*/()0-9]+", text) or sorted(re.findall(r"[0-9]+", text)) != sorted(numbers):
+            return None
+        try:
+            return evaluate(ast.parse(text, mode="eval").body)
+        except MEANINGLESS:
+            return None
+
+
+class Add:
+    """A sum, every number written from its lowest digit up: `a54+78=` -> `231`, for 45 + 87 = 132. size: digits.
+
+    So written, each digit follows from what stands before it. Thinking, it notes digit + digit + carry = digit, carry.
+    """
+
+    name, sizes = "add", range(1, 33)
+
+    def __init__(self, size=5, think=None):
+        self.size, self.think = checked_size(self, size), think
+        self.max_new_tokens = size + 1 + (10 * size + len(THINK_END) if think else 0) + MARGIN
+
+    def sample(self, rng):
+        low, high = rng.integers(10, size=(2, self.size - 1)), rng.integers(1, 10, size=(2, 1))  # no leading zero
+        x, y = np.concatenate([low, high], axis=1).tolist()
+        thought, answer, carry = "", "", 0
+        for a, b in zip(x, y):
+            total = a + b + carry
+            thought += f"{a}+{b}+{carry}={total % 10},{total // 10}\n"
+            answer, carry = answer + str(total % 10), total // 10
+        answer += "1" if carry else ""
+        question = "a{}+{}=".format("".join(map(str, x)), "".join(map(str, y)))
+        demo = thought + THINK_END + answer if self.think else answer
+        return Task(self.name, question + THINKING[self.think], demo, partial(operator.eq, answer))
+
+
+class Chain:
+    """Arithmetic modulo 7, one operation after the other, no precedence: `m3+5*2-4=` -> `5`. size: operations.
+
+    Thinking, it notes each result: `<think>` in the prompt, then `3+5=1`, `1*2=2`, `2-4=5` on a line each, `</think>5`.
+    Seven is a prime and no operand is zero: no step forgets the one before it, and guessing is right one time in seven.
+    """
+
+    name, sizes = "chain", range(1, 33)
+
+    def __init__(self, size=4, think=True):
+        self.size, self.think = checked_size(self, size), think
+        self.max_new_tokens = 1 + (6 * size + len(THINK_END) if think else 0) + MARGIN
+
+    def sample(self, rng):
+        value = int(rng.integers(7))
+        question, thought = f"m{value}", ""
+        for _ in range(self.size):
+            sign, operand = "+-*"[rng.integers(3)], int(rng.integers(1, 7))
+            result = {"+": value + operand, "-": value - operand, "*": value * operand}[sign] % 7
+            question += f"{sign}{operand}"
+            thought += f"{value}{sign}{operand}={result}\n"
+            value = result
+        demo = f"{thought}{THINK_END}{value}" if self.think else str(value)
+        return Task(self.name, f"{question}={THINKING[self.think]}", demo, partial(operator.eq, str(value)))
+
+
+class Brackets:
+    """The closing brackets that are missing: `b([]{<=` -> `>})`. size: brackets in the prompt."""
+
+    name, sizes = "brackets", range(4, 65)
+
+    def __init__(self, size=8):
+        self.size = checked_size(self, size)
+        self.max_new_tokens = size + MARGIN
+
+    def sample(self, rng):
+        text, missing = "", ""
+        for _ in range(self.size):
+            if len(missing) > 1 and rng.random() < 0.5:  # the first one stays open: something is always missing
+                text, missing = text + missing[0], missing[1:]
+            else:
+                opening, closing = ("()", "[]", "{}", "<>")[rng.integers(4)]
+                text, missing = text + opening, closing + missing
+        return Task(self.name, f"b{text}=", missing, partial(operator.eq, missing))
+
+
+class Schema:
+    """A JSON object with these fields of these types: `jab:s,cd:i=` -> `{"ab":"x","cd":7}`. size: fields.
+
+    s string, i integer, b boolean, l list. What the values are is free, as in Nemotron 3's JSON environment.
+    """
+
+    name, sizes = "json", range(1, 9)
+    types = {"s": str, "i": int, "b": bool, "l": list}
+
+    def __init__(self, size=2):
+        self.size = checked_size(self, size)
+        self.max_new_tokens = 12 * size + 1 + MARGIN  # "ab":[1,2] and a comma at most, and the braces
+
+    def sample(self, rng):
+        schema = {key: "sibl"[rng.integers(4)] for key in random_keys(rng, self.size)}
+        x, y = rng.integers(10, size=2).tolist()
+        values = {"s": random_keys(rng, 1)[0], "i": 10 * x + y, "b": x < y, "l": [x, y]}
+        demo = json.dumps({key: values[kind] for key, kind in schema.items()}, separators=(",", ":"))
+        prompt = "j{}=".format(",".join(f"{key}:{kind}" for key, kind in schema.items()))
+        return Task(self.name, prompt, demo, partial(self.fits, {k: self.types[t] for k, t in schema.items()}))
+
+    @staticmethod
+    def fits(schema, answer):
+        try:
+            fields = json.loads(answer, object_pairs_hook=tuple)  # a dict would hide a key that comes twice
+        except (ValueError, RecursionError):
+            return False
+        return type(fields) is tuple and len(fields) == len(schema) and {k: type(v) for k, v in fields} == schema
+
+
+class Instruct:
+    """Words that keep rules: `iw2,-e,$!=` -> `cat sun!`. size: rules.
+
+    w2 two words, ^b begins with b, +k has a k, -e has no e, $! ends with that mark. An answer is words of small letters
+    with one space between, then at most one of . ! ?
+    """
+
+    name, sizes = "instruct", range(1, 6)
+    rules = {
+        "w": lambda answer, what: len(answer.split(" ")) == int(what),
+        "^": str.startswith,
+        "+": lambda answer, what: what in answer,
+        "-": lambda answer, what: what not in answer,
+        "$": str.endswith,
+    }
+
+    def __init__(self, size=3):
+        self.size = checked_size(self, size)
+        self.max_new_tokens = 18 + MARGIN  # four words of three letters, and three more letters or marks
+
+    def sample(self, rng):
+        first, has, lacks, *_ = letters = rng.permutation(list(string.ascii_lowercase)).tolist()  # never the same
+        n, mark = int(rng.integers(1, 5)), ".!?"[rng.integers(3)]
+        every = [f"w{n}", f"^{first}", f"+{has}", f"-{lacks}", f"${mark}"]
+        rules = [every[i] for i in rng.permutation(5)[: self.size]]
+        others = [letter for letter in letters if letter != lacks]
+        words = ["".join(rng.choice(others, rng.integers(1, 4))) for _ in range(n)]
+        demo = first + " ".join(words) + has + mark  # keeps the rules that were not asked for as well
+        return Task(self.name, f"i{','.join(rules)}=", demo, partial(self.keeps, rules))
+
+    @classmethod
+    def keeps(cls, rules, answer):
+        if not re.fullmatch(r"[a-z]+( [a-z]+)*[.!?]?", answer):
+            return False
+        return all(cls.rules[rule[0]](answer, rule[1:]) for rule in rules)
+
+
+class Lookup:
+    """The value of a key in a long context: `kab:17,qz:83?qz=` -> `83`. size: pairs, six bytes each."""
+
+    name, sizes = "lookup", range(2, 601)
+
+    def __init__(self, size=8):
+        self.size = checked_size(self, size)
+        self.max_new_tokens = 2 + MARGIN
+
+    def sample(self, rng):
+        keys, values = random_keys(rng, self.size), rng.integers(10, 100, self.size).tolist()
+        asked = int(rng.integers(self.size))
+        pairs = ",".join(f"{key}:{value}" for key, value in zip(keys, values))
+        answer = str(values[asked])
+        return Task(self.name, f"k{pairs}?{keys[asked]}=", answer, partial(operator.eq, answer))
+
+
+PEOPLE = "anna bert cleo dora emil finn gina hugo iris jack kate lena mary nora omar paul".split()
+FIELDS = ("age", "room", "year")
+
+
+class Tool:
+    """A call that finds what is asked in a dictionary the model cannot see. size: entries to add up.
+
+    `tanna.age+bert.room=` -> `add(get(anna,age),get(bert,room))`. The call is run and its result compared, so another
+    order is as good. A function, a person or a field that does not exist is worth nothing.
+    """
+
+    name, sizes = "tool", range(1, 6)
+    # Powers of ten, so that no two different sums of up to nine entries agree: a right result is a right call.
+    database = {p: {f: 10 ** (3 * i + j) for j, f in enumerate(FIELDS)} for i, p in enumerate(PEOPLE)}
+    tools = {"get": lambda person, field: Tool.database[person][field], "add": operator.add}
+
+    def __init__(self, size=2):
+        self.size = checked_size(self, size)
+        self.max_new_tokens = 14 * size + 6 * (size - 1) + MARGIN
+
+    def sample(self, rng):
+        asked = [(PEOPLE[rng.integers(len(PEOPLE))], FIELDS[rng.integers(len(FIELDS))]) for _ in range(self.size)]
+        calls = [f"get({person},{field})" for person, field in asked]
+        demo = functools.reduce(lambda left, right: f"add({left},{right})", calls)
+        prompt = "t{}=".format("+".join(f"{person}.{field}" for person, field in asked))
+        wanted = sum(self.database[person][field] for person, field in asked)
+        return Task(self.name, prompt, demo, partial(self.finds, wanted))
+
+    @classmethod
+    def finds(cls, wanted, answer):
+        if not re.fullmatch(r"[a-z(),]+", answer):
+            return False
+        try:
+            return evaluate(ast.parse(answer, mode="eval").body, cls.tools) == wanted
+        except MEANINGLESS:
+            return False
+
+
+ENVIRONMENTS = {c.name: c for c in (Sort, Countdown, Add, Chain, Brackets, Schema, Instruct, Lookup, Tool)}
+
+
+def environment(spec):
+    """Returns the environment that a text asks for: name, name:size, or with "on" or "off" for thinking, "chain:6:off".
+
+    Raises ValueError for a name, size or option that is not there, and names those that are.
+    """
+    name, *options = spec.split(":")
+    if name not in ENVIRONMENTS:
+        raise ValueError(f"unknown environment {name!r}; known: {', '.join(ENVIRONMENTS)}")
+    keywords = {}
+    for option in options:
+        if option in ("on", "off"):
+            keywords["think"] = option == "on"
+        elif re.fullmatch(r"[0-9]{1,9}", option):
+            keywords["size"] = int(option)
+        else:
+            raise ValueError(f"environment {spec!r}: {option!r} is neither a size nor on or off; write {name}:4, say")
+    if "think" in keywords and "think" not in inspect.signature(ENVIRONMENTS[name]).parameters:
+        raise ValueError(f"environment {spec!r}: {name} has no thinking to turn on or off")
+    return ENVIRONMENTS[name](**keywords)
+
+
+def is_held_out(prompt):
+    """Returns whether a prompt is kept from training: one in HELD_OUT, by its hash, thinking on or off alike."""
+    for ending in THINKING.values():
+        prompt = prompt.removesuffix(ending)
+    return hashlib.sha256(prompt.encode()).digest()[0] % HELD_OUT == 0
+
+
+def sample_task(env, rng, held_out=False):
+    """Returns a Task of `env` on one side of the split. Raises ValueError if MOST_TRIES samples have none there."""
+    for _ in range(MOST_TRIES):
+        task = env.sample(rng)
+        if is_held_out(task.prompt) == held_out:
+            return task
+    side = "held-out" if held_out else "training"
+    raise ValueError(
+        f"{env.name} made no {side} prompt in {MOST_TRIES} samples: too few are possible, try a larger size"
+    )
+
+
+def score(task, text, timeout=None):
+    """Returns (reward in [0, 1], None), or (reward, what is wrong with the verifier): it costs its sample, not the run.
+
+    One that raises, gives no number or has none after `timeout` seconds is worth 0; a number outside of [0, 1] is
+    clipped. Our own verifiers do none of that and need no timeout. With one, a thread judges, and is told to exit when
+    time is up: that ends a loop in Python. One that waits in C stays, and after MOST_HUNG of those the environment's
+    completions are worth 0 unread. One that keeps Python's lock (10**10**9) cannot be stopped from inside its process.
+    """
+    verdict = []
+
+    def judge():
+        try:
+            verdict.append((float(task.verify(text)), None))
+        except (Exception, SystemExit) as error:
+            verdict.append((0.0, f"{type(error).__name__}: {error}"[:200]))
+
+    if timeout is None:
+        judge()
+    else:
+        hung = f"hung verifier of {task.env}"
+        if sum(thread.name == hung for thread in threading.enumerate()) >= MOST_HUNG:
+            return 0.0, f"not asked: {MOST_HUNG} earlier verifiers still hang"
+        worker = threading.Thread(target=judge, daemon=True)
+        worker.start()
+        worker.join(timeout)
+        if not verdict:
+            worker.name = hung
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
+            return 0.0, f"no verdict in {timeout} s"
+    reward, problem = verdict[0]
+    if not math.isfinite(reward):
+        return 0.0, f"verify returned {reward}"
+    if not 0 <= reward <= 1:
+        problem = f"verify returned {reward}, outside of [0, 1]"
+    return min(max(reward, 0.0), 1.0), problem
+
+
+def cut_trace(demo, lines):
+    """Returns a demo with `lines` lines of its thought and the whole answer: it teaches to answer when cut short."""
+    thought, closed, answer = demo.rpartition(THINK_END)
+    return "".join(thought.splitlines(keepends=True)[:lines]) + closed + answer
 
 
 if __name__ == "__main__":  # the shipped file was made by Python 3.11.7, from its standard library
