@@ -101,9 +101,9 @@ def leave_one_out(rewards):
 def advantages(rewards, kind="grpo"):
     """Returns A [B, G], float32: how much better each answer is than its group. rewards [B, G]: B prompts, G answers.
 
-    grpo      (R - mean) / std of the group                       GRPO, section 4.1.2
-    dr        R - mean: unbiased but for the factor (G - 1) / G    Dr. GRPO, section 3.2
-    rloo      R - mean of the others = G / (G - 1) (R - mean)      RLOO, section 3.3
+    grpo      (R - mean) / std of the group                         GRPO, section 4.1.2
+    dr        R - mean: unbiased but for the factor (G - 1) / G     Dr. GRPO
+    rloo      R - mean of the others = G / (G - 1) (R - mean)       RLOO
     nemotron  (R - mean of the others) / std of the others; where that is 0, no division. One success in 16 so gets 1
               and each failure -0.258, where "grpo" gives 3.75 and -0.25.        Nemotron 3 Nano; NeMo RL
     batch     (R - mean) / std of all B G rewards, so prompts keep their weight; never on a micro-batch.      TRL
@@ -200,7 +200,7 @@ def denominator(mask, aggregate="token", max_tokens=None):
 
     token     tokens in the mask: each token counts the same, so long answers count more        DAPO, section 3.3
     sequence  rows with any token; each row's tokens are averaged before                        GRPO, equation (3)
-    constant  B max_tokens: a row without tokens counts, and no length of an answer does        Dr. GRPO, Figure 1
+    constant  B max_tokens: a row without tokens counts, and no length of an answer does        Dr. GRPO
 
     Take it once from the whole optimiser batch (of all GPUs: sum it) and hand it to every micro-batch; one that divides
     by its own tokens has a gradient that depends on how the batch was cut. What is not in the mask does not count; to

@@ -77,6 +77,14 @@ def test_leave_one_out_is_a_loop():
             assert close(mean[b, i], others.mean()) and close(std[b, i], others.std())
 
 
+def test_others_that_are_equal_are_not_divided_by_their_rounding():
+    """The std of 22 times .1, computed in float32, is 7e-9."""
+    rewards = torch.tensor([[1.0] + [0.1] * 22])
+    assert rewards[0, 1:].std() > 0
+    assert grpo.leave_one_out(rewards)[1][0, 0] == 0
+    assert close(grpo.advantages(rewards, "nemotron")[0, 0], 0.9, 1e-6)
+
+
 def test_scales_of_the_kinds():
     """Group-normalised advantages do not see a reward's scale; "batch" keeps the weights of prompts to each other."""
     rewards = draw(4, 8)
@@ -196,6 +204,12 @@ def test_what_an_answer_weighs():
     assert close(weights["sequence"], torch.tensor([[0.5, 0, 0, 0], [0.125] * 4]))
 
 
+def test_rows_without_tokens_count_only_in_the_constant():
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
+    found = [float(grpo.denominator(mask, aggregate, 3)) for aggregate in grpo.AGGREGATES]
+    assert found == [2, 1, 6]
+
+
 def test_an_empty_mask_is_a_loss_of_zero():
     logprob, old, A, mask = batch()
     for aggregate in ["token", "sequence"]:
@@ -271,6 +285,7 @@ def test_dual_clip_caps_what_a_bad_token_can_weigh():
     assert close(grpo.policy_loss(*args)[0], 10, 1e-5) and close(grpo.policy_loss(*args, dual_clip=3)[0], 3, 1e-5)
     assert slope(0.5, 0.05, -1.0) > 9.9 and slope(0.5, 0.05, -1.0, dual_clip=3) == 0
     assert slope(0.1, 0.05, -1.0, dual_clip=3) == slope(0.1, 0.05, -1.0) > 0
+    assert slope(0.05, 0.05, 1.0, dual_clip=3) == slope(0.05, 0.05, 1.0) < 0  # a good one is not its business
 
 
 def test_cispo_clips_the_weight_and_keeps_the_gradient():
@@ -525,13 +540,15 @@ def test_the_curriculum_repeats_with_its_generator_and_state():
 def test_dynamic_sampling_draws_until_it_has_enough():
     made = []
 
-    def source(n):  # every other group is silent
+    def source(n):  # every third group is silent
         groups = [len(made) + i for i in range(n)]
         made.extend(groups)
-        return groups, torch.stack([torch.tensor([0.0, i % 2]) for i in groups])
+        return groups, torch.stack([torch.tensor([0.0, i % 3]) for i in groups])
 
-    groups, acceptance = grpo.dynamic_sampling(source, 4)
-    assert groups == [1, 3, 5, 7] and acceptance == 0.5 and len(made) == 8
+    groups, acceptance = grpo.dynamic_sampling(source, 3)
+    assert groups == [1, 2, 4] and len(made) == 6 and acceptance == 4 / 6  # one more than was asked for
+    groups, acceptance = grpo.dynamic_sampling(source, 3, refills=0)
+    assert groups == [7, 8] and len(made) == 9
     groups, acceptance = grpo.dynamic_sampling(lambda n: (list(range(n)), torch.ones(n, 3)), 4, refills=2)
     assert groups == [] and acceptance == 0
 
