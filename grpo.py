@@ -1,0 +1,487 @@
+"""GRPO and its fixes: reinforcement learning from groups of answers, the mean of a group in the place of a critic.
+
+Papers   GRPO, arXiv:2402.03300; RLOO, 2402.14740; DAPO, 2503.14476; Dr. GRPO, 2503.20783; CISPO (MiniMax-M1),
+         2506.13585; GSPO, 2507.18071; decoupled PPO, 2110.00641, and AReaL, 2505.24298; Nemotron 3 Nano, Super, Ultra,
+         2512.20848, 2604.12374, 2606.15007 (leave-one-out advantages, curriculum, length control, MOPD).
+Idea     Answer each prompt G times; let a program judge the answers; raise the log-probability of those above the mean
+         of their group and lower that of those below. The rest is repair: what a group's spread, an answer's length, a
+         clipped ratio, or a sampler that is not quite the policy does to that gradient, and it is a few lines for each.
+Picture  B prompts --sampler x G--> answers [BG, T] --verify--> rewards [B, G] --advantages--> A [BG]
+                        |                                                                        |
+            behaviour_logprob [BG, T]    old_logprob [BG, T]    logprob [BG, T], has a gradient  |
+                        '------- w ----------'   '------- r ---------'                           |
+                          = sg[old / behaviour]    = new / old                                   v
+                      loss = sum over tokens of  - w min(r A, clip(r) A) + kl_coef KL(new || ref),  / denominator
+Symbols  code               paper         meaning
+         logprob            log pi_theta  of the sampled token under the weights in training
+         old_logprob        log pi_old    at the start of this batch's updates (pi_prox of decoupled PPO)
+         behaviour_logprob  log mu        under what sampled it (pi_gen), stale or of lower precision
+         ref_logprob        log pi_ref    under what kl_coef (beta) ties the policy to
+         advantages         A             how much better than its group; an answer's, or (MOPD) a token's
+         clip               eps_lo, hi    the ratio r counts inside [1 - lo, 1 + hi]
+         mask               m             1 where the policy wrote the token, stop token included; 0 elsewhere
+
+Which flags give which algorithm. `advantages(kind)`, then `policy_loss(kind, clip, aggregate, ...)`:
+
+    algorithm                 advantages       kind   clip          aggregate   further
+    GRPO                      grpo             grpo   .2, .2        sequence    ref_logprob, kl_coef=.04
+    DAPO                      grpo             grpo   .2, .28       token       dynamic_sampling, overlong_penalty
+    Dr. GRPO                  dr               grpo   .2, .2        constant    divisor B max_tokens: see `denominator`
+    RLOO                      rloo             grpo   inert         constant    divisor B, so max_tokens=1; one update
+    GSPO                      grpo             gspo   3e-4, 4e-4    sequence
+    CISPO                     grpo             cispo  1, 4          token       lo = 1: no lower bound; weights up to 5
+    dual clip (verl)          any              grpo   .2, .2        any         dual_clip=3
+    naive PPO, stale sampler  any              grpo   .2, .2        any         old_logprob := behaviour_logprob
+    decoupled PPO, AReaL      batch            grpo   .2, .2        token       correction="tis"/"mask", bounds=(0, 5)
+    TIS                       any              any    any           any         correction="tis", bounds=(0, 2)
+    IcePop                    any              any    any           any         correction="mask", bounds=(.5, 5)
+    Nemotron 3 Nano           nemotron         grpo   .2, .28       token       correction="sequence", overlong filter
+    Nemotron 3 Super          nemotron, +-50   grpo   .2, .28       token       correction="tis", bounds=(0, 5)
+    Nemotron 3 Ultra          nemotron, +-20   grpo   .2, .28       token       correction="tis", bounds=(.2, 5)
+    MOPD (Ultra)              mopd_advantages  grpo   .2, .28       token       correction="mask", bounds=(.5, 5)
+
+    +-50: `.clamp(-50, 50)`. Nano, Super and Ultra update once per batch: r = 1, the clip is inert, w is all there is.
+    Nano and Super drop rows that are not `faithful`. Super and Ultra set A := -5 on the tokens of malformed messages:
+    one more reason that A may be [BG, T].
+
+Limits   Equal rewards give advantages of exactly 0; the first update of a batch has the same gradient under grpo, gspo
+         and cispo; behaviour = old is PPO; one token and one teacher make MOPD the reverse KL: see tests/test_grpo.py.
+Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVIDIA's eps of 1e-6, and groups without
+         spread are set to 0 rather than left to it. CISPO's upper bound is 1 + hi, as in the paper; TRL's is hi. Length
+         control is the paper's, not the released server's: see its docstring. Nemotron's reports say masked weights;
+         the table follows the released configurations: a sequence mask (Nano), TIS (Super, Ultra). No value of k3 is
+         capped (verl: at 10), because an exploding estimate is what the metric is for.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from kernels import at_least_float32, expect
+
+# ---- 1. advantages ------------------------------------------------------------------------------------------------
+#
+# Of 0/1 rewards with success rate p, a group's mean update is proportional to p (1 - p) under "dr" and "rloo", and to
+# sqrt(p (1 - p)) under "grpo", which so lifts prompts that are nearly always or nearly never solved. Both vanish at
+# p = 0 and p = 1: such a group is silent, and dynamic sampling draws another.
+
+EPS = 1e-6  # added to standard deviations: NVIDIA's; TRL has 1e-4
+ADVANTAGES = ("grpo", "nemotron", "rloo", "dr", "batch")
+
+
+def choose(name, value, choices):
+    """Raises ValueError, with the choices, unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}, expected one of {', '.join(map(str, choices))}")
+
+
+def informative(rewards):
+    """Returns bool [B]: whether the rewards [B, G] of a group differ. If not, it is silent: its advantages are all 0.
+
+    Silence is not harmless: its tokens count in the token mean, so the step shrinks as training succeeds, and with
+    kl_coef > 0 they still have a gradient. `keep_only(mask, informative(rewards))` takes them out of both.
+    """
+    return rewards.amax(1) != rewards.amin(1)
+
+
+def leave_one_out(rewards):
+    """Returns (mean, std), each [B, G]: of the rewards [B, G] of the *others* in the group, G - 1 >= 1 of them.
+
+    std is unbiased, and exactly 0 where the others are equal: compared, because a computed one may round to 1e-9.
+    """
+    B, G = rewards.shape
+    off_diagonal = ~torch.eye(G, dtype=torch.bool, device=rewards.device)
+    others = rewards[:, None].expand(B, G, G)[:, off_diagonal].view(B, G, G - 1)
+    mean = others.mean(-1)
+    std = ((others - mean[..., None]).square().sum(-1) / max(1, G - 2)).sqrt()
+    return mean, std.masked_fill(others.amax(-1) == others.amin(-1), 0)
+
+
+def advantages(rewards, kind="grpo"):
+    """Returns A [B, G], float32: how much better each answer is than its group. rewards [B, G]: B prompts, G answers.
+
+    grpo      (R - mean) / std of the group                         GRPO, section 4.1.2
+    dr        R - mean: unbiased but for the factor (G - 1) / G     Dr. GRPO
+    rloo      R - mean of the others = G / (G - 1) (R - mean)       RLOO
+    nemotron  (R - mean of the others) / std of the others; where that is 0, no division. One success in 16 so gets 1
+              and each failure -0.258, where "grpo" gives 3.75 and -0.25.        Nemotron 3 Nano; NeMo RL
+    batch     (R - mean) / std of all B G rewards, so prompts keep their weight; never on a micro-batch.      TRL
+
+    A group of equal rewards, and so one of a single answer, is exactly 0 in all. Only with "grpo" and "nemotron" may
+    environments have rewards of different ranges. Raises ValueError for another kind or shape.
+    """
+    choose("kind", kind, ADVANTAGES)
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards is {list(rewards.shape)}, expected [B, G]: G answers for each of B prompts")
+    rewards = at_least_float32(rewards)
+    G = rewards.shape[1]
+    if G < 2:
+        return torch.zeros_like(rewards)
+    A = rewards - rewards.mean(1, keepdim=True)
+    if kind == "grpo":
+        A = A / (rewards.std(1, keepdim=True) + EPS)
+    elif kind == "batch":
+        A = A / (rewards.std() + EPS)
+    elif kind == "rloo":
+        A = A * (G / (G - 1))
+    elif kind == "nemotron":
+        mean, std = leave_one_out(rewards)
+        A = torch.where(std > 0, (rewards - mean) / (std + EPS), rewards - mean)
+    return A.masked_fill(~informative(rewards)[:, None], 0)  # R - mean of equal numbers may round to 1e-8
+
+
+def keep_only(mask, keep):
+    """Returns mask [B, T] with the rows that are not to be kept set to 0.
+
+    keep: bool, one for a row, or one for each group of consecutive rows. The overlong filter of DAPO and Nemotron 3
+    Nano is `keep_only(mask, ~truncated)`: an answer cut off at the limit has no gradient, but its reward still counts
+    in its group's baseline.
+    """
+    if len(mask) % max(1, len(keep)):
+        raise ValueError(f"keep is [{len(keep)}], expected a divisor of the {len(mask)} rows of mask")
+    return mask * keep.to(mask.device).repeat_interleave(len(mask) // max(1, len(keep)))[:, None]
+
+
+def dynamic_sampling(draw, n, refills=4):
+    """Returns (groups, acceptance): the first n informative groups, and the share of the drawn ones that were.
+
+    draw(n) returns (a list of n groups, their rewards [n, G]). Fewer than n come back when 1 + refills draws did not
+    yield them: on a task too hard or too easy there is no end to it. Source: DAPO, "Dynamic Sampling".
+    """
+    kept, drawn = [], 0
+    for _ in range(1 + refills):
+        groups, rewards = draw(n)
+        kept += [group for group, keep in zip(groups, informative(rewards).tolist()) if keep]
+        drawn += len(groups)
+        if len(kept) >= n:
+            break
+    return kept[:n], len(kept) / max(1, drawn)
+
+
+# ---- 2. losses ----------------------------------------------------------------------------------------------------
+
+KL_KINDS = ("k1", "k2", "k3", "k3+")
+AGGREGATES = ("token", "sequence", "constant")
+BOUNDS = dict(tis=(0.0, 2.0), mask=(0.5, 5.0), sequence=(0.999, 1.002))  # of w: TIS; IcePop; Nemotron 3 Nano
+
+
+def kl_estimate(logprob, ref_logprob, kind="k3"):
+    """Returns an estimate of KL(pi || ref), in nats, for each token sampled from pi; shape of logprob, float32.
+
+    With x = log ref - log pi (Schulman, "Approximating KL divergence", 2020):
+    k1   -x              unbiased, can be negative, noisy
+    k2   x^2 / 2         biased, low variance
+    k3   e^x - x - 1     unbiased, never negative
+    k3+  value of k3, gradient of k2 (verl's straight-through form)
+
+    As a term of a loss it is the gradient that counts, and that is another matter. On samples of pi the mean gradient
+    of k1 is zero (it adds noise and nothing else; k1 belongs in the reward, detached); of k2, that of the reverse
+    KL(pi || ref), exactly; of k3, that of the forward KL(ref || pi), as grad k3 = (1 - ref / pi) grad log pi. k3 times
+    pi / pi_old, kept in the graph, has value and gradient of the reverse KL: `kl_ratio` of `policy_loss`.
+    """
+    choose("kind", kind, KL_KINDS)
+    x = at_least_float32(ref_logprob) - at_least_float32(logprob)
+    if kind == "k1":
+        return -x
+    k2 = x.square() / 2
+    # expm1: at x = 1e-4, e^x - 1 - x in float32 is nothing but rounding. clamp: e^89 is inf.
+    k3 = torch.expm1(x.clamp(max=20)) - x
+    return {"k2": k2, "k3": k3, "k3+": k2 - k2.detach() + k3.detach()}[kind]
+
+
+def row_mean(values, mask):
+    """Returns [B]: the mean of each row of values [B, T] over its tokens in mask [B, T]; 0 for a row without any."""
+    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def denominator(mask, aggregate="token", max_tokens=None):
+    """Returns the number, a tensor [], that the sum over the tokens of a batch is divided by. mask [B, T]: all of it.
+
+    token     tokens in the mask: each token counts the same, so long answers count more        DAPO, section 3.3
+    sequence  rows with any token; each row's tokens are averaged before                        GRPO, equation (3)
+    constant  B max_tokens: a row without tokens counts, and no length of an answer does        Dr. GRPO
+
+    Take it once from the whole optimiser batch (of all GPUs: sum it) and hand it to every micro-batch; one that divides
+    by its own tokens has a gradient that depends on how the batch was cut. What is not in the mask does not count; to
+    let silent groups count, as DAPO does without dynamic sampling, take it from the mask before `keep_only`.
+    """
+    choose("aggregate", aggregate, AGGREGATES)
+    if aggregate == "constant" and not max_tokens:
+        raise ValueError('aggregate="constant" divides by B max_tokens: pass denominator(mask, "constant", max_tokens)')
+    if aggregate == "constant":
+        return torch.tensor(float(len(mask) * max_tokens), device=mask.device)
+    tokens = (mask != 0).sum(1)
+    return (tokens.sum() if aggregate == "token" else (tokens > 0).sum()).clamp(min=1).float()
+
+
+def aggregate_tokens(values, mask, aggregate="token", divisor=None):
+    """Returns a scalar: the sum of values [B, T] in mask [B, T] over `divisor`, None for `denominator` of this mask."""
+    divisor = denominator(mask, aggregate) if divisor is None else divisor
+    return ((row_mean(values, mask) if aggregate == "sequence" else values * mask).sum()) / divisor
+
+
+def ratio_terms(logprob, old_logprob, mask, kind="grpo"):
+    """Returns r [B, T] = pi_theta / pi_old of each token. logprob, old_logprob, mask [B, T].
+
+    gspo: the geometric mean over the row, s_i = exp(mean_t log r), written for each token as sg[s_i] pi / sg[pi]. Its
+    mean over the row has the gradient of s_i itself, and it takes advantages of tokens too. Source: GSPO, "GSPO-token".
+    Short answers make s_i noisy: at 5 to 30 tokens start with clip=(.03, .03) and look at the clip fractions.
+    """
+    log_ratio = logprob - old_logprob
+    if kind == "gspo":
+        log_ratio = row_mean(log_ratio.detach(), mask)[:, None] + logprob - logprob.detach()
+    return log_ratio.clamp(max=20).exp()  # e^89 is inf in float32, and inf times an advantage of 0 NaN
+
+
+def clipped(ratio, logprob, advantages, clip, dual_clip=None):
+    """Returns min(r A, clip(r, 1 - lo, 1 + hi) A) [B, T]: no reward for moving further than the clip.
+
+    hi > lo (DAPO's clip-higher) is for rare tokens: one of 0.01 may grow to 0.0128, not to 0.012 only. dual_clip =
+    c > 1: at least c A where A < 0; without it r, which has no bound there, can make one token the whole gradient.
+    Source: PPO, arXiv:1707.06347, equation (7); dual clip, arXiv:1912.09729.
+    """
+    s = torch.minimum(ratio * advantages, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages)
+    return s if dual_clip is None else torch.where(advantages < 0, torch.maximum(s, dual_clip * advantages), s)
+
+
+def cispo(ratio, logprob, advantages, clip, dual_clip=None):
+    """Returns sg[clip(r, 1 - lo, 1 + hi)] A log pi [B, T]: the weight is clipped, and no token loses its gradient.
+
+    Its value cannot be compared with the others': log pi is in it. Source: MiniMax-M1, "CISPO".
+    """
+    return ratio.detach().clamp(1 - clip[0], 1 + clip[1]) * advantages * logprob
+
+
+SURROGATES = dict(grpo=clipped, gspo=clipped, cispo=cispo)
+
+
+def correction_weights(old_logprob, behaviour_logprob, mask, correction="tis", bounds=None):
+    """Returns (w [B, T], out [B, T] bool): the weight of each token against a sampler that is not the trainer's policy.
+
+    w = pi_old / behaviour, a constant: nothing is differentiated. bounds = (lo, hi), by default those of BOUNDS.
+    tis       clip(w, lo, hi): biased, bounded. (0, math.inf) is plain importance sampling: unbiased, unbounded
+    mask      w inside the bounds, else 0 (IcePop): a token that the two disagree on is no evidence
+    sequence  w, and 0 for a whole row whose geometric mean of w leaves the bounds
+
+    NaN and inf become 0 in all, and belong to `out`, as does what is outside of the bounds. The denominator of the loss
+    goes on counting what is dropped. Sample at the trainer's temperature and without top-k or top-p, or w is wrong.
+    """
+    choose("correction", correction, BOUNDS)
+    low, high = BOUNDS[correction] if bounds is None else bounds
+    log_w = (at_least_float32(old_logprob) - at_least_float32(behaviour_logprob)).detach().masked_fill(mask == 0, 0)
+    w = log_w.exp()
+    judged = row_mean(log_w, mask).exp()[:, None] if correction == "sequence" else w
+    inside = (judged >= low) & (judged <= high) & w.isfinite()  # NaN compares false
+    weights = torch.where(w.isfinite(), w.clamp(low, high), 0) if correction == "tis" else torch.where(inside, w, 0)
+    return weights, ~inside & (mask != 0)
+
+
+def faithful(old_logprob, behaviour_logprob, mask, limit=2.0):
+    """Returns bool [B]: whether mean_t exp|log pi_old - log behaviour| <= limit, for `keep_only`. NeMo RL's filter."""
+    gap = (at_least_float32(old_logprob) - at_least_float32(behaviour_logprob)).abs().exp()
+    return row_mean(torch.where(mask != 0, gap, 0), mask) <= limit
+
+
+def check_loss_arguments(logprob, kind, dual_clip, correction, kl_coef, tensors):
+    """Raises ValueError for what `policy_loss` cannot take. tensors: dict of what has logprob's shape, or is None."""
+    choose("kind", kind, SURROGATES)
+    if logprob.dim() != 2:
+        raise ValueError(f"logprob is {list(logprob.shape)}, expected [B, T]")
+    for name, tensor in tensors.items():
+        expect(name, tensor, *logprob.shape, hint=", the shape of logprob")
+    if dual_clip is not None and (kind == "cispo" or dual_clip <= 1):
+        raise ValueError(f"dual_clip={dual_clip} with kind={kind!r}: it must be above 1, and cispo has none")
+    if correction is not None and tensors["behaviour_logprob"] is None:
+        raise ValueError(f"correction={correction!r} needs behaviour_logprob, noted when the tokens were sampled")
+    if kl_coef and tensors["ref_logprob"] is None:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logprob")
+
+
+def policy_loss(
+    logprob, old_logprob, advantages, mask, kind="grpo", clip=(0.2, 0.28), dual_clip=None, aggregate="token",
+    denominator=None, behaviour_logprob=None, correction=None, bounds=None,
+    ref_logprob=None, kl_coef=0.0, kl_kind="k3", kl_ratio=False,
+):  # fmt: skip
+    """Returns (loss, metrics): the sum of m (kl_coef KL - w s(r, A)) over a denominator, and a dict of scalars.
+
+    logprob, old_logprob, behaviour_logprob, ref_logprob [B, T]: of the sampled tokens. Only logprob has a gradient, so
+    `old_logprob=logprob` is right, and free, for the first update. advantages [B], an answer's, or [B, T]. mask [B, T],
+    bool or 0 and 1; outside of it tensors may hold anything, NaN too. kind, clip, dual_clip: `clipped` and `cispo`.
+    aggregate, denominator: the function `denominator`. correction, bounds: `correction_weights`; None is w = 1.
+    kl_kind: `kl_estimate`; kl_ratio: times w pi / pi_old, for samples that are not of pi. Computed in float32 (float64
+    for float64). On-policy the loss is near 0, since A has mean 0: it does not measure progress. Raises ValueError for
+    unknown kinds, shapes that do not fit, and what is missing.
+
+    Metrics, detached, each a mean over the tokens of the mask:
+
+    ratio      mean of r: 1 at the first update of a batch
+    clip_low   fraction of tokens that the clip acts on below 1 - lo; but for cispo, where A < 0
+    clip_high  the same above 1 + hi; but for cispo, where A > 0
+    kl_old     KL(old || new), nats a token: how far the updates of this batch have gone
+    kl_ref     KL(new || ref), the estimate kl_kind, with ref_logprob
+    with behaviour_logprob:
+    weight     mean of old / behaviour before any bound: near 1, or the sampler is another policy
+    weight_out fraction of tokens outside of the correction's bounds, or not finite
+    mismatch   mean of exp|log old - log behaviour|: should stay below 1.02
+    gen_kl     KL(behaviour || old), k3, nats a token: alarm above 1e-3; the other direction explodes on one rare token
+    """
+    tensors = dict(old_logprob=old_logprob, mask=mask, behaviour_logprob=behaviour_logprob, ref_logprob=ref_logprob)
+    check_loss_arguments(logprob, kind, dual_clip, correction, kl_coef, tensors)
+    if advantages.dim() == 1:
+        expect("advantages", advantages, len(logprob), hint=", one for a row of logprob")
+        advantages = advantages[:, None].expand_as(logprob)
+    expect("advantages", advantages, *logprob.shape, hint=": one for a row of logprob, or one for a token")
+
+    mask = mask != 0
+    logprob, old, A, behaviour, ref = (  # 0 on padding: NaN there would be NaN in every gradient, as 0 NaN = NaN
+        None if x is None else at_least_float32(x).masked_fill(~mask, 0)
+        for x in (logprob, old_logprob.detach(), advantages.detach(), behaviour_logprob, ref_logprob)
+    )
+    ratio = ratio_terms(logprob, old, mask, kind)
+    surrogate, out = SURROGATES[kind](ratio, logprob, A, clip, dual_clip), None
+    w = torch.ones_like(logprob)
+    if correction is not None:
+        w, out = correction_weights(old, behaviour, mask, correction, bounds)
+    token_loss = -w * surrogate
+    kl = None
+    if ref is not None:
+        kl = kl_estimate(logprob, ref.detach(), kl_kind)
+        kl = kl * w * ratio_terms(logprob, old, mask) if kl_ratio else kl
+    if kl_coef:  # 0 times an infinite estimate is NaN
+        token_loss = token_loss + kl_coef * kl
+    metrics = loss_metrics(ratio, A, mask, kind, clip, logprob, old, behaviour, out, kl)
+    return aggregate_tokens(token_loss, mask, aggregate, denominator), metrics
+
+
+@torch.no_grad()
+def loss_metrics(ratio, advantages, mask, kind, clip, logprob, old_logprob, behaviour_logprob, out, kl):
+    """Returns the metrics that `policy_loss` explains: dict of detached scalars, each a mean over the mask."""
+    low, high = ratio < 1 - clip[0], ratio > 1 + clip[1]
+    if kind != "cispo":  # on the other side of A the minimum is r A, unclipped
+        low, high = low & (advantages < 0), high & (advantages > 0)
+    values = dict(ratio=ratio, clip_low=low, clip_high=high, kl_old=kl_estimate(old_logprob, logprob))
+    if kl is not None:
+        values["kl_ref"] = kl
+    if behaviour_logprob is not None:
+        gap = old_logprob - behaviour_logprob
+        values["weight_out"] = ~gap.exp().isfinite() if out is None else out
+        gap = gap.nan_to_num().clamp(-20, 20)  # one broken token is counted above, and should not hide the others
+        values["weight"], values["mismatch"] = gap.exp(), gap.abs().exp()
+        values["gen_kl"] = kl_estimate(torch.zeros_like(gap), gap)
+    return {name: (value * mask).sum() / mask.sum().clamp(min=1) for name, value in values.items()}
+
+
+# ---- 3. rewards, tasks and teachers -------------------------------------------------------------------------------
+
+
+def overlong_penalty(lengths, max_tokens, cache):
+    """Returns what to add to rewards: 0, falling to -1 over the last `cache` tokens before max_tokens. lengths [...].
+
+    Source: DAPO, "Soft Overlong Punishment".
+    """
+    if not 0 < cache <= max_tokens:
+        raise ValueError(f"cache={cache} must be above 0 and at most max_tokens={max_tokens}")
+    return ((max_tokens - cache - lengths) / cache).clamp(-1, 0)
+
+
+def length_control(rewards, lengths, coef=0.5, bonus=0.5, quantile=0.8):
+    """Returns what to add to rewards [B, G] for the lengths [B, G] of one part of each answer: brevity in the group.
+
+    R = base + length_control(base, thought_lengths) + length_control(base, answer_lengths), each of the *base* rewards:
+    coef (u - mean u), u = 1 - (l - min) / (max - min), which sums to 0, then + bonus for the shortest, if its reward is
+    in the group's best (>= quantile). All 0 in a group of equal lengths. Source: Nemotron 3 Nano, section 3.3.
+    The released server differs: characters for tokens, the third best of 16 for the quantile, bonuses first and in
+    place, none for an empty part. Ours alone: all of several shortest get the bonus, so no order of answers matters.
+    With 0/1 rewards of which few are 1 the quantile is 0 and a wrong answer can earn the bonus: set bonus=0 there.
+    With dense rewards the term can turn the sign of an advantage: count those.
+    """
+    expect("lengths", lengths, *rewards.shape, hint=", the shape of rewards")
+    rewards = at_least_float32(rewards)
+    lengths = lengths.to(rewards.dtype)
+    shortest, longest = lengths.amin(1, keepdim=True), lengths.amax(1, keepdim=True)  # [B, 1]
+    u = (longest - lengths) / (longest - shortest).clamp(min=1e-12)  # all 0 if all are equal
+    good = rewards >= rewards.quantile(quantile, dim=1, keepdim=True)
+    won = good & (lengths == shortest) & (longest > shortest)
+    return coef * (u - u.mean(1, keepdim=True)) + bonus * won
+
+
+def low_effort_reward(rewards, lengths, U, a=0.1, c=1.0):
+    """Returns r + r max(l, 0) + c min(l, 0), l = min(1, a (1 - length / U)): for prompts marked as low effort.
+
+    Below U tokens what is right gains, by a factor; above it everything loses. Ultra: a = .1, c = 1, U = 15000.
+    """
+    effort = (a * (1 - lengths / U)).clamp(max=1)
+    return rewards + rewards * effort.clamp(min=0) + c * effort.clamp(max=0)
+
+
+def circular_scores(first, second, ranking):
+    """Returns rewards [..., N] of N answers: judgement i compares answer i with answer i + 1, the last with the first.
+
+    first, second [..., N]: the scores that judgement i gave to the two; ranking [..., N]: 1 (first far better) .. 6,
+    which breaks ties, by +(3.5 - ranking) and -(3.5 - ranking). A reward is the mean over both positions. N judgements
+    instead of N (N - 1) / 2. Source: Nemotron 3 Nano, section 3.3.
+    """
+    tie = torch.where(first == second, 3.5 - ranking, 0.0)
+    return (first + tie + (second - tie).roll(1, -1)) / 2
+
+
+class Curriculum:
+    """Draws tasks from easy to hard: by a Gaussian over their pass rate whose mean moves linearly with the step.
+
+    pass_rates [n], of the model before training; tasks of pass rate 1 are dropped, those of 0 too if drop_unsolved.
+    The weight N(p; mu, sigma) is divided by the number of tasks left in the same of `bins` bins, or the mean of a batch
+    would follow the pool and not mu. Without replacement: when fewer than a batch are left, all are put back. `left`,
+    bool [n], is its whole state. Use one for each environment, each with a fixed quota in the batch; at a plateau make
+    another from new pass rates. Source: Nemotron 3 Nano, section 3.2.2 and Figure 6 (.7 to .4 in 600 steps), which
+    gives no sigma and no bins.
+    """
+
+    def __init__(self, pass_rates, steps, easy=0.7, hard=0.4, sigma=0.15, bins=10, drop_unsolved=False):
+        self.pass_rates = torch.as_tensor(pass_rates, dtype=torch.float64)
+        if self.pass_rates.dim() != 1 or not ((self.pass_rates >= 0) & (self.pass_rates <= 1)).all():
+            raise ValueError("pass_rates must be a list of numbers from 0 to 1, one for a task")
+        self.steps, self.easy, self.hard, self.sigma = steps, easy, hard, sigma
+        self.usable = (self.pass_rates < 1) & (self.pass_rates >= (1e-9 if drop_unsolved else 0))
+        self.bin = (self.pass_rates * bins).long().clamp(max=bins - 1)  # [n]
+        self.left = self.usable.clone()
+
+    def mean(self, step):
+        """Returns mu, the pass rate aimed at."""
+        return self.easy + (self.hard - self.easy) * min(1.0, max(0.0, step / self.steps))
+
+    def draw(self, n, step, generator=None):
+        """Returns int64 [n], indices of tasks, no two alike. generator: of torch, on the CPU."""
+        if n > self.usable.sum():
+            raise ValueError(f"n={n} tasks for a batch, but only {int(self.usable.sum())} of pass rate below 1")
+        if n > self.left.sum():
+            self.left = self.usable.clone()
+        density = torch.bincount(self.bin[self.left], minlength=int(self.bin.max()) + 1).clamp(min=1)
+        log_weight = -(((self.pass_rates - self.mean(step)) / self.sigma) ** 2) / 2 - density[self.bin].log()
+        # Gumbel noise and the n best is drawing without replacement, and far tasks do not underflow to a weight of 0
+        gumbel = -torch.empty_like(log_weight).exponential_(generator=generator).log()
+        drawn = (log_weight + gumbel).masked_fill(~self.left, -math.inf).topk(n).indices
+        self.left[drawn] = False
+        return drawn
+
+
+def mopd_advantages(teacher_logprob, prox_logprob, limit=20.0):
+    """Returns A [B, T] = sg[log pi_teacher - log pi_prox], within +-limit, of the student's own tokens.
+
+    Multi-teacher on-policy distillation: `policy_loss` with an advantage for each token, from the teacher of the
+    prompt's domain; no groups, one answer to a prompt. On-policy its mean gradient is that of the reverse KL to the
+    teacher, given each prefix. Source: Nemotron 3 Ultra.
+    """
+    expect("teacher_logprob", teacher_logprob, *prox_logprob.shape, hint=", the shape of prox_logprob")
+    return (at_least_float32(teacher_logprob) - at_least_float32(prox_logprob)).detach().clamp(-limit, limit)
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
+    """Returns mean of -log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))): log 2 at the reference.
+
+    Each [B]: the log-probability of a whole answer, summed over its tokens, under the policy and the reference.
+    Nemotron 3 Nano, appendix C, adds .2 times the cross-entropy of the chosen answer and .05 times a KL. Source: DPO,
+    arXiv:2305.18290, equation (7).
+    """
+    chosen, rejected, ref_chosen, ref_rejected = map(at_least_float32, (chosen, rejected, ref_chosen, ref_rejected))
+    return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()

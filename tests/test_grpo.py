@@ -1,0 +1,655 @@
+"""grpo.py: advantages, losses and gradients against closed forms, limit cases and small vocabularies enumerated."""
+
+import math
+
+import pytest
+import torch
+
+import grpo
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def batch(B=6, T=7, off=0.3):
+    """Returns (logprob with grad, old_logprob, advantages, mask), rows of 1 to T tokens; off: between new and old."""
+    logprob = (-draw(B, T).abs() - 0.5).requires_grad_()
+    old = logprob.detach() + off * draw(B, T, seed=1)
+    lengths = torch.tensor([T, 1, 4, 2, T, 5])[:B]
+    return logprob, old, draw(B, seed=2), torch.arange(T) < lengths[:, None]
+
+
+def gradient(logprob, *args, **options):
+    """Returns the gradient of policy_loss with respect to logprob."""
+    loss, _ = grpo.policy_loss(logprob, *args, **options)
+    return torch.autograd.grad(loss, logprob)[0]
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(a, b, atol=1e-12):
+    return torch.allclose(a.double(), torch.as_tensor(b, dtype=torch.float64), rtol=0, atol=atol)
+
+
+def successes(k, G=16):
+    return (torch.arange(G) < k).double()[None]
+
+
+# ---- advantages
+
+
+def test_the_four_advantages_of_nemotron():
+    lone = grpo.advantages(successes(1), "nemotron")[0]
+    assert lone[0] == 1.0 and close(lone[1:], [-0.258199] * 15, 1e-5)  # the success's own std is 0: no division
+    textbook = grpo.advantages(successes(1), "grpo")[0]
+    assert close(textbook, [3.75] + [-0.25] * 15, 2e-5)
+    half = grpo.advantages(successes(8), "nemotron")[0]
+    assert close(half, [1.032796] * 8 + [-1.032796] * 8, 1e-5)
+    assert not grpo.advantages(successes(16), "nemotron").any()
+
+
+@pytest.mark.parametrize("kind", grpo.ADVANTAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_exactly_nothing(kind, dtype):
+    rewards = torch.tensor([[0.1] * 7, [1 / 3] * 7, [0, 1, 0, 0, 1, 0, 0.2]], dtype=dtype)  # 7 times .1 is not .7
+    A = grpo.advantages(rewards, kind)
+    assert not A[:2].any() and A[2].all() and A.dtype == dtype
+    assert not grpo.advantages(rewards[:, :1], kind).any()  # a group of one
+    assert grpo.advantages(rewards[2:, :2], kind).isfinite().all()  # of two: one other
+
+
+def test_rloo_is_mean_centring_scaled():
+    rewards = draw(5, 8)
+    others = (rewards.sum(1, keepdim=True) - rewards) / 7
+    assert close(grpo.advantages(rewards, "rloo"), rewards - others)
+    assert close(grpo.advantages(rewards, "rloo"), 8 / 7 * grpo.advantages(rewards, "dr"))
+
+
+def test_leave_one_out_is_a_loop():
+    rewards = draw(3, 5)
+    mean, std = grpo.leave_one_out(rewards)
+    for b in range(3):
+        for i in range(5):
+            others = torch.cat([rewards[b, :i], rewards[b, i + 1 :]])
+            assert close(mean[b, i], others.mean()) and close(std[b, i], others.std())
+
+
+def test_others_that_are_equal_are_not_divided_by_their_rounding():
+    """The std of 22 times .1, computed in float32, is 7e-9."""
+    rewards = torch.tensor([[1.0] + [0.1] * 22])
+    assert rewards[0, 1:].std() > 0
+    assert grpo.leave_one_out(rewards)[1][0, 0] == 0
+    assert close(grpo.advantages(rewards, "nemotron")[0, 0], 0.9, 1e-6)
+
+
+def test_scales_of_the_kinds():
+    """Group-normalised advantages do not see a reward's scale; "batch" keeps the weights of prompts to each other."""
+    rewards = draw(4, 8)
+    for kind in ["grpo", "nemotron", "batch"]:
+        assert close(grpo.advantages(100 * rewards, kind), grpo.advantages(rewards, kind), 1e-4)
+    ratio = grpo.advantages(rewards, "batch") / grpo.advantages(rewards, "dr")
+    assert close(ratio, 1 / rewards.std().expand(4, 8), 1e-5)
+
+
+def test_integers_and_bools_are_rewards():
+    assert close(grpo.advantages(successes(8).bool()), grpo.advantages(successes(8).float()))
+
+
+# ---- KL
+
+
+def vocabulary(V=5):
+    """Returns (logits with grad, log pi, log ref) [V]: enumerated, sampling has no noise."""
+    logits = draw(V, seed=3).requires_grad_()
+    return logits, logits.log_softmax(0), draw(V, seed=4).log_softmax(0)
+
+
+def test_values_of_kl_estimates_by_enumeration():
+    _, logprob, ref = vocabulary()
+    exact = (logprob.exp() * (logprob - ref)).sum()
+    for kind, unbiased in dict(k1=True, k2=False, k3=True).items():
+        mean = (logprob.exp() * grpo.kl_estimate(logprob, ref, kind)).sum()
+        assert close(mean, exact) == unbiased
+    assert (grpo.kl_estimate(logprob, ref, "k1") < 0).any()
+    assert (grpo.kl_estimate(logprob, ref, "k3") >= 0).all()
+    assert torch.equal(grpo.kl_estimate(logprob, ref, "k3+"), grpo.kl_estimate(logprob, ref, "k3"))
+
+
+def test_gradients_of_kl_estimates_by_enumeration():
+    logits, logprob, ref = vocabulary()
+    pi = logprob.exp()
+
+    def grad(value):
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+    reverse, forward = grad((pi * (logprob - ref)).sum()), grad((ref.exp() * (ref - logprob)).sum())
+    expected = dict(k1=torch.zeros(5), k2=reverse, k3=forward)
+    expected["k3+"] = reverse
+    for kind, gradient in expected.items():
+        assert close(grad((pi.detach() * grpo.kl_estimate(logprob, ref, kind)).sum()), gradient), kind
+    assert not close(reverse, forward, 1e-2)
+
+
+def test_kl_times_the_ratio_is_the_reverse_kl_from_any_sampler():
+    """On samples of old = behaviour / w, k3 times w r has the gradient of KL(new || ref): enumerated over old."""
+    logits, logprob, ref = vocabulary()
+    old = draw(5, seed=5).log_softmax(0)
+    counts = torch.ones(5).double()  # a uniform sampler: each token once
+    args = [logprob[:, None], old[:, None], torch.zeros(5), counts[:, None]]
+    uniform = counts[:, None] * -math.log(5)
+    loss, metrics = grpo.policy_loss(
+        *args, behaviour_logprob=uniform, correction="tis", bounds=(0, math.inf),
+        ref_logprob=ref[:, None], kl_coef=1.0, kl_ratio=True,
+    )  # fmt: skip
+    exact = (logprob.exp() * (logprob - ref)).sum()
+    assert close(loss, exact) and close(metrics["kl_ref"], exact)
+    assert close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, exact)))
+
+
+def test_gen_kl_is_9_where_policy_kl_explodes():
+    sampler, trainer = torch.tensor([[-5.0]]), torch.tensor([[-15.0]])
+    _, metrics = grpo.policy_loss(trainer, trainer, torch.ones(1), torch.ones(1, 1), behaviour_logprob=sampler)
+    assert abs(float(metrics["gen_kl"]) - 9) < 1e-3
+    assert 21_000 < float(grpo.kl_estimate(trainer, sampler)) < 23_000
+
+
+def test_k3_keeps_its_digits_in_float32():
+    x = torch.tensor([1e-4])
+    assert abs(float(grpo.kl_estimate(torch.zeros(1), x)) / 5.00017e-9 - 1) < 0.01  # e^x - x - 1 would be off by > 1
+
+
+# ---- aggregation
+
+
+@pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
+@pytest.mark.parametrize("kind", grpo.SURROGATES)
+def test_the_gradient_does_not_depend_on_micro_batches(aggregate, kind):
+    tensors = batch()
+    mask = tensors[3]
+    options = dict(kind=kind, aggregate=aggregate, ref_logprob=tensors[1] - 0.1, kl_coef=0.1)
+    options["denominator"] = grpo.denominator(mask, aggregate, 9)
+    found = []
+    for size in (1, 4, 6):
+        parts = []
+        for rows in torch.arange(6).split(size):
+            ref = options["ref_logprob"][rows]
+            part = [tensors[0].detach()[rows].requires_grad_(), *(x[rows] for x in tensors[1:])]
+            parts.append(gradient(*part, **{**options, "ref_logprob": ref}))
+        found.append(torch.cat(parts))
+    assert close(found[0], found[2]) and close(found[1], found[2]) and found[2].any()
+
+
+def test_a_local_token_mean_depends_on_micro_batches():
+    tensors = batch()
+    parts = [
+        gradient(tensors[0].detach()[i : i + 1].requires_grad_(), *(x[i : i + 1] for x in tensors[1:]))
+        for i in range(6)
+    ]
+    assert not close(torch.cat(parts) / 6, gradient(*tensors), 1e-3)
+
+
+def test_what_an_answer_weighs():
+    """A row of 1 and a row of 4 tokens: each token the same; each row the same; each token 1 / (B max_tokens)."""
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]])
+    values = torch.ones(2, 4).double()
+    weights = {}
+    for aggregate in grpo.AGGREGATES:
+        x = values.clone().requires_grad_()
+        grpo.aggregate_tokens(x, mask, aggregate, grpo.denominator(mask, aggregate, 10)).backward()
+        weights[aggregate] = x.grad
+    assert close(weights["token"], mask / 5, 1e-8) and close(weights["constant"], mask / 20, 1e-8)
+    assert close(weights["sequence"], torch.tensor([[0.5, 0, 0, 0], [0.125] * 4]))
+
+
+def test_rows_without_tokens_count_only_in_the_constant():
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
+    found = [float(grpo.denominator(mask, aggregate, 3)) for aggregate in grpo.AGGREGATES]
+    assert found == [2, 1, 6]
+
+
+def test_an_empty_mask_is_a_loss_of_zero():
+    logprob, old, A, mask = batch()
+    for aggregate in ["token", "sequence"]:
+        loss, metrics = grpo.policy_loss(logprob, old, A, mask & False, aggregate=aggregate)
+        loss.backward()
+        assert loss == 0 and not logprob.grad.any() and all(x.isfinite() for x in metrics.values())
+
+
+# ---- surrogates
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+def test_the_first_update_is_reinforce(aggregate):
+    """At r = 1: grpo, DAPO, gspo and cispo all have the gradient -A m / denominator (a row's length for "sequence")."""
+    logprob, _, A, mask = batch()
+    weight = mask.double() / mask.sum() if aggregate == "token" else mask.double() / mask.sum(1, keepdim=True) / 6
+    for kind, clip in [("grpo", (0.2, 0.2)), ("grpo", (0.2, 0.28)), ("gspo", (3e-4, 4e-4)), ("cispo", (1, 4))]:
+        found = gradient(logprob, logprob, A, mask, kind, clip, aggregate=aggregate)  # old is logprob itself: detached
+        assert close(found, -A[:, None] * weight)
+
+
+def test_weights_at_ratio_one_are_weighted_reinforce():
+    logprob, _, A, mask = batch()
+    behaviour = logprob.detach() + 0.5 * draw(6, 7, seed=6)
+    w = (logprob.detach() - behaviour).exp()
+    expected = dict(tis=w.clamp(0, 2), mask=torch.where((w >= 0.5) & (w <= 5), w, 0))
+    for correction, weight in expected.items():
+        found = gradient(logprob, logprob, A, mask, behaviour_logprob=behaviour, correction=correction)
+        assert close(found, -weight * A[:, None] * mask / mask.sum())
+
+
+def test_decoupled_ppo_is_ppo_when_the_sampler_is_up_to_date():
+    args = batch()
+    for correction in grpo.BOUNDS:
+        assert close(gradient(*args, behaviour_logprob=args[1], correction=correction), gradient(*args))
+
+
+def test_decoupled_ppo_is_not_naive_ppo_when_it_is_stale():
+    """Naive PPO clips around the sampler, decoupled PPO around old: a token far from the sampler goes on learning."""
+    logprob = torch.tensor([[-1.0]], requires_grad=True)
+    old, behaviour = torch.tensor([[-1.0]]), torch.tensor([[-1.5]])
+    args = torch.ones(1), torch.ones(1, 1)
+    assert gradient(logprob, behaviour, *args) == 0  # r = e^.5 > 1.28
+    assert close(gradient(logprob, old, *args, behaviour_logprob=behaviour, correction="tis"), -math.exp(0.5), 1e-6)
+
+
+def test_gspo_for_tokens_has_the_gradient_of_the_sequence_form():
+    logprob, old, A, mask = batch(off=0.05)
+    for clip in [(0.2, 0.28), (0.01, 0.01)]:
+        s = ((logprob - old) * mask).sum(1).div(mask.sum(1)).exp()  # [B]
+        loss = -torch.minimum(s * A, s.clamp(1 - clip[0], 1 + clip[1]) * A).mean()
+        found = grpo.policy_loss(logprob, old, A, mask, "gspo", clip, aggregate="sequence")[0]
+        assert close(found, loss)
+        assert close(*(torch.autograd.grad(x, logprob)[0] for x in (found, loss)))
+
+
+def slope(p, p_old, A, **options):
+    """Returns the gradient with respect to the log-probability of one token that went from p_old to p."""
+    logprob = torch.tensor([[math.log(p)]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[math.log(p_old)]], dtype=torch.float64)
+    return float(gradient(logprob, old, torch.tensor([A]), torch.ones(1, 1), **options))
+
+
+def test_clip_higher_lets_a_rare_token_grow_to_128_percent():
+    assert slope(0.01279, 0.01, 1.0) < 0 and slope(0.01281, 0.01, 1.0) == 0
+    assert slope(0.01201, 0.01, 1.0, clip=(0.2, 0.2)) == 0
+    assert slope(0.01281, 0.01, -1.0) > 0  # too likely and bad: on the way back nothing is clipped
+    assert slope(0.0081, 0.01, -1.0) > 0 and slope(0.0079, 0.01, -1.0) == 0
+
+
+def test_dual_clip_caps_what_a_bad_token_can_weigh():
+    args = torch.tensor([[-1.0]]), torch.tensor([[-1.0 - math.log(10)]]), torch.tensor([-1.0]), torch.ones(1, 1)
+    assert close(grpo.policy_loss(*args)[0], 10, 1e-5) and close(grpo.policy_loss(*args, dual_clip=3)[0], 3, 1e-5)
+    assert slope(0.5, 0.05, -1.0) > 9.9 and slope(0.5, 0.05, -1.0, dual_clip=3) == 0
+    assert slope(0.1, 0.05, -1.0, dual_clip=3) == slope(0.1, 0.05, -1.0) > 0
+    assert slope(0.05, 0.05, 1.0, dual_clip=3) == slope(0.05, 0.05, 1.0) < 0  # a good one is not its business
+
+
+def test_cispo_clips_the_weight_and_keeps_the_gradient():
+    for p, weight in [(0.1, 1.28), (0.055, 1.1), (0.001, 0.8)]:
+        for A in (1.0, -1.0):
+            assert abs(slope(p, 0.05, A, kind="cispo") + weight * A) < 1e-9
+    assert abs(slope(0.001, 0.05, 1.0, kind="cispo", clip=(1, 4)) + 0.02) < 1e-9
+
+
+def test_advantages_may_be_of_tokens():
+    logprob, old, A, mask = batch()
+    for kind in grpo.SURROGATES:
+        assert close(gradient(logprob, old, A[:, None].expand(6, 7), mask, kind), gradient(logprob, old, A, mask, kind))
+
+
+@pytest.mark.parametrize("kind", grpo.SURROGATES)
+def test_what_is_not_in_the_mask_has_no_gradient(kind):
+    logprob, old, A, mask = batch()
+    found = gradient(logprob, old, A, mask, kind, ref_logprob=old, kl_coef=0.1, behaviour_logprob=old, correction="tis")
+    assert not found[~mask].any() and found[mask].any()
+    # and may be anything: padding of -inf, NaN in an unused row
+    broken = [x.detach().masked_fill(~mask, math.nan) for x in (logprob, old)]
+    options = dict(
+        behaviour_logprob=broken[1], correction="sequence", bounds=(0, 9), ref_logprob=broken[1], kl_coef=0.1
+    )
+    repeat = gradient(broken[0].requires_grad_(), broken[1], A, mask.float(), kind, **options)
+    assert repeat.isfinite().all() and not repeat[~mask].any()
+    assert close(repeat, found, 1e-12)
+
+
+def test_a_silent_group_has_no_gradient_even_with_a_kl_term():
+    rewards = torch.tensor([[1.0, 1, 1], [0, 1, 0]])
+    logprob, old, _, mask = batch()
+    A = grpo.advantages(rewards).flatten()
+    options = dict(ref_logprob=old - 0.3, kl_coef=0.1)
+    assert gradient(logprob, old, A, mask, **options)[:3].any()  # the KL of answers that nothing is learnt from
+    keep = grpo.informative(rewards)
+    assert keep.tolist() == [False, True]
+    found = gradient(logprob, old, A, grpo.keep_only(mask, keep), **options)
+    assert not found[:3].any() and found[3:].any()
+
+
+def test_overlong_answers_change_baselines_and_have_no_gradient():
+    logprob, old, _, mask = batch()
+    truncated = torch.tensor([True, False, False, False, False, False])
+    kept = grpo.keep_only(mask, ~truncated)
+    found = []
+    for reward in (0.0, 1.0):  # of the answer that was cut off
+        A = grpo.advantages(torch.tensor([[reward, 0.3, 0.6], [0.1, 0.4, 0.9]]), "dr").flatten()
+        found.append(gradient(logprob, old, A, kept))
+    assert not found[0][0].any() and not found[1][0].any()
+    assert not close(found[0][1:3], found[1][1:3], 1e-3)  # through the baseline
+    assert close(found[0][3:], found[1][3:])  # another group
+
+
+def test_keep_only_counts_rows_or_groups():
+    mask = torch.ones(4, 2)
+    assert grpo.keep_only(mask, torch.tensor([True, False])).tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
+    assert grpo.keep_only(mask.bool(), torch.tensor([True, False, True, False])).dtype == torch.bool
+    with pytest.raises(ValueError, match=r"keep is \[3\].*4 rows"):
+        grpo.keep_only(mask, torch.ones(3).bool())
+
+
+# ---- samplers that are not the policy
+
+
+def test_corrections_on_ratios_by_hand():
+    w = numbers([0.1, 0.5, 1.0, 3.0, 7.0, math.nan, math.inf, 99.0])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]])
+
+    def weights(correction, bounds, w=w):
+        found, out = grpo.correction_weights(w.log(), torch.zeros_like(w), mask, correction, bounds)
+        return found[0, :7], out[0].tolist()
+
+    tis, out = weights("tis", (0.2, 5))
+    assert close(tis, [0.2, 0.5, 1, 3, 5, 0, 0]) and out == [True, False, False, False, True, True, True, False]
+    masked, out = weights("mask", (0.5, 5))
+    assert close(masked, [0, 0.5, 1, 3, 0, 0, 0]) and out == [True, False, False, False, True, True, True, False]
+    dropped, out = weights("sequence", None)
+    assert not dropped.any() and out == [True] * 7 + [False]  # the mean of a row with NaN is NaN: no evidence either
+
+
+def test_the_sequence_mask_judges_the_geometric_mean():
+    w = numbers([4.0, 0.25], [1.1, 1.1], [1.001, 1.001])
+    weights, out = grpo.correction_weights(w.log(), torch.zeros_like(w), torch.ones(3, 2), "sequence")
+    assert close(weights, [[4.0, 0.25], [0, 0], [1.001, 1.001]]) and out[:, 0].tolist() == [False, True, False]
+    assert grpo.faithful(w.log(), torch.zeros_like(w), torch.ones(3, 2)).tolist() == [False, True, True]  # mean |.|: 4
+
+
+def test_weights_are_constants():
+    logprob, old, A, mask = batch()
+    old, behaviour = old.requires_grad_(), (old.detach() - 0.1).requires_grad_()
+    loss, metrics = grpo.policy_loss(
+        logprob, old, A, mask, behaviour_logprob=behaviour, correction="tis", ref_logprob=old, kl_coef=0.1
+    )
+    loss.backward()
+    assert old.grad is None and behaviour.grad is None and logprob.grad.any()
+    assert all(x.dim() == 0 and not x.requires_grad for x in metrics.values())
+
+
+def test_importance_weights_are_unbiased_and_truncated_ones_are_not():
+    """Policy gradient of 5 tokens from 200,000 samples of a perturbed sampler, against its enumerated value."""
+    N, (logits, logprob, _) = 200_000, vocabulary()
+    behaviour = (logits.detach() + 1.5 * draw(5, seed=7)).log_softmax(0)
+    reward = draw(5, seed=8)
+    tokens = torch.multinomial(behaviour.exp(), N, replacement=True, generator=torch.Generator().manual_seed(0))
+    score = torch.eye(5).double() - logprob.exp().detach()  # [V, V]: d log pi(token) / d logits
+    exact = -(logprob.exp().detach() * reward) @ score
+    w = (logprob - behaviour).detach().exp()
+    assert w.max() > 2 and w.min() < 0.5  # the bounds below have something to do
+
+    for correction, bounds, weight in [
+        ("tis", (0, math.inf), w), ("tis", (0, 1.2), w.clamp(max=1.2)), ("mask", (0.5, 2), w * ((w >= 0.5) & (w <= 2)))
+    ]:  # fmt: skip
+        loss, _ = grpo.policy_loss(
+            logprob[tokens][:, None], logprob[tokens][:, None], reward[tokens], torch.ones(N, 1),
+            behaviour_logprob=behaviour[tokens][:, None], correction=correction, bounds=bounds,
+        )  # fmt: skip
+        found = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        terms = -(weight * reward)[:, None] * score  # [V, V], of each token
+        stated = behaviour.exp() @ terms
+        error = ((behaviour.exp() @ terms.square() - stated.square()) / N).sqrt()  # standard error
+        assert ((found - stated).abs() < 5 * error).all()
+        biased = ((found - exact).abs() > 10 * error).any()
+        assert biased == (weight is not w) and (biased or ((found - exact).abs() < 5 * error).all())
+
+
+def test_metrics_of_a_batch_by_hand():
+    r = numbers([0.7, 1.0, 1.5, 0.7], [1.5, 0.7, 1.0, 1.0])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    old = torch.full((2, 4), -2.0).double()
+    behaviour = old - numbers([3, 1, 1, 1], [1, 1, 1, 1]).log()
+    args = old + r.log(), old, torch.tensor([1.0, -1.0]), mask
+    _, metrics = grpo.policy_loss(*args, behaviour_logprob=behaviour, correction="tis", ref_logprob=old)
+    assert close(metrics["ratio"], (0.7 + 1 + 1.5 + 0.7 + 1.5 + 0.7) / 6)
+    assert close(metrics["clip_low"], 1 / 6, 1e-7) and close(metrics["clip_high"], 1 / 6, 1e-7)  # A > 0: 1.5; A < 0: .7
+    assert (
+        close(metrics["weight"], 8 / 6)
+        and close(metrics["weight_out"], 1 / 6, 1e-7)
+        and close(metrics["mismatch"], 8 / 6)
+    )
+    assert close(metrics["gen_kl"], (3 - math.log(3) - 1) / 6)
+    k3 = [x - math.log(x) - 1 for x in (0.7, 1.0, 1.5, 0.7, 1.5, 0.7)]
+    assert close(metrics["kl_old"], sum(k3) / 6)
+    assert close(metrics["kl_ref"], sum(1 / x + math.log(x) - 1 for x in (0.7, 1.0, 1.5, 0.7, 1.5, 0.7)) / 6)
+    _, metrics = grpo.policy_loss(*args, kind="cispo")
+    assert close(metrics["clip_low"], 3 / 6, 1e-7) and close(metrics["clip_high"], 2 / 6, 1e-7)
+
+
+# ---- rewards
+
+
+def test_soft_overlong_penalty():
+    lengths = torch.tensor([0, 80, 90, 100, 120])
+    assert close(grpo.overlong_penalty(lengths, 100, 20), [0, 0, -0.5, -1, -1], 1e-7)
+    with pytest.raises(ValueError, match="cache=0"):
+        grpo.overlong_penalty(lengths, 100, 0)
+
+
+def test_length_control_sums_to_zero_before_the_bonus():
+    rewards, lengths = draw(4, 8), (100 * draw(4, 8, seed=1).abs()).long()
+    term = grpo.length_control(rewards, lengths, bonus=0)
+    assert close(term.sum(1), torch.zeros(4)) and term.any()
+    for b in range(4):  # shorter is better, and the range is coef
+        assert torch.equal(term[b].argsort(), lengths[b].argsort(descending=True))
+        assert close(term[b].max() - term[b].min(), 0.5)
+
+
+def test_equal_lengths_change_nothing():
+    assert not grpo.length_control(draw(3, 8), torch.full((3, 8), 50)).any()
+
+
+def test_the_bonus_is_for_the_shortest_if_it_is_good():
+    rewards = torch.tensor([[1.0, 2, 3, 4, 5, 6]]).repeat(2, 1)  # the quantile .8 is 5
+    lengths = torch.tensor([[9, 8, 7, 6, 1, 5], [1, 8, 7, 6, 9, 5]])
+    bonus = grpo.length_control(rewards, lengths, coef=0)
+    assert bonus.tolist() == [[0, 0, 0, 0, 0.5, 0], [0] * 6]
+
+
+def test_length_control_of_two_parts_adds_up_in_any_order():
+    rewards, thought, answer = draw(2, 8), draw(2, 8, seed=1).abs(), draw(2, 8, seed=2).abs()
+    a = grpo.length_control(rewards, thought, 0.3) + grpo.length_control(rewards, answer, 0.35)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    b = grpo.length_control(rewards[:, order], answer[:, order], 0.35)
+    b = b + grpo.length_control(rewards[:, order], thought[:, order], 0.3)
+    assert close(a[:, order], b)
+
+
+def test_low_effort_reward_by_hand():
+    rewards, lengths = torch.tensor([1.0, 0, 1, 0, 1]), torch.tensor([0.0, 0, 100, 200, 200])
+    assert close(grpo.low_effort_reward(rewards, lengths, U=100), [1.1, 0, 1, -0.1, 0.9], 1e-6)
+
+
+def test_circular_comparison():
+    """Each answer is judged once in each position, and a tie's two adjustments cancel."""
+    N = 5
+    first, second = torch.zeros(N), torch.zeros(N)
+    for i in range(N):
+        hot = torch.arange(N) == i
+        assert grpo.circular_scores(hot.float(), second, torch.full((N,), 3.5)).nonzero().tolist() == [[i]]
+        assert grpo.circular_scores(first, hot.float(), torch.full((N,), 3.5)).nonzero().tolist() == [[(i + 1) % N]]
+    first, second = torch.tensor([3.0, 2, 4]), torch.tensor([3.0, 5, 4])
+    found = grpo.circular_scores(first, second, torch.tensor([1.0, 6, 5]))
+    assert close(found, [(5.5 + 5.5) / 2, (2 + 0.5) / 2, (2.5 + 5) / 2])
+    assert found.sum() == (first + second).sum() / 2
+
+
+# ---- tasks
+
+
+def pool(n=20_000):
+    """Returns pass rates as they are before training: most tasks nearly always or nearly never solved."""
+    p = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.where(torch.arange(n) % 4 == 0, p, p**8)
+
+
+def test_the_curriculum_s_batches_follow_its_mean():
+    rates, generator = pool(), torch.Generator().manual_seed(1)
+    curriculum = grpo.Curriculum(rates, steps=20)
+    assert [round(curriculum.mean(step), 9) for step in (0, 10, 20, 99)] == [0.7, 0.55, 0.4, 0.4]
+    means = [rates[curriculum.draw(64, step, generator)].mean() for step in range(21)]
+    aims = [curriculum.mean(step) for step in range(21)]
+    assert max(abs(float(mean) - aim) for mean, aim in zip(means, aims)) < 0.08  # 64 draws: .15 / 8 = .02 each
+    assert abs(float(sum(means)) - sum(aims)) / 21 < 0.012  # three standard errors
+    plain = grpo.Curriculum(rates, steps=20, bins=1)  # the Gaussian alone: batches follow the pool
+    plain = [rates[plain.draw(64, step, generator)].mean() for step in range(21)]
+    assert (sum(aims) - float(sum(plain))) / 21 > 0.024
+
+
+def test_the_curriculum_draws_each_task_once():
+    rates = torch.tensor([0.0, 1.0, 0.2, 0.4, 0.6, 0.8])
+    curriculum = grpo.Curriculum(rates, steps=10)
+    drawn = torch.cat([curriculum.draw(2, 0), curriculum.draw(3, 5)])
+    assert sorted(drawn.tolist()) == [0, 2, 3, 4, 5]  # all but the one always solved
+    assert len(set(curriculum.draw(5, 5).tolist())) == 5  # put back
+    assert 0 not in grpo.Curriculum(rates, steps=10, drop_unsolved=True).draw(4, 10)
+    with pytest.raises(ValueError, match="n=6.*only 5"):
+        curriculum.draw(6, 0)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        grpo.Curriculum([0.5, 1.5], steps=10)
+
+
+def test_the_curriculum_repeats_with_its_generator_and_state():
+    a, b = (grpo.Curriculum(pool(200), steps=10) for _ in range(2))
+    first = a.draw(10, 0, torch.Generator().manual_seed(0))
+    assert torch.equal(first, b.draw(10, 0, torch.Generator().manual_seed(0)))
+    c = grpo.Curriculum(pool(200), steps=10)
+    c.left = a.left.clone()
+    assert torch.equal(*(x.draw(10, 1, torch.Generator().manual_seed(1)) for x in (a, c)))
+
+
+def test_dynamic_sampling_draws_until_it_has_enough():
+    made = []
+
+    def source(n):  # every third group is silent
+        groups = [len(made) + i for i in range(n)]
+        made.extend(groups)
+        return groups, torch.stack([torch.tensor([0.0, i % 3]) for i in groups])
+
+    groups, acceptance = grpo.dynamic_sampling(source, 3)
+    assert groups == [1, 2, 4] and len(made) == 6 and acceptance == 4 / 6  # one more than was asked for
+    groups, acceptance = grpo.dynamic_sampling(source, 3, refills=0)
+    assert groups == [7, 8] and len(made) == 9
+    groups, acceptance = grpo.dynamic_sampling(lambda n: (list(range(n)), torch.ones(n, 3)), 4, refills=2)
+    assert groups == [] and acceptance == 0
+
+
+# ---- teachers and pairs
+
+
+def test_mopd_has_the_gradient_of_the_reverse_kl():
+    """Two tokens, of probability 1/4 and 3/4, enumerated as four answers of one token."""
+    logits = numbers(1, 3).log().requires_grad_()
+    logprob, teacher = logits.log_softmax(0), numbers(0.6, 0.4).log()
+    exact = torch.autograd.grad((logprob.exp() * (logprob - teacher)).sum(), logits, retain_graph=True)[0]
+    tokens = torch.tensor([0, 1, 1, 1])
+    sampled, of_teacher = logprob[tokens][:, None], teacher[tokens][:, None]
+    A = grpo.mopd_advantages(of_teacher, sampled)
+    loss, _ = grpo.policy_loss(sampled, sampled, A, torch.ones(4, 1))
+    assert close(torch.autograd.grad(loss, logits, retain_graph=True)[0], exact)
+
+    tokens = torch.tensor([0, 1])  # the same from a sampler of 1/2 and 1/2
+    sampled, of_teacher = logprob[tokens][:, None], teacher[tokens][:, None]
+    A, half = grpo.mopd_advantages(of_teacher, sampled), numbers([0.5], [0.5]).log()
+    loss, _ = grpo.policy_loss(
+        sampled, sampled, A, torch.ones(2, 1), behaviour_logprob=half, correction="mask", bounds=(0, 5)
+    )
+    assert close(torch.autograd.grad(loss, logits, retain_graph=True)[0], exact)
+
+
+def test_mopd_advantages_are_bounded_constants():
+    A = grpo.mopd_advantages(torch.tensor([[-100.0, -1]]), torch.tensor([[-1.0, -100]], requires_grad=True))
+    assert A.tolist() == [[-20, 20]] and not A.requires_grad
+
+
+def test_dpo_starts_at_log_2_and_parts_the_pair():
+    chosen, rejected, ref = draw(4).requires_grad_(), draw(4, seed=1).requires_grad_(), draw(4, seed=2)
+    assert close(grpo.dpo_loss(chosen, rejected, ref, ref, beta=1e-9), math.log(2), 1e-8)
+    assert close(grpo.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach()), math.log(2))
+    grpo.dpo_loss(chosen, rejected, ref, ref).backward()
+    assert (chosen.grad < 0).all() and close(rejected.grad, -chosen.grad)
+    margin = 0.1 * (chosen - rejected).detach()
+    assert close(chosen.grad, -0.1 * torch.sigmoid(-margin) / 4)
+
+
+# ---- errors and precision
+
+
+def test_unknown_names_are_answered_with_the_choices():
+    args = batch()
+    for call, choices in [
+        (lambda: grpo.advantages(draw(2, 4), "ppo"), "kind='ppo'.*grpo, nemotron, rloo, dr, batch"),
+        (lambda: grpo.kl_estimate(draw(2), draw(2), "k4"), "kind='k4'.*k1, k2, k3, k3+"),
+        (lambda: grpo.policy_loss(*args, kind="ppo"), "kind='ppo'.*grpo, gspo, cispo"),
+        (lambda: grpo.policy_loss(*args, aggregate="mean"), "aggregate='mean'.*token, sequence, constant"),
+        (lambda: grpo.policy_loss(*args, aggregate="constant"), "max_tokens"),
+        (
+            lambda: grpo.policy_loss(*args, behaviour_logprob=args[1], correction="x"),
+            "correction='x'.*tis, mask, sequence",
+        ),
+        (lambda: grpo.policy_loss(*args, correction="tis"), "needs behaviour_logprob"),
+        (lambda: grpo.policy_loss(*args, kl_coef=0.1), "needs ref_logprob"),
+        (lambda: grpo.policy_loss(*args, kind="cispo", dual_clip=3), "dual_clip=3.*cispo"),
+    ]:
+        with pytest.raises(ValueError, match=choices):
+            call()
+
+
+def test_shapes_that_do_not_fit_are_named():
+    logprob, old, A, mask = batch()
+    for args, message in [
+        ((logprob, old[:, 1:], A, mask), r"old_logprob is \[6, 6\], expected \[6, 7\]"),
+        ((logprob, old, A[:4], mask), r"advantages is \[4\], expected \[6\]"),
+        ((logprob, old, A[:, None], mask), r"advantages is \[6, 1\], expected \[6, 7\]"),
+        ((logprob, old, A, mask[0]), r"mask is \[7\], expected \[6, 7\]"),
+        ((logprob[0], old, A, mask), r"logprob is \[7\], expected \[B, T\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            grpo.policy_loss(*args)
+    with pytest.raises(ValueError, match=r"rewards is \[6\], expected \[B, G\]"):
+        grpo.advantages(A)
+    with pytest.raises(ValueError, match=r"lengths is \[2, 3\], expected \[2, 4\]"):
+        grpo.length_control(draw(2, 4), draw(2, 3))
+    with pytest.raises(ValueError, match=r"teacher_logprob is \[2, 3\], expected \[2, 4\]"):
+        grpo.mopd_advantages(draw(2, 3), draw(2, 4))
+
+
+def test_half_precision_is_computed_in_float32():
+    logprob, old, A, mask = batch()
+    halves = [x.detach().to(torch.bfloat16) for x in (logprob, old, A)]
+    loss, metrics = grpo.policy_loss(*halves, mask)
+    exact, _ = grpo.policy_loss(*(x.double() for x in halves), mask)
+    assert loss.dtype == metrics["ratio"].dtype == torch.float32 and abs(float(loss - exact)) < 1e-6
+
+
+def test_far_policies_stay_finite():
+    """A token that went from e^-200 to 1, or the other way, in float32."""
+    logprob = torch.tensor([[-1e-3, -200.0]], requires_grad=True)
+    old = torch.tensor([[-200.0, -1e-3]])
+    for kind in grpo.SURROGATES:
+        for A in (1.0, 0.0, -1.0):
+            loss, metrics = grpo.policy_loss(
+                logprob, old, torch.tensor([A]), torch.ones(1, 2), kind,
+                behaviour_logprob=old.flip(1), correction="tis", ref_logprob=old, kl_coef=0.1,
+            )  # fmt: skip
+            assert loss.isfinite() and torch.autograd.grad(loss, logprob)[0].isfinite().all()
+            assert all(x.isfinite() for x in metrics.values())
