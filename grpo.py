@@ -54,10 +54,13 @@ Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVID
 """
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import environment, sample_task, score
 from kernels import at_least_float32, expect
 
 # ---- 1. advantages ------------------------------------------------------------------------------------------------
@@ -485,3 +488,205 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
     """
     chosen, rejected, ref_chosen, ref_rejected = map(at_least_float32, (chosen, rejected, ref_chosen, ref_rejected))
     return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+
+
+# ---- 4. answers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answers:
+    """Sampled completions, each behind its prompt and padded on the right: what a training step reads."""
+
+    ids: torch.Tensor  # [N, T] int64
+    mask: (
+        torch.Tensor
+    )  # bool [N, T-1]: of the targets ids[:, 1:], those that the policy wrote, its end of text included
+    logprob: torch.Tensor  # [N, T-1] float32: of those, as they were sampled
+    texts: list  # N completions, without the end of text
+    finished: torch.Tensor  # bool [N]: whether it wrote an end of text before max_new_tokens
+
+
+@torch.no_grad()
+def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, generator=None):
+    """Returns the Answers of a model to N prompts (text), sampled together. An end of text stands before each prompt.
+
+    Temperature only: where top_k or top_p cut tokens off, the sampler is another policy than the one in training.
+    """
+    training, logprobs, end = model.training, [], tokenizer.end_of_text
+    starts = [[end, *tokenizer.encode(prompt)] for prompt in prompts]
+    model.eval()
+    steps = model.generate(starts, max_new_tokens, temperature, stop=[end], generator=generator, logprobs=logprobs)
+    tokens = torch.stack(list(steps), 1)  # [N, new], -1 behind the end
+    model.train(training)
+    wrote, logprob = (tokens >= 0).cpu(), torch.stack(logprobs[: tokens.shape[1]], 1).cpu()  # [N, new]
+    T = max(map(len, starts)) + tokens.shape[1]
+    ids, mask = torch.full((len(starts), T), end), torch.zeros(len(starts), T - 1, dtype=torch.bool)
+    logprob_at, texts = torch.zeros(len(starts), T - 1), []
+    for i, (start, answer, n) in enumerate(zip(starts, tokens.tolist(), wrote.sum(1).tolist())):
+        a, b = len(start), len(start) + n
+        ids[i, :b] = torch.tensor(start + answer[:n])
+        mask[i, a - 1 : b - 1], logprob_at[i, a - 1 : b - 1] = True, logprob[i, :n]
+        texts.append(tokenizer.decode([t for t in answer[:n] if t != end]))
+    finished = (tokens == end).any(1)
+    return Answers(*(t.to(tokens.device) for t in (ids, mask, logprob_at)), texts, finished)
+
+
+# ---- 5. the objective ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GRPOConfig:
+    """Settings of --recipe=grpo. The comment is the --help text."""
+
+    envs: str = "sort,countdown"  # in every batch, by commas: names of data.ENVIRONMENTS, sort:10 for size 10
+    warm_start: int = 150  # steps of supervised learning on the environments' demos, before the first answer
+    rl_lr: float = 1e-3  # peak learning rate after the warm start
+    group_size: int = 8  # G, answers to a prompt; batch_size is prompts times G
+    updates: int = 1  # optimiser steps for a batch of answers, each on its share of them
+    temperature: float = 1.0  # of sampling, and of the log-probabilities in training
+    advantage: str = "grpo"  # grpo, nemotron, rloo, dr or batch: see advantages
+    surrogate: str = "grpo"  # grpo, gspo or cispo: see policy_loss
+    aggregate: str = "token"  # token, sequence or constant: see denominator
+    clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
+    clip_high: float = 0.28  # and up to 1 + clip_high
+    entropy_coef: float = 0.02  # bonus for each nat of entropy a token: small models decide too soon without it
+    correction: str = ""  # of the sampler's log-probabilities: tis, mask or sequence; default: none
+    overlong: str = "zero"  # an answer without an end: zero (its reward is what verify says) or filter (no gradient)
+
+    def __post_init__(self):
+        choose("advantage", self.advantage, ADVANTAGES)
+        choose("surrogate", self.surrogate, SURROGATES)
+        choose("aggregate", self.aggregate, AGGREGATES)
+        choose("correction", self.correction, ("", *BOUNDS))
+        choose("overlong", self.overlong, ("zero", "filter"))
+        if min(self.group_size, self.updates) < 1 or self.warm_start < 0 or not (self.temperature > 0 < self.rl_lr):
+            raise ValueError("need group_size and updates >= 1, warm_start >= 0, temperature and rl_lr > 0")
+
+
+class GRPO:
+    """Reinforcement learning from verifiable rewards, after a supervised warm start in the same run.
+
+    Metrics of a step, beside those of `policy_loss`:
+
+    train_reward      mean of all answers of the batch          train_reward_<env>   of those of one environment
+    informative       share of the groups whose answers differ in reward: the others teach nothing
+    entropy           of the policy, nats a token: falls as it decides; collapse means no more exploration
+    length            tokens of an answer                       truncated      share that wrote no end of text
+    problems          verifiers that raised or hung: their answers got 0
+    """
+
+    def __init__(self, config, tokenizer, batch_size, seed=0, rank=0, world_size=1):
+        self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.envs = [environment(spec.strip()) for spec in config.envs.split(",")]
+        self.max_new_tokens = max(env.max_new_tokens for env in self.envs)
+        rows = len(self.envs) * config.group_size
+        if batch_size % rows or batch_size % config.updates:
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of {rows} ({len(self.envs)} environments times "
+                f"group_size={config.group_size}), and of updates={config.updates}"
+            )
+
+    example = "s314159="  # a prompt to try it with
+
+    def epochs(self, tokens):
+        """Returns 0: every batch has new prompts."""
+        return 0
+
+    def about(self, tokens):
+        """Returns a line about the data."""
+        c = self.config
+        return (
+            f"{c.envs}; {c.warm_start} steps of demos, then {self.batch_size // c.group_size} prompts x {c.group_size}"
+        )
+
+    def lr_scale(self, step, lr):
+        """Returns what the learning rate `lr` is multiplied by: supervised steps can be larger."""
+        return 1.0 if step < self.config.warm_start else self.config.rl_lr / lr
+
+    def tasks(self, step, n, held_out=False):
+        """Returns n tasks, the environments taking turns: a function of (seed, step, rank)."""
+        rng = np.random.default_rng((self.seed, step, self.rank, held_out))
+        return [sample_task(self.envs[i % len(self.envs)], rng, held_out) for i in range(n)]
+
+    def batch(self, model, step):
+        """Returns demos to imitate, {"ids", "targets"}, or after the warm start the next share of judged answers."""
+        first, share = self.config.warm_start, self.batch_size // self.config.updates
+        if step < first:
+            return self.demos(model, self.tasks(step, self.batch_size))
+        part = (step - first) % self.config.updates
+        if part == 0 or not hasattr(self, "judged"):
+            self.judged, self.numbers = self.judge(model, step)
+        rows = slice(part * share, (part + 1) * share)
+        return {name: value[rows] for name, value in self.judged.items()} | dict(numbers=self.numbers)
+
+    def demos(self, model, tasks):
+        """Returns {"ids", "targets"} [B, T]: end of text, prompt, demo, end of text; targets are demo and end."""
+        end, device, rows = self.tokenizer.end_of_text, next(model.parameters()).device, []
+        for task in tasks:
+            prompt, demo = self.tokenizer.encode(task.prompt), self.tokenizer.encode(task.demo)
+            rows.append(([end, *prompt, *demo], [-100] * len(prompt) + [*demo, end]))
+        T = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [end] * (T - len(ids)) for ids, _ in rows], device=device)
+        targets = torch.tensor([targets + [-100] * (T - len(targets)) for _, targets in rows], device=device)
+        return dict(ids=ids, targets=targets)
+
+    def judge(self, model, step):
+        """Returns (what `policy_loss` needs of a batch of fresh answers, a row each; the batch's numbers)."""
+        G, device = self.config.group_size, next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(hash((self.seed, step, self.rank)) % 2**63)
+        tasks = self.tasks(step, self.batch_size // G)
+        prompts = [task.prompt for task in tasks for _ in range(G)]
+        answers = sample_answers(
+            model, self.tokenizer, prompts, self.max_new_tokens, self.config.temperature, generator
+        )
+        scored = [score(tasks[i // G], text) for i, text in enumerate(answers.texts)]
+        rewards = torch.tensor([reward for reward, _ in scored], device=device).view(-1, G)
+        A = advantages(rewards, self.config.advantage).flatten()  # [B]
+        mask = keep_only(answers.mask, answers.finished) if self.config.overlong == "filter" else answers.mask
+        lengths, names = answers.mask.sum(1).float(), [task.env for task in tasks]
+        numbers = dict(
+            train_reward=rewards.mean(), informative=informative(rewards).float().mean(), length=lengths.mean()
+        )
+        numbers["truncated"] = (~answers.finished).float().mean()
+        numbers["problems"] = torch.tensor(float(sum(problem is not None for _, problem in scored)))
+        for env in self.envs:
+            numbers[f"train_reward_{env.name}"] = rewards[[name == env.name for name in names]].mean()
+        judged = dict(ids=answers.ids, mask=mask, behaviour_logprob=answers.logprob, advantages=A)
+        if self.config.updates > 1 or self.config.correction:
+            judged["old_logprob"] = self.old_logprob(model, judged)
+        return judged, numbers
+
+    @torch.no_grad()
+    def old_logprob(self, model, judged):
+        """Returns [B, T-1]: the log-probabilities before the first update, as training computes them."""
+        return model.logprobs(judged["ids"], judged["mask"], self.config.temperature)[0]
+
+    def loss(self, model, batch):
+        """Returns (loss, metrics)."""
+        if "targets" in batch:
+            return model.loss(**batch)
+        c, mask = self.config, batch["mask"]
+        logprob, entropy = model.logprobs(batch["ids"], mask, c.temperature)
+        loss, metrics = policy_loss(
+            logprob, batch.get("old_logprob", logprob), batch["advantages"], mask, c.surrogate,
+            (c.clip_low, c.clip_high), aggregate=c.aggregate,
+            denominator=denominator(mask, c.aggregate, self.max_new_tokens),
+            behaviour_logprob=batch["behaviour_logprob"], correction=c.correction or None,
+        )  # fmt: skip
+        entropy = entropy.sum() / mask.sum().clamp(min=1)
+        return loss - c.entropy_coef * entropy, metrics | batch["numbers"] | dict(entropy=entropy.detach())
+
+    @torch.no_grad()
+    def evaluate(self, model, n=128):
+        """Returns reward_<env>, the mean over sampled answers to n held-out prompts, and reward, their mean."""
+        device, scores = next(model.parameters()).device, {}
+        tasks = self.tasks(0, n * len(self.envs), held_out=True)
+        generator = torch.Generator(device).manual_seed(self.seed)
+        answers = sample_answers(
+            model, self.tokenizer, [task.prompt for task in tasks], self.max_new_tokens, generator=generator
+        )
+        for task, text in zip(tasks, answers.texts):
+            scores.setdefault(task.env, []).append(score(task, text)[0])
+        found = {f"reward_{env}": sum(values) / len(values) for env, values in scores.items()}
+        return dict(reward=sum(found.values()) / len(found)) | found

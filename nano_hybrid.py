@@ -186,6 +186,10 @@ _NEMOTRON_3 = dict(
     vocab_size=131072, num_key_value_heads=2, head_dim=128, mamba_head_dim=64, ssm_state_size=128, n_groups=8,
     chunk_size=128,
 )
+_GRPO = dict(
+    hybrid_override_pattern="M*-M*-", num_attention_heads=4, num_key_value_heads=4, mamba_num_heads=4,
+    ssm_state_size=32, chunk_size=32,
+)  # fmt: skip
 PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     # 1.8M parameters with the shipped vocabulary: minutes on a laptop's CPU.
     "tiny": HybridConfig(),
@@ -209,6 +213,12 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     # heads of 32: on a CPU a D x D system is solved for each position and head.
     "lla-tiny": HybridConfig(hybrid_override_pattern="M-ML-M-", head_dim=32),
     "lla": HybridConfig(**_SMALL, hybrid_override_pattern="M-M-ML-M-M-ML-M-M-"),
+    # For grpo.py's tasks of a few dozen bytes: 0.4 M and 7 M parameters.
+    "grpo-tiny": HybridConfig(**_GRPO, hidden_size=96, head_dim=24, intermediate_size=384, mamba_head_dim=48),
+    "grpo": HybridConfig(
+        **_GRPO | dict(hybrid_override_pattern="M*-M*-M*-M*-"), hidden_size=320, head_dim=80, intermediate_size=1280,
+        mamba_head_dim=160,
+    ),
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
     "nano-12b-v2": HybridConfig(
         **_RELEASED, hidden_size=5120, intermediate_size=20480, initializer_range=0.0125,
@@ -1219,6 +1229,21 @@ class NextToken:
     def __init__(self, corpus, context, batch_size, seed=0, rank=0, world_size=1):
         self.corpus, self.context, self.batch_size = corpus, context, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of the corpus."""
+        return self.corpus.tokenizer
+
+    def epochs(self, tokens):
+        """Returns how often a run of so many tokens reads its text."""
+        return tokens / self.corpus.n_train
+
+    def about(self, tokens):
+        """Returns a line about the data."""
+        corpus = self.corpus
+        sizes = f"{corpus.n_train:,} + {len(corpus.val):,} tokens of {self.tokenizer.name}"
+        return f"{corpus.name}, {sizes}, {self.epochs(tokens):.1f} epochs"
 
     def batch(self, model, step):
         """Returns {"ids", "targets"}, int64 [batch_size, context], of micro-step `step` on the model's device."""

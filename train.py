@@ -12,6 +12,7 @@ What is learnt is an objective, a small class in its paper's file:
         def batch(self, model, step) -> dict              # data, or fresh rollouts of the model
         def loss(self, model, batch) -> (loss, metrics)   # differentiable
         def evaluate(self, model) -> dict                 # numbers to log; 'val_loss' or 'reward' is plotted
+        def lr_scale(self, step, lr) -> float             # optional: a factor on the learning rate of a step
 
 Everything else is here: optimiser, schedule, precision, clipping, logging, checkpoints, resuming, many GPUs.
 Randomness is a function of (seed, step, rank), data included, so a run that is stopped and resumed is the run.
@@ -28,8 +29,10 @@ log.jsonl has one row per step:
     skipped       steps left out so far because loss or gradient was not finite
     mtp1_loss, mtp1_accuracy, ...            of multi-token prediction, by depth: see Hybrid.loss_further_ahead
     load_max, dead_experts, router_entropy   of mixtures of experts: see latent_moe.load_metrics
+    train_reward, informative, entropy, ...  of reinforcement learning: see grpo.GRPO and grpo.policy_loss
     val_loss      nats per token of the validation text, where it was evaluated
     val_bpb       bits per byte of that text: comparable across tokenizers, and with compressors
+    reward        mean reward of sampled answers to held-out prompts, where it was evaluated
 """
 
 import importlib.util
@@ -59,7 +62,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 from cli import fail, parse, pick_device, pick_dtype
-from data import load_corpus
+from data import Tokenizer, load_corpus
+from grpo import GRPO, GRPOConfig
 from kernels import pick_backend
 from nano_hybrid import PRESETS, Hybrid, HybridConfig, NextToken, replacing
 
@@ -77,7 +81,7 @@ class TrainConfig:
     recipe: str = "hybrid"  # what to train, a row of RECIPES: hybrid, nano3, super3 or lla
     preset: str | None = None  # shape of the model: a name in nano_hybrid.PRESETS
     data: str = "python"  # "python" (the standard library's source), a file, folder or glob, or token shards *.bin
-    tokenizer: str = "python4k"  # python4k, bytes, or one of tiktoken's: gpt2, cl100k_base, ...
+    tokenizer: str | None = None  # python4k, bytes, or one of tiktoken's: gpt2, cl100k_base, ...; default: the recipe's
     context: int | None = None  # T, tokens per row
     batch_size: int | None = None  # rows per process and micro-step
     grad_accum: int = 1  # micro-steps per optimiser step
@@ -107,8 +111,9 @@ class Recipe:
     gpu: dict
 
 
-_CPU = dict(context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250)
-_GPU = dict(context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250)
+_CPU = dict(tokenizer="python4k", context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250)
+_GPU = dict(tokenizer="python4k", context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250)
+_GRPO = dict(tokenizer="bytes", context=64, lr=3e-3)
 RECIPES = {
     "hybrid": Recipe(NextToken, cpu=dict(preset="tiny", **_CPU), gpu=dict(preset="small", **_GPU)),
     "nano3": Recipe(NextToken, cpu=dict(preset="nano3-tiny", **_CPU), gpu=dict(preset="nano3", **_GPU)),
@@ -116,6 +121,12 @@ RECIPES = {
     # Its softmax twin is the same command with * for L in the pattern: --hybrid_override_pattern='M-M*-M-' on a CPU,
     # 'M-M-M*-M-M-M*-M-M-' on a GPU. It lacks D + H parameters a layer: the norm of q and k, and the ridges.
     "lla": Recipe(NextToken, cpu=dict(preset="lla-tiny", **_CPU), gpu=dict(preset="lla", **_GPU)),
+    # Short rows of many lengths: nothing for a compiler to gain. batch_size is prompts times group_size.
+    "grpo": Recipe(
+        GRPO,
+        cpu=dict(preset="grpo-tiny", compile=False, warmup=20, eval_every=50, **_GRPO, batch_size=256, steps=500),
+        gpu=dict(preset="grpo", compile=False, warmup=20, eval_every=50, **_GRPO, batch_size=1024, steps=500),
+    ),
 }
 
 # A model that reads a text more than MAX_FRESH_EPOCHS times learns it by heart unless it is held back (Muennighoff et
@@ -162,7 +173,7 @@ class Run:
 def set_up(argv):
     """Returns the Run that the command line asks for. Raises ValueError or OSError with what is wrong in one line."""
     about = "Trains any model of this suite on any objective. With no flags: a hybrid language model on Python source."
-    given, shape = parse(TrainConfig, HybridConfig, prog="train.py", about=about, argv=argv)
+    given, shape, rl = parse(TrainConfig, HybridConfig, GRPOConfig, prog="train.py", about=about, argv=argv)
     resume = given.get("resume", False)
     directory = find_run(given.get("run"), resume, given.get("recipe", TrainConfig.recipe))
     saved = load_checkpoint(directory) if resume else None
@@ -172,18 +183,15 @@ def set_up(argv):
     if dtype == torch.float32:  # TF32 on a GPU. Under autocast what is left in float32 (routers) is so for a reason
         torch.set_float32_matmul_precision("high")
 
-    corpus = load_corpus(config.data, config.tokenizer, config.context)
-    epochs = config.steps * config.batch_size * config.context * config.grad_accum * world_size / corpus.n_train
-    held_back = REPEATED if epochs > MAX_FRESH_EPOCHS else FRESH
+    objective = make_objective(config, rl, saved, rank, world_size)
+    tokens = config.steps * config.batch_size * config.context * config.grad_accum * world_size
+    held_back = REPEATED if objective.epochs(tokens) > MAX_FRESH_EPOCHS else FRESH
     if config.weight_decay is None:
         config.weight_decay = held_back["weight_decay"]
-    model_config = shape_of(config, corpus, shape, held_back["hidden_dropout"], saved)
+    model_config = shape_of(config, objective.tokenizer, shape, held_back["hidden_dropout"], saved)
 
     torch.manual_seed(config.seed)
     model = Hybrid(model_config).to(device)
-    objective = RECIPES[config.recipe].objective(
-        corpus, config.context, config.batch_size, seed=config.seed, rank=rank, world_size=world_size
-    )
     if config.compile:
         model.compile()
     if world_size > 1:
@@ -213,8 +221,7 @@ def set_up(argv):
         f"compile={config.compile}"
     )
     run.say(
-        f"data: {config.data}, {corpus.n_train:,} + {len(corpus.val):,} tokens of {config.tokenizer}; "
-        f"{run.tokens_per_step:,} tokens a step, {epochs:.1f} epochs: "
+        f"data: {objective.about(tokens)}; {run.tokens_per_step:,} tokens a step: "
         f"dropout {model_config.hidden_dropout}, weight decay {config.weight_decay}"
     )
     return run
@@ -232,9 +239,21 @@ def join_processes(name):
     return device, rank, world_size
 
 
-def shape_of(config, corpus, shape, dropout, saved):
+def make_objective(config, rl, saved, rank, world_size):
+    """Returns the recipe's objective. rl: fields of GRPOConfig that the command line has."""
+    where = dict(seed=config.seed, rank=rank, world_size=world_size)
+    if RECIPES[config.recipe].objective is GRPO:
+        rl = GRPOConfig(**((saved or {}).get("objective", {}) | rl))
+        return GRPO(rl, Tokenizer(config.tokenizer), config.batch_size, **where)
+    if rl:
+        raise ValueError(f"--{next(iter(rl))} is a setting of --recipe=grpo; --recipe={config.recipe} has none such")
+    corpus = load_corpus(config.data, config.tokenizer, config.context)
+    return NextToken(corpus, config.context, config.batch_size, **where)
+
+
+def shape_of(config, tokenizer, shape, dropout, saved):
     """Returns the HybridConfig to build: the command line's fields over the resumed run's, or over the preset's."""
-    n_vocab = corpus.tokenizer.n_vocab
+    n_vocab = tokenizer.n_vocab
     base = saved["model_config"] if saved else dict(vocab_size=-(-n_vocab // 64) * 64, hidden_dropout=dropout)
     model_config = replace(PRESETS[config.preset], **(base | shape))  # a vocabulary of 64 n suits matrix units
     if model_config.vocab_size < n_vocab:
@@ -313,6 +332,7 @@ def save_checkpoint(run):
         state = dict(
             step=run.step, skipped=run.skipped, config=config, model_config=asdict(run.model.config),
             model=weights, optimizer=optimizer, scaler=run.scaler.state_dict(),
+            objective=asdict(run.objective.config) if hasattr(run.objective, "config") else {},
         )  # fmt: skip
         with replacing(run.directory / "trainer.pt") as path:
             torch.save(state, path)
@@ -517,6 +537,8 @@ def train(run):
     while run.step < config.steps:
         torch.manual_seed(hash((config.seed, run.step, run.rank)))  # dropout, and whatever a rollout samples
         lr = config.lr * schedule(run.step, config)
+        if hasattr(run.objective, "lr_scale"):
+            lr *= run.objective.lr_scale(run.step, config.lr)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         norm, numbers = gradients(run, interrupt)
@@ -644,12 +666,13 @@ def finish(run, log, seconds):
     if "val_bpb" in log.rows[-1]:
         others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         run.say(f"validation: {log.rows[-1]['val_bpb']:.3f} bits per byte (on the same text: {others})")
+    prompt = getattr(run.objective, "example", "def ")
     speed = f"{statistics.median(row['tokens_per_s'] for row in log.rows):,.0f} tokens/s"
     if "mfu" in log.rows[-1]:
         speed += f", MFU {statistics.median(row['mfu'] for row in log.rows):.1%}"
         speed += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     run.say(f"{seconds:.0f} s of training at {speed} (median step), saved in {run.directory}. To let it write:\n"
-            f"  python sample.py --run={run.directory.name} --prompt='def '")  # fmt: skip
+            f"  python sample.py --run={run.directory.name} --prompt='{prompt}'")  # fmt: skip
 
 
 def main(argv=None):

@@ -1,11 +1,14 @@
 """grpo.py: advantages, losses and gradients against closed forms, limit cases and small vocabularies enumerated."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import grpo
+from data import Tokenizer, is_held_out
+from nano_hybrid import Hybrid, HybridConfig
 
 
 def draw(*shape, seed=0):
@@ -653,3 +656,128 @@ def test_far_policies_stay_finite():
             )  # fmt: skip
             assert loss.isfinite() and torch.autograd.grad(loss, logprob)[0].isfinite().all()
             assert all(x.isfinite() for x in metrics.values())
+
+
+# ---- answers and the objective
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return Hybrid(
+        HybridConfig(
+            vocab_size=257, hidden_size=32, hybrid_override_pattern="M*-", num_attention_heads=2, num_key_value_heads=2,
+            head_dim=16, intermediate_size=64, mamba_num_heads=2, mamba_head_dim=32, ssm_state_size=8, chunk_size=16,
+        )
+    )  # fmt: skip
+
+
+def objective(batch_size=16, **settings):
+    settings = dict(envs="sort:3,countdown", warm_start=2, group_size=4) | settings
+    return grpo.GRPO(grpo.GRPOConfig(**settings), Tokenizer("bytes"), batch_size)
+
+
+def test_log_probabilities_of_sampling_are_those_of_training():
+    model, tokenizer = small_model(), Tokenizer("bytes")
+    generator = torch.Generator().manual_seed(0)
+    answers = grpo.sample_answers(model, tokenizer, ["s1=", "c3,5>8=", "s314159="], 9, 0.7, generator)
+    logprob, _ = model.logprobs(answers.ids, answers.mask, temperature=0.7)
+    assert (logprob - answers.logprob).abs().max() < 1e-4
+    for i, prompt in enumerate(["s1=", "c3,5>8=", "s314159="]):
+        wrote = answers.mask[i].nonzero()[:, 0] + 1
+        start = tokenizer.encode(prompt)
+        assert answers.ids[i, : len(start) + 1].tolist() == [tokenizer.end_of_text, *start]
+        assert wrote.tolist() == list(range(len(start) + 1, len(start) + 1 + len(wrote)))
+        assert answers.finished[i] == (answers.ids[i, wrote[-1]] == tokenizer.end_of_text)
+
+
+def test_an_answer_ends_with_its_end_of_text():
+    """The end is written by the policy and learnt from; what stands behind it is padding."""
+    model, tokenizer = small_model(), Tokenizer("bytes")
+    with torch.no_grad():  # every token as likely as any: an end of text about once in nine answers of 30
+        model.lm_head.weight.zero_()
+    generator = torch.Generator().manual_seed(3)
+    answers = grpo.sample_answers(model, tokenizer, ["s1="] * 40, 30, generator=generator)
+    for row, mask, text, finished in zip(answers.ids, answers.mask, answers.texts, answers.finished):
+        wrote = row[1:][mask].tolist()
+        ends = [i for i, token in enumerate(wrote) if token == tokenizer.end_of_text]
+        assert ends == ([len(wrote) - 1] if finished else []) and "endoftext" not in text
+
+
+def test_a_batch_is_a_function_of_the_step_and_of_the_weights():
+    model = small_model()
+    for step in (0, 2, 7):
+        a, b = objective().batch(model, step), objective().batch(model, step)
+        assert all(torch.equal(a[name], b[name]) for name in a if name != "numbers")
+    demos, answers = objective().batch(model, 1), objective().batch(model, 2)
+    assert set(demos) == {"ids", "targets"} and "advantages" in answers
+    targets = demos["targets"]
+    assert (targets[:, 0] == -100).all() and ((targets == 256).sum(1) == 1).all()  # no prompt, one end
+
+
+def test_every_environment_is_in_every_batch_and_none_is_held_out():
+    run = objective(batch_size=32)
+    tasks = run.tasks(5, 8)
+    assert [task.env for task in tasks] == ["sort", "countdown"] * 4
+    assert not any(is_held_out(task.prompt) for task in tasks)
+    assert all(is_held_out(task.prompt) for task in run.tasks(0, 8, held_out=True))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(advantage="nemotron", correction="tis"), dict(surrogate="gspo", aggregate="sequence", updates=2),
+    dict(surrogate="cispo", clip_low=1.0, clip_high=4.0, updates=4), dict(advantage="dr", aggregate="constant"),
+    dict(overlong="filter", correction="sequence"),
+])  # fmt: skip
+def test_a_step_of_every_kind_moves_the_model(settings):
+    model, run = small_model(), objective(**settings)
+    for step in range(2, 2 + run.config.updates):
+        batch = run.batch(model, step)
+        batch["advantages"] = torch.linspace(-1, 1, len(batch["ids"]))  # a fresh model earns nothing
+        loss, metrics = run.loss(model, batch)
+        loss.backward()
+        kept = run.config.overlong != "filter"  # a fresh model hardly ends an answer
+        assert loss.isfinite() and (metrics["ratio"] == pytest.approx(1, abs=1e-4) or not kept)
+        assert metrics["mismatch"] < 1.001 and {"train_reward_sort", "train_reward_countdown", "entropy"} <= set(
+            metrics
+        )
+    if kept:
+        assert sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None) > 0
+
+
+def test_a_verifier_that_raises_costs_its_answer_and_not_the_run(monkeypatch):
+    model, run = small_model(), objective()
+
+    def broken(task, text):
+        return real(replace(task, check=lambda answer: 1 / 0), text)
+
+    real = grpo.score
+    monkeypatch.setattr(grpo, "score", broken)
+    batch = run.batch(model, 2)
+    assert batch["numbers"]["problems"] > 0 and batch["numbers"]["train_reward"] == 0
+    loss, _ = run.loss(model, batch)
+    assert loss.isfinite()
+
+
+def test_a_little_learning_raises_the_reward():
+    """Sort two digits: from demos, then from rewards."""
+    model, run = small_model(), objective(envs="sort:2", warm_start=60, batch_size=32, group_size=8)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    rewards = {}
+    for step in range(120):
+        if step in (60, 119):
+            rewards[step] = run.evaluate(model, n=64)["reward"]
+        loss, _ = run.loss(model, run.batch(model, step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 0 < rewards[60] < rewards[119]
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(envs="sart"), "unknown environment 'sart'"), (dict(batch_size=12), "batch_size=12 must be a multiple of 8"),
+    (dict(advantage="best"), "best"), (dict(temperature=0.0), "temperature"), (dict(updates=3), "multiple of"),
+    (dict(correction="tvs"), "tvs"),
+])  # fmt: skip
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        objective(**settings)
