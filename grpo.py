@@ -54,14 +54,19 @@ Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVID
 """
 
 import math
-from dataclasses import dataclass
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from data import environment, sample_task, score
+from data import Tokenizer, environment, sample_task, score
 from kernels import at_least_float32, expect
+from nano_hybrid import PRESETS, Hybrid
 
 # ---- 1. advantages ------------------------------------------------------------------------------------------------
 #
@@ -539,8 +544,8 @@ class GRPOConfig:
     """Settings of --recipe=grpo. The comment is the --help text."""
 
     envs: str = "sort,countdown"  # in every batch, by commas: names of data.ENVIRONMENTS, sort:10 for size 10
-    warm_start: int = 150  # steps of supervised learning on the environments' demos, before the first answer
-    rl_lr: float = 1e-3  # peak learning rate after the warm start
+    warm_start: int = 70  # steps of supervised learning on the environments' demos, before the first answer
+    rl_lr: float = 4e-4  # peak learning rate after the warm start
     group_size: int = 8  # G, answers to a prompt; batch_size is prompts times G
     updates: int = 1  # optimiser steps for a batch of answers, each on its share of them
     temperature: float = 1.0  # of sampling, and of the log-probabilities in training
@@ -549,7 +554,7 @@ class GRPOConfig:
     aggregate: str = "token"  # token, sequence or constant: see denominator
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
     clip_high: float = 0.28  # and up to 1 + clip_high
-    entropy_coef: float = 0.02  # bonus for each nat of entropy a token: small models decide too soon without it
+    entropy_coef: float = 0.04  # bonus for a nat of entropy: with less, small models settle on one answer for all
     correction: str = ""  # of the sampler's log-probabilities: tis, mask or sequence; default: none
     overlong: str = "zero"  # an answer without an end: zero (its reward is what verify says) or filter (no gradient)
 
@@ -690,3 +695,86 @@ class GRPO:
             scores.setdefault(task.env, []).append(score(task, text)[0])
         found = {f"reward_{env}": sum(values) / len(values) for env, values in scores.items()}
         return dict(reward=sum(found.values()) / len(found)) | found
+
+
+# ---- 6. python grpo.py: five losses from the same start --------------------------------------------------------------
+
+ALGORITHMS = {  # of the table at the top, with two updates for each batch of answers: with one, ratios are 1
+    "GRPO": dict(advantage="grpo", aggregate="sequence", clip_high=0.2),
+    "DAPO": dict(advantage="grpo", aggregate="token"),
+    "Dr. GRPO": dict(advantage="dr", aggregate="constant", clip_high=0.2),
+    "GSPO": dict(
+        advantage="grpo", surrogate="gspo", aggregate="sequence", clip_low=0.03, clip_high=0.04
+    ),  # short answers
+    "CISPO": dict(advantage="grpo", surrogate="cispo", clip_low=1.0, clip_high=4.0),
+}
+
+
+def learn(model, objective, steps, lr, name):
+    """Trains for `steps` steps, and returns the numbers of each: metric -> float."""
+    optimizer, rows = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0), []
+    for step in tqdm(range(steps), desc=name, delay=2, leave=False):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10)
+        loss, metrics = objective.loss(model, objective.batch(model, step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append({key: float(value) for key, value in metrics.items()})
+    return rows
+
+
+def demo(env="sort", steps=60, batch_size=128, seeds=(0, 1)):
+    """Prints what five losses make of the same warm start in as many steps, and draws out/grpo.png."""
+    device, tokenizer, began = "cuda" if torch.cuda.is_available() else "cpu", Tokenizer("bytes"), time.perf_counter()
+    config = replace(PRESETS["grpo-tiny"], vocab_size=320)
+    scores, curves = {name: [] for name in ("warm start", *ALGORITHMS)}, {name: [] for name in ALGORITHMS}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        model = Hybrid(config).to(device)
+        start = GRPO(GRPOConfig(envs=env, warm_start=50), tokenizer, batch_size, seed)
+        learn(model, start, 50, 3e-3, f"warm start, seed {seed}")
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+        scores["warm start"].append(start.evaluate(model)["reward"])
+        for name, settings in ALGORITHMS.items():
+            model.load_state_dict(weights)
+            run = GRPO(GRPOConfig(envs=env, warm_start=0, updates=2, **settings), tokenizer, batch_size, seed)
+            curves[name].append([row["train_reward"] for row in learn(model, run, steps, 4e-4, f"{name}, seed {seed}")])
+            scores[name].append(run.evaluate(model)["reward"])
+    print(
+        f"{env}: held-out prompts answered right, after {steps} steps of {batch_size} answers each, by seed; {device}"
+    )
+    for name, found in scores.items():
+        print(f"{name:12}{np.mean(found):8.3f}   " + " ".join(f"{score:.3f}" for score in found))
+    print(f"{time.perf_counter() - began:.0f} s")
+    plot_rewards(curves, scores, Path("out/grpo.png"), env)
+
+
+def plot_rewards(curves, scores, path, env):
+    """Draws the reward of each batch for each loss, means of seeds and of ten steps, and writes it to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    for (name, runs), color in zip(curves.items(), ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")):
+        mean = np.mean(runs, axis=0)
+        mean = np.convolve(mean, np.ones(10) / 10, "valid")
+        axes.plot(np.arange(len(mean)) + 10, mean, color=color, label=f"{name}: {np.mean(scores[name]):.2f} held out")
+    axes.axhline(np.mean(scores["warm start"]), color="#999999", linestyle="--", linewidth=1)
+    axes.set(xlabel="step", ylabel=f"reward of the batch ({env}), mean of 10 steps")
+    best = max(np.mean(found) for found in scores.values())
+    axes.set_title(f"From {np.mean(scores['warm start']):.2f} after the warm start to {best:.2f} by rewards alone")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        raise SystemExit("usage: python grpo.py")
+    demo()

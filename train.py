@@ -89,7 +89,7 @@ class TrainConfig:
     lr: float | None = None  # peak learning rate
     weight_decay: float | None = None  # on matrices only; default 0.1, or REPEATED's
     warmup: int | None = None  # steps of linear warm-up
-    decay: float = 0.5  # last part of the steps, in which the learning rate falls to 0
+    decay: float | None = None  # last part of the steps, in which the learning rate falls to 0; default 0.5
     grad_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # of weights, data order and dropout
     device: str = "auto"  # cuda, mps or cpu
@@ -113,7 +113,7 @@ class Recipe:
 
 _CPU = dict(tokenizer="python4k", context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250)
 _GPU = dict(tokenizer="python4k", context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250)
-_GRPO = dict(tokenizer="bytes", context=64, lr=3e-3)
+_GRPO = dict(tokenizer="bytes", context=64, lr=3e-3, weight_decay=0.0, decay=0.2, warmup=20, compile=False)
 RECIPES = {
     "hybrid": Recipe(NextToken, cpu=dict(preset="tiny", **_CPU), gpu=dict(preset="small", **_GPU)),
     "nano3": Recipe(NextToken, cpu=dict(preset="nano3-tiny", **_CPU), gpu=dict(preset="nano3", **_GPU)),
@@ -124,8 +124,8 @@ RECIPES = {
     # Short rows of many lengths: nothing for a compiler to gain. batch_size is prompts times group_size.
     "grpo": Recipe(
         GRPO,
-        cpu=dict(preset="grpo-tiny", compile=False, warmup=20, eval_every=50, **_GRPO, batch_size=256, steps=500),
-        gpu=dict(preset="grpo", compile=False, warmup=20, eval_every=50, **_GRPO, batch_size=1024, steps=500),
+        cpu=dict(preset="grpo-tiny", **_GRPO, batch_size=256, steps=420, eval_every=70),
+        gpu=dict(preset="grpo", **_GRPO, batch_size=1024, steps=420, eval_every=70),
     ),
 }
 
@@ -296,7 +296,7 @@ def resolve(given, saved):
     on_gpu = pick_device(config.device).type == "cuda"
     row = RECIPES[config.recipe].gpu if on_gpu else RECIPES[config.recipe].cpu
     # On a CPU, compiling takes up to a minute and then saves a fifth to a third of each step: for long runs only.
-    row = dict(compile=on_gpu, save_every=config.eval_every or row["eval_every"]) | row
+    row = dict(compile=on_gpu, decay=0.5, save_every=config.eval_every or row["eval_every"]) | row
     config = replace(config, **{k: v for k, v in row.items() if getattr(config, k) is None})
     if config.preset not in PRESETS:
         raise ValueError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
