@@ -44,6 +44,8 @@ Which flags give which algorithm. `advantages(kind)`, then `policy_loss(kind, cl
     Nano and Super drop rows that are not `faithful`. Super and Ultra set A := -5 on the tokens of malformed messages:
     one more reason that A may be [BG, T].
 
+Read     The table above, 1, 2; then 4 and 5, where an answer is sampled, judged and learnt from. `python grpo.py`
+         compares five losses; `python train.py --recipe=grpo` learns several tasks at once.
 Limits   Equal rewards give advantages of exactly 0; the first update of a batch has the same gradient under grpo, gspo
          and cispo; behaviour = old is PPO; one token and one teacher make MOPD the reverse KL: see tests/test_grpo.py.
 Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVIDIA's eps of 1e-6, and groups without
@@ -595,10 +597,10 @@ class GRPO:
     example = "s314159="  # a prompt to try it with
 
     def epochs(self, tokens):
-        """Returns 0: every batch has new prompts."""
+        """Returns 0: nothing is read twice on purpose."""
         return 0
 
-    def about(self, tokens):
+    def about(self):
         """Returns a line about the data."""
         c = self.config
         return (
@@ -673,14 +675,16 @@ class GRPO:
             return model.loss(**batch)
         c, mask = self.config, batch["mask"]
         logprob, entropy = model.logprobs(batch["ids"], mask, c.temperature)
+        divisor = denominator(mask, c.aggregate, self.max_new_tokens)
         loss, metrics = policy_loss(
             logprob, batch.get("old_logprob", logprob), batch["advantages"], mask, c.surrogate,
             (c.clip_low, c.clip_high), aggregate=c.aggregate,
-            denominator=denominator(mask, c.aggregate, self.max_new_tokens),
+            denominator=divisor,
             behaviour_logprob=batch["behaviour_logprob"], correction=c.correction or None,
         )  # fmt: skip
-        entropy = entropy.sum() / mask.sum().clamp(min=1)
-        return loss - c.entropy_coef * entropy, metrics | batch["numbers"] | dict(entropy=entropy.detach())
+        bonus = c.entropy_coef * aggregate_tokens(entropy, mask, c.aggregate, divisor)
+        entropy = entropy.detach().sum() / mask.sum().clamp(min=1)
+        return loss - bonus, metrics | batch["numbers"] | dict(entropy=entropy)
 
     @torch.no_grad()
     def evaluate(self, model, n=128):
@@ -738,7 +742,9 @@ def demo(env="sort", steps=60, batch_size=128, seeds=(0, 1)):
         scores["warm start"].append(start.evaluate(model)["reward"])
         for name, settings in ALGORITHMS.items():
             model.load_state_dict(weights)
-            run = GRPO(GRPOConfig(envs=env, warm_start=0, updates=2, **settings), tokenizer, batch_size, seed)
+            run = GRPO(
+                GRPOConfig(envs=env, warm_start=0, updates=2, entropy_coef=0.0, **settings), tokenizer, batch_size, seed
+            )
             curves[name].append([row["train_reward"] for row in learn(model, run, steps, 4e-4, f"{name}, seed {seed}")])
             scores[name].append(run.evaluate(model)["reward"])
     print(

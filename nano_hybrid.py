@@ -1239,11 +1239,10 @@ class NextToken:
         """Returns how often a run of so many tokens reads its text."""
         return tokens / self.corpus.n_train
 
-    def about(self, tokens):
+    def about(self):
         """Returns a line about the data."""
-        corpus = self.corpus
-        sizes = f"{corpus.n_train:,} + {len(corpus.val):,} tokens of {self.tokenizer.name}"
-        return f"{corpus.name}, {sizes}, {self.epochs(tokens):.1f} epochs"
+        n_val, tokenizer = len(self.corpus.val), self.tokenizer.name
+        return f"{self.corpus.name}, {self.corpus.n_train:,} + {n_val:,} tokens of {tokenizer}"
 
     def batch(self, model, step):
         """Returns {"ids", "targets"}, int64 [batch_size, context], of micro-step `step` on the model's device."""

@@ -185,7 +185,8 @@ def set_up(argv):
 
     objective = make_objective(config, rl, saved, rank, world_size)
     tokens = config.steps * config.batch_size * config.context * config.grad_accum * world_size
-    held_back = REPEATED if objective.epochs(tokens) > MAX_FRESH_EPOCHS else FRESH
+    epochs = objective.epochs(tokens)
+    held_back = REPEATED if epochs > MAX_FRESH_EPOCHS else FRESH
     if config.weight_decay is None:
         config.weight_decay = held_back["weight_decay"]
     model_config = shape_of(config, objective.tokenizer, shape, held_back["hidden_dropout"], saved)
@@ -221,7 +222,7 @@ def set_up(argv):
         f"compile={config.compile}"
     )
     run.say(
-        f"data: {objective.about(tokens)}; {run.tokens_per_step:,} tokens a step: "
+        f"data: {objective.about()}; {run.tokens_per_step:,} tokens a step, {epochs:.1f} epochs: "
         f"dropout {model_config.hidden_dropout}, weight decay {config.weight_decay}"
     )
     return run
@@ -243,6 +244,10 @@ def make_objective(config, rl, saved, rank, world_size):
     """Returns the recipe's objective. rl: fields of GRPOConfig that the command line has."""
     where = dict(seed=config.seed, rank=rank, world_size=world_size)
     if RECIPES[config.recipe].objective is GRPO:
+        if config.grad_accum > 1 or world_size > 1:
+            raise ValueError(
+                "--recipe=grpo runs in one process, without --grad_accum; make --batch_size larger instead"
+            )
         rl = GRPOConfig(**((saved or {}).get("objective", {}) | rl))
         return GRPO(rl, Tokenizer(config.tokenizer), config.batch_size, **where)
     if rl:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT
+from grpo import GRPO
 from nano_hybrid import Hybrid, NextToken
 
 MODEL = (
@@ -142,20 +143,20 @@ def test_half_a_run_and_a_resume_are_the_run_bit_for_bit(flags, dropout, shape):
         assert {**a, "tokens_per_s": 0} == {**b, "tokens_per_s": 0}
 
 
-def stop_after(n, flags, run, steps):
+def stop_after(n, flags, run, steps, objective=NextToken):
     """Trains `run`, meant for `steps` steps, and interrupts it during step n."""
-    batch, original = NextToken.batch, NextToken.batch
+    original = objective.batch
 
     def interrupting(self, model, step):
         if step == n - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return batch(self, model, step)
+        return original(self, model, step)
 
-    NextToken.batch = interrupting
+    objective.batch = interrupting
     try:
         assert train.main([*flags, f"--steps={steps}", f"--run={run}"]) == 130
     finally:
-        NextToken.batch = original
+        objective.batch = original
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(flags, capsys):
@@ -258,6 +259,20 @@ def test_local_linear_attention_and_its_softmax_twin_differ_in_a_norm_and_ridges
     assert not (weights("lla")[layer + "raw_ridge"] == weights("lla")[layer + "raw_ridge"][0]).all()  # it has learnt
 
 
+RL = ["--recipe=grpo", "--envs=sort:2,countdown", "--warm_start=3", "--group_size=4", *MODEL]
+RL += "--num_key_value_heads=2 --batch_size=16 --eval_every=4 --warmup=2 --device=cpu".split()
+
+
+def test_reinforcement_learning_stopped_and_resumed_is_the_run():
+    assert train.main([*RL, "--steps=8", "--run=whole"]) == 0
+    log = rows("whole")
+    assert ["train_reward" in row for row in log] == [False] * 3 + [True] * 5  # demos, then rewards
+    assert {"reward", "reward_sort", "reward_countdown"} <= set(log[-1]) and log[3]["lr"] < log[2]["lr"]
+    stop_after(5, RL, "half", steps=8, objective=GRPO)
+    assert train.main(["--resume", "--run=half"]) == 0  # envs, group_size and the rest come from the checkpoint
+    assert all(torch.equal(weights("whole")[name], weights("half")[name]) for name in weights("whole"))
+
+
 # ---- many processes ----
 
 
@@ -291,6 +306,10 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--steps=0"], "--steps=0 must be at least 1"),
         (["--lr=-1"], "need lr > 0"),
         (["--recipe=gpt7"], "unknown recipe 'gpt7'; known: hybrid"),
+        (["--recipe=grpo", "--envs=sart"], "unknown environment 'sart'; known: sort"),
+        (["--recipe=grpo", "--batch_size=30"], "batch_size=30 must be a multiple of 16"),
+        (["--recipe=grpo", "--grad_accum=2", "--batch_size=32"], "make --batch_size larger"),
+        (["--envs=sort"], "--envs is a setting of --recipe=grpo"),
         (["--preset=huge"], "unknown preset 'huge'; known: tiny"),
         (["--data=missing/*.txt"], "no such file, folder or glob"),
         (["--data=empty.txt"], "0 training tokens"),
