@@ -467,8 +467,8 @@ def gradients(run, interrupt):
     for micro in range(config.grad_accum):
         if run.world_size > 1:
             run.model.set_requires_gradient_sync(micro == config.grad_accum - 1)
-        batch = run.objective.batch(run.model, run.step * config.grad_accum + micro)
-        with run.autocast():
+        with run.autocast():  # rollouts, too: a sampler of another precision is another policy
+            batch = run.objective.batch(run.model, run.step * config.grad_accum + micro)
             loss, metrics = run.objective.loss(run.model, batch)
         run.scaler.scale(loss / config.grad_accum).backward()
         for name, value in (
