@@ -538,6 +538,12 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, g
     return Answers(*(t.to(tokens.device) for t in (ids, mask, logprob_at)), texts, finished)
 
 
+def judged_answers(tasks, answers):
+    """Returns (reward, problem of the verifier or None) of each answer. One that has not ended is worth nothing."""
+    found = [score(task, text) for task, text in zip(tasks, answers.texts)]
+    return [(reward * end, problem) for (reward, problem), end in zip(found, answers.finished.tolist())]
+
+
 # ---- 5. the objective ---------------------------------------------------------------------------------------------
 
 
@@ -566,8 +572,16 @@ class GRPOConfig:
         choose("aggregate", self.aggregate, AGGREGATES)
         choose("correction", self.correction, ("", *BOUNDS))
         choose("overlong", self.overlong, ("zero", "filter"))
-        if min(self.group_size, self.updates) < 1 or self.warm_start < 0 or not (self.temperature > 0 < self.rl_lr):
-            raise ValueError("need group_size and updates >= 1, warm_start >= 0, temperature and rl_lr > 0")
+        if self.group_size < 2 or self.updates < 1 or self.warm_start < 0:
+            raise ValueError("need --group_size of at least 2, --updates of at least 1, --warm_start of at least 0")
+        if not (
+            1e-3 <= self.temperature < math.inf and 0 < self.rl_lr < math.inf and 0 <= self.entropy_coef < math.inf
+        ):
+            raise ValueError(
+                "need --temperature of at least 0.001, --rl_lr above 0, --entropy_coef of at least 0, finite"
+            )
+        if not (0 <= self.clip_low <= 1 and 0 <= self.clip_high < math.inf):
+            raise ValueError("need --clip_low in [0, 1] and --clip_high of at least 0")
 
 
 class GRPO:
@@ -579,7 +593,7 @@ class GRPO:
     informative       share of the groups whose answers differ in reward: the others teach nothing
     entropy           of the policy, nats a token: falls as it decides; collapse means no more exploration
     length            tokens of an answer                       truncated      share that wrote no end of text
-    problems          verifiers that raised or hung: their answers got 0
+    problems          answers whose verifier raised, or gave no number in [0, 1]
     """
 
     def __init__(self, config, tokenizer, batch_size, seed=0, rank=0, world_size=1):
@@ -587,11 +601,11 @@ class GRPO:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.envs = [environment(spec.strip()) for spec in config.envs.split(",")]
         self.max_new_tokens = max(env.max_new_tokens for env in self.envs)
-        rows = len(self.envs) * config.group_size
-        if batch_size % rows or batch_size % config.updates:
+        rows = len(self.envs) * config.group_size * config.updates
+        if batch_size % rows:
             raise ValueError(
-                f"batch_size={batch_size} must be a multiple of {rows} ({len(self.envs)} environments times "
-                f"group_size={config.group_size}), and of updates={config.updates}"
+                f"batch_size={batch_size} must be a multiple of {rows}: {len(self.envs)} environments times "
+                f"group_size={config.group_size} times updates={config.updates}"
             )
 
     example = "s314159="  # a prompt to try it with
@@ -647,7 +661,7 @@ class GRPO:
         answers = sample_answers(
             model, self.tokenizer, prompts, self.max_new_tokens, self.config.temperature, generator
         )
-        scored = [score(tasks[i // G], text) for i, text in enumerate(answers.texts)]
+        scored = judged_answers([task for task in tasks for _ in range(G)], answers)
         rewards = torch.tensor([reward for reward, _ in scored], device=device).view(-1, G)
         A = advantages(rewards, self.config.advantage).flatten()  # [B]
         mask = keep_only(answers.mask, answers.finished) if self.config.overlong == "filter" else answers.mask
@@ -695,8 +709,8 @@ class GRPO:
         answers = sample_answers(
             model, self.tokenizer, [task.prompt for task in tasks], self.max_new_tokens, generator=generator
         )
-        for task, text in zip(tasks, answers.texts):
-            scores.setdefault(task.env, []).append(score(task, text)[0])
+        for task, (reward, _) in zip(tasks, judged_answers(tasks, answers)):
+            scores.setdefault(task.env, []).append(reward)
         found = {f"reward_{env}": sum(values) / len(values) for env, values in scores.items()}
         return dict(reward=sum(found.values()) / len(found)) | found
 

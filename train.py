@@ -21,7 +21,7 @@ A run lives in out/<run>/: config.json and model.safetensors (what sample.py and
 (weights, optimiser and step in one file, so that they always belong together), log.jsonl, loss.png.
 
 log.jsonl has one row per step:
-    loss          nats per token of this step's batches, mean over all processes
+    loss          nats per token of this step's batches, mean over all processes; of rewards: see grpo.policy_loss
     grad_norm     norm of the whole gradient before clipping
     lr            learning rate of the step
     tokens_per_s  over all processes, from the end of the step before to the end of this one (the first one compiles)
@@ -78,7 +78,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "409
 class TrainConfig:
     """The settings of a run. None means: what the recipe says. The comment is the --help text."""
 
-    recipe: str = "hybrid"  # what to train, a row of RECIPES: hybrid, nano3, super3 or lla
+    recipe: str = "hybrid"  # what to train, a row of RECIPES: hybrid, nano3, super3, lla or grpo
     preset: str | None = None  # shape of the model: a name in nano_hybrid.PRESETS
     data: str = "python"  # "python" (the standard library's source), a file, folder or glob, or token shards *.bin
     tokenizer: str | None = None  # python4k, bytes, or one of tiktoken's: gpt2, cl100k_base, ...; default: the recipe's
@@ -249,6 +249,8 @@ def make_objective(config, rl, saved, rank, world_size):
                 "--recipe=grpo runs in one process, without --grad_accum; make --batch_size larger instead"
             )
         rl = GRPOConfig(**((saved or {}).get("objective", {}) | rl))
+        if rl.warm_start >= config.steps:
+            raise ValueError(f"--warm_start={rl.warm_start} leaves none of --steps={config.steps} for rewards")
         return GRPO(rl, Tokenizer(config.tokenizer), config.batch_size, **where)
     if rl:
         raise ValueError(f"--{next(iter(rl))} is a setting of --recipe=grpo; --recipe={config.recipe} has none such")

@@ -3,11 +3,12 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import grpo
-from data import Tokenizer, is_held_out
+from data import Tokenizer, environment, is_held_out
 from nano_hybrid import Hybrid, HybridConfig
 
 
@@ -724,7 +725,7 @@ def test_every_environment_is_in_every_batch_and_none_is_held_out():
 
 @pytest.mark.parametrize("settings", [
     dict(), dict(advantage="nemotron", correction="tis"), dict(surrogate="gspo", aggregate="sequence", updates=2),
-    dict(surrogate="cispo", clip_low=1.0, clip_high=4.0, updates=4), dict(advantage="dr", aggregate="constant"),
+    dict(surrogate="cispo", clip_low=1.0, clip_high=4.0, updates=2), dict(advantage="dr", aggregate="constant"),
     dict(overlong="filter", correction="sequence"),
 ])  # fmt: skip
 def test_a_step_of_every_kind_moves_the_model(settings):
@@ -755,6 +756,13 @@ def test_a_verifier_that_raises_costs_its_answer_and_not_the_run(monkeypatch):
     assert batch["numbers"]["problems"] > 0 and batch["numbers"]["train_reward"] == 0
     loss, _ = run.loss(model, batch)
     assert loss.isfinite()
+
+
+def test_an_answer_that_has_not_ended_is_worth_nothing():
+    task = environment("sort:2").sample(np.random.default_rng(0))
+    nothing, finished = torch.zeros(2, 1), torch.tensor([True, False])
+    answers = grpo.Answers(nothing, nothing, nothing, [task.demo, task.demo], finished)
+    assert grpo.judged_answers([task, task], answers) == [(1.0, None), (0.0, None)]
 
 
 def test_a_little_learning_raises_the_reward():
