@@ -20,6 +20,7 @@ Tasks       Made-up problems for reinforcement learning with exact verifiers: `e
 import ast
 import base64
 import codecs
+import collections
 import ctypes
 import functools
 import glob
@@ -37,7 +38,7 @@ import string
 import sysconfig
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -470,6 +471,7 @@ class Task:
     prompt: str
     demo: str  # a completion for the supervised warm start: right, or (countdown) only well-formed
     check: Callable  # answer -> bool, or a float in [0, 1]; the answer is ASCII of at most LONGEST_ANSWER characters
+    key: str = ""  # the same for all prompts that ask the same (3+5, 5+3), for the held-out split; "": the prompt
 
     def verify(self, text):
         """Returns a reward in [0, 1] for any text; it raises only if a `check` of your own does.
@@ -552,8 +554,8 @@ class Countdown:
         while target is None or target.denominator > 1 or not 0 <= target <= 99:
             numbers = [str(n) for n in rng.integers(1, 10, self.size)]
             target = self.worth(numbers, self.expression(numbers, rng))
-        prompt = f"c{','.join(numbers)}>{target}="
-        return Task(self.name, prompt, self.expression(numbers, rng), partial(self.hits, numbers, target))
+        prompt, key = (f"c{','.join(order)}>{target}=" for order in (numbers, sorted(numbers)))
+        return Task(self.name, prompt, self.expression(numbers, rng), partial(self.hits, numbers, target), key)
 
     def hits(self, numbers, target, answer):
         return len(answer) <= self.max_new_tokens and self.worth(numbers, answer) == target
@@ -794,21 +796,24 @@ def environment(spec):
             raise ValueError(f"environment {spec!r}: {option!r} is neither a size nor on or off; write {name}:4, say")
     if "think" in keywords and "think" not in inspect.signature(ENVIRONMENTS[name]).parameters:
         raise ValueError(f"environment {spec!r}: {name} has no thinking to turn on or off")
-    return ENVIRONMENTS[name](**keywords)
+    env = ENVIRONMENTS[name](**keywords)
+    env.name = spec  # two sizes of one task are two columns
+    return env
 
 
-def is_held_out(prompt):
-    """Returns whether a prompt is kept from training: one in HELD_OUT, by its hash, thinking on or off alike."""
+def is_held_out(task):
+    """Returns whether a task is kept from training: one in HELD_OUT, by its key or prompt, thinking on or off alike."""
+    asked = task.key or task.prompt
     for ending in THINKING.values():
-        prompt = prompt.removesuffix(ending)
-    return hashlib.sha256(prompt.encode()).digest()[0] % HELD_OUT == 0
+        asked = asked.removesuffix(ending)
+    return hashlib.sha256(asked.encode()).digest()[0] % HELD_OUT == 0
 
 
 def sample_task(env, rng, held_out=False):
     """Returns a Task of `env` on one side of the split. Raises ValueError if MOST_TRIES samples have none there."""
     for _ in range(MOST_TRIES):
         task = env.sample(rng)
-        if is_held_out(task.prompt) == held_out:
+        if is_held_out(task) == held_out:
             return task
     side = "held-out" if held_out else "training"
     raise ValueError(
@@ -816,41 +821,59 @@ def sample_task(env, rng, held_out=False):
     )
 
 
-def score(task, text, timeout=None):
+def score(task, text):
     """Returns (reward in [0, 1], None), or (reward, what is wrong with the verifier): it costs its sample, not the run.
 
-    One that raises, gives no number or has none after `timeout` seconds is worth 0; a number outside of [0, 1] is
-    clipped. Our own verifiers do none of that and need no timeout. With one, a thread judges, and is told to exit when
-    time is up: that ends a loop in Python. One that waits in C stays, and after MOST_HUNG of those the environment's
-    completions are worth 0 unread. One that keeps Python's lock (10**10**9) cannot be stopped from inside its process.
+    One that raises or gives no number is worth 0; a number outside of [0, 1] is clipped. Ours do none of that.
     """
-    verdict = []
-
-    def judge():
-        try:
-            verdict.append((float(task.verify(text)), None))
-        except (Exception, SystemExit) as error:
-            verdict.append((0.0, f"{type(error).__name__}: {error}"[:200]))
-
-    if timeout is None:
-        judge()
-    else:
-        hung = f"hung verifier of {task.env}"
-        if sum(thread.name == hung for thread in threading.enumerate()) >= MOST_HUNG:
-            return 0.0, f"not asked: {MOST_HUNG} earlier verifiers still hang"
-        worker = threading.Thread(target=judge, daemon=True)
-        worker.start()
-        worker.join(timeout)
-        if not verdict:
-            worker.name = hung
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
-            return 0.0, f"no verdict in {timeout} s"
-    reward, problem = verdict[0]
+    try:
+        reward = float(task.verify(text))
+    except (Exception, SystemExit) as error:
+        return 0.0, f"{type(error).__name__}: {error}"[:200]
     if not math.isfinite(reward):
         return 0.0, f"verify returned {reward}"
-    if not 0 <= reward <= 1:
-        problem = f"verify returned {reward}, outside of [0, 1]"
-    return min(max(reward, 0.0), 1.0), problem
+    return min(max(reward, 0.0), 1.0), None if 0 <= reward <= 1 else f"verify returned {reward}, outside of [0, 1]"
+
+
+def score_all(tasks, texts, timeout=10.0):
+    """Returns the `score` of each of many texts. One without a verdict after `timeout` seconds is worth 0, too.
+
+    A thread judges one after the other. If it hangs, it is told to exit, which ends a loop in Python, and another goes
+    on behind. One that waits in C stays, and after MOST_HUNG of those the environment's texts are worth 0 unread. One
+    that keeps Python's lock (10**10**9) cannot be stopped from inside its process.
+    """
+    found = []
+    while len(found) < len(texts):
+        verdicts, told, rest = [], threading.Event(), list(zip(tasks, texts))[len(found) :]
+        hung = collections.Counter(thread.name for thread in threading.enumerate())
+
+        def judge(verdicts=verdicts, told=told, rest=rest, hung=hung):
+            for task, text in rest:
+                many = hung[f"hung verifier of {task.env}"] >= MOST_HUNG
+                unread = 0.0, f"not asked: {MOST_HUNG} earlier verifiers still hang"
+                verdicts.append(unread if many else score(task, text))
+                if told.is_set():  # `score` takes SystemExit for the verifier's own
+                    return
+
+        worker = threading.Thread(target=judge, daemon=True)
+        worker.start()
+        seen = -1
+        while worker.is_alive() and len(verdicts) > seen:
+            seen = len(verdicts)
+            worker.join(timeout)
+        found += verdicts[: len(rest)]
+        if len(found) < len(texts):
+            worker.name = f"hung verifier of {tasks[len(found)].env}"
+            told.set()
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
+            found.append((0.0, f"no verdict in {timeout} s"))
+    return found
+
+
+def without_thought(task):
+    """Returns a thinking Task with its thinking turned off: it asks for the answer at once."""
+    prompt = task.prompt.removesuffix(THINKING[True]) + THINKING[False]
+    return replace(task, prompt=prompt, demo=task.demo.rpartition(THINK_END)[2])
 
 
 def cut_trace(demo, lines):

@@ -66,7 +66,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Tokenizer, environment, sample_task, score
+from data import Tokenizer, environment, sample_task, score_all
 from kernels import at_least_float32, expect
 from nano_hybrid import PRESETS, Hybrid
 
@@ -540,7 +540,7 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, g
 
 def judged_answers(tasks, answers):
     """Returns (reward, problem of the verifier or None) of each answer. One that has not ended is worth nothing."""
-    found = [score(task, text) for task, text in zip(tasks, answers.texts)]
+    found = score_all(tasks, answers.texts)
     return [(reward * end, problem) for (reward, problem), end in zip(found, answers.finished.tolist())]
 
 

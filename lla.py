@@ -1240,7 +1240,22 @@ def print_row(name, claim, runs):
 
 def demo():
     """Prints the paper's experiments (on a CPU two of them), draws out/lla.png; on a GPU writes assets/bench, too."""
-    device, began, rows = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter(), []
+    device, began = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
+    record = dict(
+        machine=torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        command="python lla.py",
+        seeds=SEEDS,
+        settings=[],
+        rows=[],
+    )
+
+    def note(row):
+        record["rows"].append(row)
+        if device == "cuda":  # after each row: the last of them take minutes
+            record["seconds"] = time.perf_counter() - began
+            path = Path(__file__).parent / "assets" / "bench" / "lla_demo.json"
+            path.write_text(json.dumps(record, indent=1) + "\n")
+
     torch.set_float32_matmul_precision("high")  # on a GPU, float32 products as TF32 do for all three
     dims, (n, seeds) = (16, 32, 64), (32, SEEDS) if device == "cuda" else (3, SEEDS[:1])
     print("Regression on segments of S pairs (x, y) of d numbers: squared error, as a share of the answers' square.")
@@ -1251,29 +1266,22 @@ def demo():
     for d, S in tqdm(sizes, desc="test-time regression", delay=2, leave=False):
         errors[d, S] = [fit_errors(seed, d, S, n, device) for seed in SEEDS]
         scores = {who: [error[who].mean().item() for error in errors[d, S]] for who in MIXERS}
-        rows.append(print_row(f"test-time regression, d {d}, S {S}", "lowest", scores))
+        note(print_row(f"test-time regression, d {d}, S {S}", "lowest", scores))
     for task in tasks(device):
         scores = {who: [train_one(task, attend, seed, device)[1] for seed in seeds] for who, attend in MIXERS.items()}
-        rows.append(print_row(task.name, task.claim, scores))
+        record["settings"].append({**vars(task), "batch": task.batch.keywords})
+        note(print_row(task.name, task.claim, scores))
     seconds, gain = time.perf_counter() - began, gains(errors)
     print(f"\ntest-time regression, S 256, segment by segment\n{'':8}" + "".join(f"{who:^28}" for who in MIXERS))
     for d in dims:
         print(f"{'d ' + str(d):8}" + "".join(by_segment(errors[d, 256], who, 256) for who in MIXERS))
     print()
-    learned = [sum(row["softmax"]) / sum(row["LLA"]) for row in rows if row["name"].startswith("in-context")]
+    learned = [sum(row["softmax"]) / sum(row["LLA"]) for row in record["rows"] if row["name"].startswith("in-context")]
     print_gains("softmax/LLA grows with d, S = 256", [gain[d, 256] for d in dims])
     print_gains("softmax/LLA grows with d, S = 8 d", [gain[d, 8 * d] for d in dims])
     print_gains("in context it is largest at the smallest S", learned[::-1])
     print(f"\n{seconds:.0f} s" + ("" if device == "cuda" else "; recall and state tracking run on a GPU"))
     draw(errors, Path("out/lla.png"))
-    if device == "cuda":
-        machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        settings = [{**vars(task), "batch": task.batch.keywords} for task in tasks(device)]
-        record = dict(
-            machine=machine, command="python lla.py", seconds=seconds, seeds=SEEDS, rows=rows, settings=settings
-        )
-        path = Path(__file__).parent / "assets" / "bench" / "lla_demo.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def print_gains(claim, gains):
