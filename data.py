@@ -106,7 +106,8 @@ class Tokenizer:
 
     def encode(self, text):
         """Returns the token ids of `text`, special tokens read as plain text."""
-        return self.encode_batch([text])[0]
+        pieces = (text[i : i + LONGEST_PIECE] for i in range(0, len(text), LONGEST_PIECE))
+        return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts):
         """Returns a list of token ids for each text, computed on all cores."""
@@ -117,26 +118,31 @@ class Tokenizer:
 
     def decode(self, ids):
         """Returns the text of token ids; ids outside the vocabulary and broken characters become U+FFFD."""
-        return "".join(self.stream(ids))
+        known = self.all_bytes
+        return b"".join(known[i] if 0 <= i < len(known) else b"\xff" for i in ids).decode("utf-8", "replace")
 
     def stream(self, ids):
         """Yields text as ids come in: a character that spans two tokens is held back until it is whole."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
-            known = 0 <= i < self.n_vocab
-            yield decoder.decode(self._bytes_of(i)) if known else "\ufffd"
+            yield decoder.decode(self.all_bytes[i] if 0 <= i < self.n_vocab else b"\xff")
         yield decoder.decode(b"", final=True)
 
     def _bytes_of(self, i):
         try:
-            return self.encoding.decode_single_token_bytes(int(i))
+            return self.encoding.decode_single_token_bytes(i)
         except KeyError:  # a hole in the numbering: some encodings have them
             return b""
 
     @functools.cached_property
+    def all_bytes(self):
+        """The bytes that each token is written as."""
+        return [self._bytes_of(i) for i in range(self.n_vocab)]
+
+    @functools.cached_property
     def vocabulary(self):
         """The bytes of text that each token stands for; end-of-text stands for none."""
-        return [b"" if i == self.end_of_text else self._bytes_of(i) for i in range(self.n_vocab)]
+        return [b"" if i == self.end_of_text else token for i, token in enumerate(self.all_bytes)]
 
     @functools.cached_property
     def bytes_per_token(self):
@@ -473,6 +479,11 @@ class Task:
     check: Callable  # answer -> bool, or a float in [0, 1]; the answer is ASCII of at most LONGEST_ANSWER characters
     key: str = ""  # the same for all prompts that ask the same (3+5, 5+3), for the held-out split; "": the prompt
 
+    @property
+    def thinks(self):
+        """Whether the prompt opens a thought, which the completion has to close."""
+        return self.prompt.endswith(THINKING[True])
+
     def verify(self, text):
         """Returns a reward in [0, 1] for any text; it raises only if a `check` of your own does.
 
@@ -482,7 +493,7 @@ class Task:
         _, closed, answer = text.rpartition(THINK_END)
         if len(text) > LONGEST_COMPLETION or len(answer) > LONGEST_ANSWER or not answer.isascii():
             return 0.0
-        if bool(closed) != self.prompt.endswith(THINKING[True]):
+        if bool(closed) != self.thinks:
             return 0.0
         return float(self.check(answer))
 

@@ -158,6 +158,10 @@ class BudgetControl:
         self.inserted = torch.full((B,), -1, device=device)  # tokens of `end` so far; -1: not begun
         self.inserted += int(budget.tokens + budget.grace == 0)
 
+    def select(self, rows):
+        """Watches these rows, int64 [n], and no other."""
+        self.recent, self.closed, self.inserted = self.recent[rows], self.closed[rows], self.inserted[rows]
+
     def __call__(self, token):
         """Returns the next token [B] of every row, given the one [B] that the model chose."""
         inserting = (self.inserted >= 0) & ~self.closed

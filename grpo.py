@@ -55,6 +55,7 @@ Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVID
          capped (verl: at 10), because an exploding estimate is what the metric is for.
 """
 
+import copy
 import math
 import sys
 import time
@@ -66,7 +67,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Tokenizer, environment, sample_task, score_all
+from data import THINK_END, Tokenizer, cut_trace, environment, sample_task, score_all, without_thought
 from kernels import at_least_float32, expect
 from nano_hybrid import PRESETS, Hybrid
 
@@ -505,37 +506,41 @@ class Answers:
     """Sampled completions, each behind its prompt and padded on the right: what a training step reads."""
 
     ids: torch.Tensor  # [N, T] int64
-    mask: (
-        torch.Tensor
-    )  # bool [N, T-1]: of the targets ids[:, 1:], those that the policy wrote, its end of text included
-    logprob: torch.Tensor  # [N, T-1] float32: of those, as they were sampled
+    mask: torch.Tensor  # bool [N, T-1], of the targets ids[:, 1:]: those the policy wrote, its end of text too
+    logprob: torch.Tensor  # [N, T-1] float32: of those, as they were sampled; 0 elsewhere
     texts: list  # N completions, without the end of text
     finished: torch.Tensor  # bool [N]: whether it wrote an end of text before max_new_tokens
 
 
 @torch.no_grad()
-def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, generator=None):
+def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, generator=None, budget=None):
     """Returns the Answers of a model to N prompts (text), sampled together. An end of text stands before each prompt.
 
     Temperature only: where top_k or top_p cut tokens off, the sampler is another policy than the one in training.
+    budget: a ThinkingBudget. With one, or at temperature 0, there is nothing to learn from: all of logprob is 0.
     """
-    training, logprobs, end = model.training, [], tokenizer.end_of_text
-    starts = [[end, *tokenizer.encode(prompt)] for prompt in prompts]
+    training, end, logprobs = model.training, tokenizer.end_of_text, None if budget or temperature == 0 else []
+    known = {prompt: [end, *tokenizer.encode(prompt)] for prompt in set(prompts)}
+    starts = [known[prompt] for prompt in prompts]
     model.eval()
-    steps = model.generate(starts, max_new_tokens, temperature, stop=[end], generator=generator, logprobs=logprobs)
+    steps = model.generate(
+        starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget, logprobs=logprobs
+    )
     tokens = torch.stack(list(steps), 1)  # [N, new], -1 behind the end
     model.train(training)
-    wrote, logprob = (tokens >= 0).cpu(), torch.stack(logprobs[: tokens.shape[1]], 1).cpu()  # [N, new]
-    T = max(map(len, starts)) + tokens.shape[1]
-    ids, mask = torch.full((len(starts), T), end), torch.zeros(len(starts), T - 1, dtype=torch.bool)
-    logprob_at, texts = torch.zeros(len(starts), T - 1), []
-    for i, (start, answer, n) in enumerate(zip(starts, tokens.tolist(), wrote.sum(1).tolist())):
-        a, b = len(start), len(start) + n
-        ids[i, :b] = torch.tensor(start + answer[:n])
-        mask[i, a - 1 : b - 1], logprob_at[i, a - 1 : b - 1] = True, logprob[i, :n]
-        texts.append(tokenizer.decode([t for t in answer[:n] if t != end]))
-    finished = (tokens == end).any(1)
-    return Answers(*(t.to(tokens.device) for t in (ids, mask, logprob_at)), texts, finished)
+    N, new = tokens.shape
+    wrote, logprob = tokens >= 0, torch.stack(logprobs[:new], 1) if logprobs else torch.zeros(N, new).to(tokens.device)
+    lengths = torch.tensor([len(start) for start in starts], device=tokens.device)
+    before = int(lengths.max())
+    prompt = torch.tensor([[end] * (before - len(start)) + start for start in starts], device=tokens.device)
+    # Prompts end together, answers begin together: turning each row to the left makes the padding go to the right.
+    turn = (torch.arange(before + new, device=tokens.device) + (before - lengths)[:, None]) % (before + new)
+    ids = torch.cat([prompt, tokens.where(wrote, end)], 1).gather(1, turn)  # [N, T]
+    mask = F.pad(wrote, (before, 0)).gather(1, turn)[:, 1:]
+    logprob = F.pad(logprob.where(wrote, 0), (before, 0)).gather(1, turn)[:, 1:]
+    T = int((lengths + wrote.sum(1)).max())
+    texts = [tokenizer.decode([t for t in row if t not in (-1, end)]) for row in tokens.tolist()]
+    return Answers(ids[:, :T], mask[:, : T - 1], logprob[:, : T - 1], texts, (tokens == end).any(1))
 
 
 def judged_answers(tasks, answers):
@@ -544,7 +549,16 @@ def judged_answers(tasks, answers):
     return [(reward * end, problem) for (reward, problem), end in zip(found, answers.finished.tolist())]
 
 
+def thought_and_answer(task, text):
+    """Returns the two parts of a completion. A thought that was never closed is all of it."""
+    thought, closed, answer = text.rpartition(THINK_END)
+    return (text, "") if task.thinks and not closed else (thought, answer)
+
+
 # ---- 5. the objective ---------------------------------------------------------------------------------------------
+
+LOW_EFFORT = "~"  # before a prompt, it asks for little thought
+POOL, TRIES = 2048, 8  # tasks of an environment that a curriculum orders, at most; answers that tell a pass rate
 
 
 @dataclass
@@ -553,35 +567,54 @@ class GRPOConfig:
 
     envs: str = "sort,countdown"  # in every batch, by commas: names of data.ENVIRONMENTS, sort:10 for size 10
     warm_start: int = 70  # steps of supervised learning on the environments' demos, before the first answer
+    cut_thoughts: float = 0.0  # share of demos whose thought stops early: they teach to answer under a budget
+    no_thoughts: float = 0.0  # share of demos whose thinking is turned off
     rl_lr: float = 4e-4  # peak learning rate after the warm start
     group_size: int = 8  # G, answers to a prompt; batch_size is prompts times G
     updates: int = 1  # optimiser steps for a batch of answers, each on its share of them
     temperature: float = 1.0  # of sampling, and of the log-probabilities in training
+    eval_temperature: float = 1.0  # of the answers to held-out prompts; 0: the likeliest tokens
     advantage: str = "grpo"  # grpo, nemotron, rloo, dr or batch: see advantages
     surrogate: str = "grpo"  # grpo, gspo or cispo: see policy_loss
     aggregate: str = "token"  # token, sequence or constant: see denominator
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
     clip_high: float = 0.28  # and up to 1 + clip_high
     entropy_coef: float = 0.04  # bonus for a nat of entropy: with less, small models settle on one answer for all
-    correction: str = ""  # of the sampler's log-probabilities: tis, mask or sequence; default: none
-    overlong: str = "zero"  # an answer without an end: zero (its reward is what verify says) or filter (no gradient)
+    kl_coef: float = 0.0  # weight of the KL to the policy after the warm start
+    sampler_every: int = 1  # steps between copies of the weights to the sampler; more is asynchronous RL, emulated
+    correction: str = ""  # of a sampler that is another policy: tis, mask, sequence, or clip (its ratio, clipped)
+    overlong: str = "zero"  # an answer without an end is worth zero; filter: and has no gradient
+    dynamic_sampling: int = 0  # further draws, at most, in place of prompts whose answers are all worth the same
+    curriculum: int = 0  # steps over which prompts go from easy to hard, by the warm start's pass rate; 0: at random
+    length_coef: float = 0.0  # reward for thoughts and answers that are short in their group: see length_control
+    low_effort: float = 0.0  # share of the prompts to think on that are marked ~, for little thought
+    low_effort_tokens: int = 16  # of thought, beyond which those lose reward: see low_effort_reward
+    teachers: str = ""  # MOPD: a run's folder for each environment, by commas; they take the place of rewards
 
     def __post_init__(self):
         choose("advantage", self.advantage, ADVANTAGES)
         choose("surrogate", self.surrogate, SURROGATES)
         choose("aggregate", self.aggregate, AGGREGATES)
-        choose("correction", self.correction, ("", *BOUNDS))
+        choose("correction", self.correction, ("", "clip", *BOUNDS))
         choose("overlong", self.overlong, ("zero", "filter"))
-        if self.group_size < 2 or self.updates < 1 or self.warm_start < 0:
-            raise ValueError("need --group_size of at least 2, --updates of at least 1, --warm_start of at least 0")
-        if not (
-            1e-3 <= self.temperature < math.inf and 0 < self.rl_lr < math.inf and 0 <= self.entropy_coef < math.inf
-        ):
-            raise ValueError(
-                "need --temperature of at least 0.001, --rl_lr above 0, --entropy_coef of at least 0, finite"
-            )
-        if not (0 <= self.clip_low <= 1 and 0 <= self.clip_high < math.inf):
-            raise ValueError("need --clip_low in [0, 1] and --clip_high of at least 0")
+        for name, low, high in LIMITS:
+            if not low <= getattr(self, name) <= high:
+                span = f"from {low} to {high}" if math.isfinite(high) else f"at least {low}, and finite"
+                raise ValueError(f"--{name}={getattr(self, name)} must be {span}")
+        if self.group_size < 2 and not self.teachers:
+            raise ValueError("--group_size=1 leaves nothing to compare an answer with; it takes --teachers")
+        if self.cut_thoughts + self.no_thoughts > 1:
+            raise ValueError("--cut_thoughts and --no_thoughts are shares of the same demos: at most 1 together")
+
+
+LARGEST = sys.float_info.max
+LIMITS = [  # (setting, lowest, highest)
+    ("warm_start", 0, math.inf), ("group_size", 1, math.inf), ("updates", 1, math.inf), ("sampler_every", 1, math.inf),
+    ("rl_lr", 1e-12, LARGEST), ("temperature", 1e-3, LARGEST), ("eval_temperature", 0, LARGEST),
+    ("clip_low", 0, 1), ("clip_high", 0, LARGEST), ("entropy_coef", 0, LARGEST), ("kl_coef", 0, LARGEST),
+    ("cut_thoughts", 0, 1), ("no_thoughts", 0, 1), ("low_effort", 0, 1), ("low_effort_tokens", 1, math.inf),
+    ("dynamic_sampling", 0, math.inf), ("curriculum", 0, math.inf), ("length_coef", 0, LARGEST),
+]  # fmt: skip
 
 
 class GRPO:
@@ -589,11 +622,17 @@ class GRPO:
 
     Metrics of a step, beside those of `policy_loss`:
 
-    train_reward      mean of all answers of the batch          train_reward_<env>   of those of one environment
-    informative       share of the groups whose answers differ in reward: the others teach nothing
+    train_reward      mean of what the verifiers gave           train_reward_<env>   of the answers of one environment
+    informative       share of the drawn groups whose answers differ in reward: the others teach nothing
+    pass_rate         with a curriculum: mean pass rate, before training, of the tasks drawn
     entropy           of the policy, nats a token: falls as it decides; collapse means no more exploration
     length            tokens of an answer                       truncated      share that wrote no end of text
-    problems          answers whose verifier raised, or gave no number in [0, 1]
+    problems          answers whose verifier raised, hung, or gave no number in [0, 1]
+    tokens            that were learnt from                     rollout_tokens_per_s   answers' tokens / time to sample
+
+    What a run needs to go on, beside weights and step, is in `kept`: answers that updates are still to come for, copies
+    of the weights, pass rates. The bonus for entropy goes to silent groups, too: it is what keeps them exploring. A
+    mixture of experts is balanced by its bias alone, as in Nemotron's RL; its router is trained, where theirs is not.
     """
 
     def __init__(self, config, tokenizer, batch_size, seed=0, rank=0, world_size=1):
@@ -607,98 +646,247 @@ class GRPO:
                 f"batch_size={batch_size} must be a multiple of {rows}: {len(self.envs)} environments times "
                 f"group_size={config.group_size} times updates={config.updates}"
             )
-
-    example = "s314159="  # a prompt to try it with
-
-    def epochs(self, tokens):
-        """Returns 0: nothing is read twice on purpose."""
-        return 0
+        self.example = self.envs[0].sample(np.random.default_rng(seed)).prompt  # a prompt to try it with
+        self.kept, self.models, self.curricula = {}, {}, []
+        folders = [folder.strip() for folder in config.teachers.split(",") if folder.strip()]
+        if folders and len(folders) != len(self.envs):
+            raise ValueError(f"--teachers names {len(folders)} runs, --envs {len(self.envs)} environments")
+        self.teachers = [Hybrid.from_pretrained(Path(folder)).requires_grad_(False) for folder in folders]
 
     def about(self):
         """Returns a line about the data."""
-        c = self.config
-        return (
-            f"{c.envs}; {c.warm_start} steps of demos, then {self.batch_size // c.group_size} prompts x {c.group_size}"
-        )
+        c, prompts = self.config, self.batch_size // self.config.group_size
+        return f"{c.envs}; {c.warm_start} steps of demos, then {prompts} prompts x {c.group_size} answers a batch"
 
     def lr_scale(self, step, lr):
         """Returns what the learning rate `lr` is multiplied by: supervised steps can be larger."""
         return 1.0 if step < self.config.warm_start else self.config.rl_lr / lr
 
-    def tasks(self, step, n, held_out=False):
-        """Returns n tasks, the environments taking turns: a function of (seed, step, rank)."""
-        rng = np.random.default_rng((self.seed, step, self.rank, held_out))
-        return [sample_task(self.envs[i % len(self.envs)], rng, held_out) for i in range(n)]
+    def state_dict(self):
+        """Returns what a checkpoint needs of the objective: tensors, numbers, and lists and dicts of them."""
+        return self.kept | dict(left=[curriculum.left for curriculum in self.curricula])
+
+    def load_state_dict(self, state):
+        """Takes back what `state_dict` returned."""
+        self.kept = {name: value for name, value in state.items() if name != "left"}
+        if "pass_rates" in self.kept:
+            self.make_curricula()
+            for curriculum, left in zip(self.curricula, state["left"]):
+                curriculum.left = left.clone()
+
+    # -- tasks
+
+    def tasks(self, step, n, held_out=False, again=0):
+        """Returns n tasks, the environments taking turns: a function of (seed, step, rank) and the number of the draw.
+
+        With a curriculum also of what it has drawn before.
+        """
+        rng = np.random.default_rng((self.seed, step, self.rank, held_out, again))
+        if self.curricula and not held_out:
+            return self.ordered(step, n, rng)
+        tasks = [sample_task(self.envs[i % len(self.envs)], rng, held_out) for i in range(n)]
+        marked = rng.random(n) < (0 if held_out else self.config.low_effort)
+        return [replace(t, prompt=LOW_EFFORT + t.prompt) if m and t.thinks else t for t, m in zip(tasks, marked)]
+
+    def pool(self, env):
+        """Returns the tasks of an environment that a curriculum orders: all it will need, or POOL."""
+        rng = np.random.default_rng((self.seed, self.rank, self.envs.index(env)))
+        need = self.config.curriculum * self.batch_size // self.config.group_size // len(self.envs)
+        return [sample_task(env, rng) for _ in range(min(need, POOL))]
+
+    def find_pass_rates(self, model):
+        """Lets the model try each task of each pool, and keeps its pass rates."""
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
+        self.kept["pass_rates"] = []
+        for env in self.envs:
+            tasks, rewards = [task for task in self.pool(env) for _ in range(TRIES)], []
+            for i in range(0, len(tasks), self.batch_size):
+                part = tasks[i : i + self.batch_size]
+                rewards += [reward for reward, _ in judged_answers(part, self.answer(model, part, generator))]
+            self.kept["pass_rates"].append(torch.tensor(rewards).view(-1, TRIES).mean(1))
+
+    def make_curricula(self):
+        """Makes the curriculum of each environment from `kept`."""
+        steps = self.config.curriculum
+        self.pools = [self.pool(env) for env in self.envs]
+        self.curricula = [Curriculum(rates, steps) for rates in self.kept["pass_rates"]]
+
+    def ordered(self, step, n, rng):
+        """Returns n tasks by the curricula, as many of each environment; fresh ones of one with too few unsolved."""
+        generator, columns = torch.Generator().manual_seed(int(rng.integers(2**62))), []
+        quota, self.drawn_rates = -(-n // len(self.envs)), []
+        for env, pool, curriculum in zip(self.envs, self.pools, self.curricula):
+            if curriculum.usable.sum() < quota:
+                columns.append([sample_task(env, rng) for _ in range(quota)])
+                continue
+            drawn = curriculum.draw(quota, step - self.config.warm_start, generator)
+            columns.append([pool[i] for i in drawn])
+            self.drawn_rates += curriculum.pass_rates[drawn].tolist()
+        return [task for row in zip(*columns) for task in row][:n]
+
+    # -- a batch
 
     def batch(self, model, step):
         """Returns demos to imitate, {"ids", "targets"}, or after the warm start the next share of judged answers."""
-        first, share = self.config.warm_start, self.batch_size // self.config.updates
-        if step < first:
-            return self.demos(model, self.tasks(step, self.batch_size))
-        part = (step - first) % self.config.updates
-        if part == 0 or not hasattr(self, "judged"):
-            self.judged, self.numbers = self.judge(model, step)
-        rows = slice(part * share, (part + 1) * share)
-        return {name: value[rows] for name, value in self.judged.items()} | dict(numbers=self.numbers)
+        c, share = self.config, self.batch_size // self.config.updates
+        if step < c.warm_start:
+            return self.demos(model, self.tasks(step, self.batch_size), np.random.default_rng((self.seed, step, 1)))
+        if step == c.warm_start:
+            self.begin_rewards(model)
+        part = (step - c.warm_start) % c.updates
+        if part == 0:
+            self.kept["judged"], self.kept["numbers"] = self.judge(model, step)
+        rows, device = slice(part * share, (part + 1) * share), next(model.parameters()).device
+        judged = {name: value[rows].to(device) for name, value in self.kept["judged"].items()}
+        return judged | dict(numbers=self.kept["numbers"])
 
-    def demos(self, model, tasks):
-        """Returns {"ids", "targets"} [B, T]: end of text, prompt, demo, end of text; targets are demo and end."""
+    def demos(self, model, tasks, rng):
+        """Returns {"ids", "targets"} [B, T]: end of text, prompt, demo, end of text; targets are demo and end.
+
+        Of those that think, shares are cut short or not thought at all. Of a thought cut short the closing tag is no
+        target: who reads it learns to answer from half a thought, not to stop at half (Nemotron 3 Ultra).
+        """
         end, device, rows = self.tokenizer.end_of_text, next(model.parameters()).device, []
-        for task in tasks:
-            prompt, demo = self.tokenizer.encode(task.prompt), self.tokenizer.encode(task.demo)
-            rows.append(([end, *prompt, *demo], [-100] * len(prompt) + [*demo, end]))
+        encode, tag, c = self.tokenizer.encode, len(self.tokenizer.encode(THINK_END)), self.config
+        for task, kind in zip(tasks, rng.random(len(tasks))):
+            cut = task.thinks and (kind < c.cut_thoughts or task.prompt.startswith(LOW_EFFORT))
+            if task.thinks and not cut and kind < c.cut_thoughts + c.no_thoughts:
+                task = without_thought(task)
+            lines = task.demo.count("\n")
+            demo = cut_trace(task.demo, int(rng.integers(lines))) if cut and lines else task.demo
+            prompt, targets = encode(task.prompt), [*encode(demo), end]
+            if cut:
+                closes = len(encode(thought_and_answer(task, demo)[0]))
+                targets[closes : closes + tag] = [-100] * tag
+            rows.append(([end, *prompt, *encode(demo)], [-100] * len(prompt) + targets))
         T = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [end] * (T - len(ids)) for ids, _ in rows], device=device)
         targets = torch.tensor([targets + [-100] * (T - len(targets)) for _, targets in rows], device=device)
         return dict(ids=ids, targets=targets)
 
+    def begin_rewards(self, model):
+        """Keeps what is to be remembered of the model after its warm start."""
+        if self.config.kl_coef:
+            self.keep_weights("reference", model)
+        if self.config.curriculum:
+            self.find_pass_rates(model)
+            self.make_curricula()
+
+    def keep_weights(self, name, model):
+        """Keeps a copy of the model's weights under a name; `copy_of` makes a model of them."""
+        self.kept[name] = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        self.models.pop(name, None)
+
+    def copy_of(self, name, model):
+        """Returns a model with the weights kept under a name. model: one of the same shape."""
+        if name not in self.models:
+            self.models[name] = copy.deepcopy(model).requires_grad_(False)
+            self.models[name].load_state_dict(self.kept[name])
+        return self.models[name]
+
+    def answer(self, model, tasks, generator):
+        """Returns the model's Answers to tasks."""
+        prompts, temperature = [task.prompt for task in tasks], self.config.temperature
+        return sample_answers(model, self.tokenizer, prompts, self.max_new_tokens, temperature, generator)
+
     def judge(self, model, step):
         """Returns (what `policy_loss` needs of a batch of fresh answers, a row each; the batch's numbers)."""
-        G, device = self.config.group_size, next(model.parameters()).device
+        c, G, device = self.config, self.config.group_size, next(model.parameters()).device
+        sampler, n = model, self.batch_size // G
+        if c.sampler_every > 1:
+            if (step - c.warm_start) % c.sampler_every < c.updates:
+                self.keep_weights("sampler", model)
+            sampler = self.copy_of("sampler", model)
         generator = torch.Generator(device).manual_seed(hash((self.seed, step, self.rank)) % 2**63)
-        tasks = self.tasks(step, self.batch_size // G)
-        prompts = [task.prompt for task in tasks for _ in range(G)]
-        answers = sample_answers(
-            model, self.tokenizer, prompts, self.max_new_tokens, self.config.temperature, generator
-        )
-        scored = judged_answers([task for task in tasks for _ in range(G)], answers)
-        rewards = torch.tensor([reward for reward, _ in scored], device=device).view(-1, G)
-        A = advantages(rewards, self.config.advantage).flatten()  # [B]
-        mask = keep_only(answers.mask, answers.finished) if self.config.overlong == "filter" else answers.mask
-        lengths, names = answers.mask.sum(1).float(), [task.env for task in tasks]
-        numbers = dict(
-            train_reward=rewards.mean(), informative=informative(rewards).float().mean(), length=lengths.mean()
-        )
-        numbers["truncated"] = (~answers.finished).float().mean()
-        numbers["problems"] = torch.tensor(float(sum(problem is not None for _, problem in scored)))
-        for env in self.envs:
-            numbers[f"train_reward_{env.name}"] = rewards[[name == env.name for name in names]].mean()
-        judged = dict(ids=answers.ids, mask=mask, behaviour_logprob=answers.logprob, advantages=A)
-        if self.config.updates > 1 or self.config.correction:
-            judged["old_logprob"] = self.old_logprob(model, judged)
+        drawn, seconds = [], 0.0  # of each draw: tasks, Answers, (reward, problem) of each, and what rewards became
+
+        def draw(n):
+            nonlocal seconds
+            tasks = [task for task in self.tasks(step, n, again=len(drawn)) for _ in range(G)]
+            began = time.perf_counter()
+            answers = self.answer(sampler, tasks, generator)
+            seconds += time.perf_counter() - began
+            found = judged_answers(tasks, answers)
+            rewards = torch.tensor([reward for reward, _ in found]).view(-1, G)
+            drawn.append((tasks, answers, found, self.shaped(rewards, tasks, answers.texts)))
+            return range(len(drawn) * n - n, len(drawn) * n), drawn[-1][3]
+
+        groups, accepted = dynamic_sampling(draw, n, c.dynamic_sampling)
+        silent = sorted(set(range(len(drawn) * n)) - set(groups))  # they fill up what is missing
+        chosen = torch.tensor(sorted([*groups, *silent][:n]))
+        tasks, answers, found, rewards = (list(column) for column in zip(*drawn))
+        numbers = self.numbers_of(sum(tasks, []), answers, sum(found, []))
+        numbers |= dict(informative=accepted, rollout_tokens_per_s=sum(a.mask.sum().item() for a in answers) / seconds)
+
+        rows = (chosen[:, None] * G + torch.arange(G)).flatten().to(device)  # [B]
+        names = dict(ids=self.tokenizer.end_of_text, mask=False, logprob=0.0, finished=False)
+        a = {name: joined([getattr(part, name) for part in answers], fill)[rows] for name, fill in names.items()}
+        A = advantages(torch.cat(rewards)[chosen], c.advantage).flatten().to(device)  # [B]
+        mask = keep_only(a["mask"], a["finished"]) if c.overlong == "filter" else a["mask"]
+        judged = dict(ids=a["ids"], mask=mask, behaviour_logprob=a["logprob"], advantages=A)
+        self.look_back(model, judged, [sum(tasks, [])[i] for i in rows.tolist()])
         return judged, numbers
 
+    def numbers_of(self, tasks, answers, found):
+        """Returns the metrics of all the answers of a step."""
+        rewards, names = np.array([reward for reward, _ in found]), np.array([task.env for task in tasks])
+        numbers = dict(train_reward=rewards.mean(), problems=sum(problem is not None for _, problem in found))
+        numbers |= {f"train_reward_{env.name}": rewards[names == env.name].mean() for env in self.envs}
+        numbers["length"] = torch.cat([part.mask.sum(1) for part in answers]).float().mean().item()
+        numbers["truncated"] = (~torch.cat([part.finished for part in answers])).float().mean().item()
+        if self.curricula:
+            numbers["pass_rate"] = float(np.mean(self.drawn_rates or [1.0]))
+        return {name: float(value) for name, value in numbers.items()}
+
+    def shaped(self, rewards, tasks, texts):
+        """Returns rewards [n, G] with what length control and low effort make of them."""
+        c, G = self.config, self.config.group_size
+        parts = [thought_and_answer(task, text) for task, text in zip(tasks, texts)]
+        thought, answer = (
+            torch.tensor([len(self.tokenizer.encode(part[i])) for part in parts]).view(-1, G) for i in (0, 1)
+        )
+        if c.low_effort:
+            marked = torch.tensor([task.prompt.startswith(LOW_EFFORT) for task in tasks[::G]])[:, None]
+            rewards = torch.where(marked, low_effort_reward(rewards, thought, c.low_effort_tokens), rewards)
+        if c.length_coef:  # no bonus: of 0 and 1 there is often no best fifth
+            rewards = rewards + sum(length_control(rewards, part, c.length_coef, bonus=0) for part in (thought, answer))
+        return rewards
+
     @torch.no_grad()
-    def old_logprob(self, model, judged):
-        """Returns [B, T-1]: the log-probabilities before the first update, as training computes them."""
-        return model.logprobs(judged["ids"], judged["mask"], self.config.temperature)[0]
+    def look_back(self, model, judged, tasks):
+        """Adds what other policies than the one in training make of the answers, where a setting asks for it."""
+        c, ids, mask = self.config, judged["ids"], judged["mask"]
+        if c.correction == "clip":
+            judged["old_logprob"] = judged["behaviour_logprob"]
+        elif c.updates > 1 or c.correction or self.teachers:
+            judged["old_logprob"] = model.logprobs(ids, mask, c.temperature)[0]
+        if c.kl_coef:
+            judged["ref_logprob"] = self.copy_of("reference", model).logprobs(ids, mask, c.temperature)[0]
+        if self.teachers:
+            of_teacher = torch.zeros_like(judged["old_logprob"])
+            for env, teacher in zip(self.envs, self.teachers):
+                rows = torch.tensor([task.env == env.name for task in tasks], device=ids.device)
+                teacher = teacher.to(ids.device)
+                of_teacher[rows] = teacher.logprobs(ids[rows], mask[rows], c.temperature)[0].to(of_teacher.dtype)
+            judged["advantages"] = mopd_advantages(of_teacher, judged["old_logprob"])  # [B, T-1]
 
     def loss(self, model, batch):
         """Returns (loss, metrics)."""
         if "targets" in batch:
-            return model.loss(**batch)
+            loss, metrics = model.loss(**batch)
+            return loss, metrics | dict(tokens=(batch["targets"] >= 0).sum())
         c, mask = self.config, batch["mask"]
         logprob, entropy = model.logprobs(batch["ids"], mask, c.temperature)
         divisor = denominator(mask, c.aggregate, self.max_new_tokens)
         loss, metrics = policy_loss(
             logprob, batch.get("old_logprob", logprob), batch["advantages"], mask, c.surrogate,
-            (c.clip_low, c.clip_high), aggregate=c.aggregate,
-            denominator=divisor,
-            behaviour_logprob=batch["behaviour_logprob"], correction=c.correction or None,
+            (c.clip_low, c.clip_high), aggregate=c.aggregate, denominator=divisor,
+            behaviour_logprob=batch["behaviour_logprob"], correction=c.correction if c.correction in BOUNDS else None,
+            ref_logprob=batch.get("ref_logprob"), kl_coef=c.kl_coef,
         )  # fmt: skip
         bonus = c.entropy_coef * aggregate_tokens(entropy, mask, c.aggregate, divisor)
         entropy = entropy.detach().sum() / mask.sum().clamp(min=1)
-        return loss - bonus, metrics | batch["numbers"] | dict(entropy=entropy)
+        return loss - bonus, metrics | batch["numbers"] | dict(entropy=entropy, tokens=mask.sum())
 
     @torch.no_grad()
     def evaluate(self, model, n=128):
@@ -706,13 +894,18 @@ class GRPO:
         device, scores = next(model.parameters()).device, {}
         tasks = self.tasks(0, n * len(self.envs), held_out=True)
         generator = torch.Generator(device).manual_seed(self.seed)
-        answers = sample_answers(
-            model, self.tokenizer, [task.prompt for task in tasks], self.max_new_tokens, generator=generator
-        )
+        prompts, temperature = [task.prompt for task in tasks], self.config.eval_temperature
+        answers = sample_answers(model, self.tokenizer, prompts, self.max_new_tokens, temperature, generator)
         for task, (reward, _) in zip(tasks, judged_answers(tasks, answers)):
             scores.setdefault(task.env, []).append(reward)
         found = {f"reward_{env}": sum(values) / len(values) for env, values in scores.items()}
         return dict(reward=sum(found.values()) / len(found)) | found
+
+
+def joined(parts, fill=0):
+    """Returns the rows of tensors [N, T] (or [N]) with different T, padded on the right to the widest."""
+    T = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, T - part.shape[1]), value=fill) if part.dim() == 2 else part for part in parts])
 
 
 # ---- 6. python grpo.py: five losses from the same start --------------------------------------------------------------

@@ -186,10 +186,6 @@ _NEMOTRON_3 = dict(
     vocab_size=131072, num_key_value_heads=2, head_dim=128, mamba_head_dim=64, ssm_state_size=128, n_groups=8,
     chunk_size=128,
 )
-_GRPO = dict(
-    hybrid_override_pattern="M*-M*-", num_attention_heads=4, num_key_value_heads=4, mamba_num_heads=4,
-    ssm_state_size=32, chunk_size=32,
-)  # fmt: skip
 PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     # 1.8M parameters with the shipped vocabulary: minutes on a laptop's CPU.
     "tiny": HybridConfig(),
@@ -214,10 +210,13 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     "lla-tiny": HybridConfig(hybrid_override_pattern="M-ML-M-", head_dim=32),
     "lla": HybridConfig(**_SMALL, hybrid_override_pattern="M-M-ML-M-M-ML-M-M-"),
     # For grpo.py's tasks of a few dozen bytes: 0.4 M and 7 M parameters.
-    "grpo-tiny": HybridConfig(**_GRPO, hidden_size=96, head_dim=24, intermediate_size=384, mamba_head_dim=48),
+    "grpo-tiny": HybridConfig(
+        hybrid_override_pattern="M*-M*-", hidden_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+        intermediate_size=384, mamba_num_heads=4, mamba_head_dim=48, ssm_state_size=32, chunk_size=32,
+    ),
     "grpo": HybridConfig(
-        **_GRPO | dict(hybrid_override_pattern="M*-M*-M*-M*-"), hidden_size=320, head_dim=80, intermediate_size=1280,
-        mamba_head_dim=160,
+        hybrid_override_pattern="M*-M*-M*-M*-", hidden_size=320, num_attention_heads=5, num_key_value_heads=5,
+        head_dim=64, intermediate_size=1280, mamba_num_heads=10, mamba_head_dim=64, ssm_state_size=32, chunk_size=32,
     ),
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
     "nano-12b-v2": HybridConfig(
@@ -374,6 +373,15 @@ class Cache:
             if pairs:
                 torch._foreach_copy_(*zip(*pairs))
         self.found = {}
+
+    def select(self, rows):
+        """Forgets every row of the batch but these, int64 [n], of a fixed cache: they become rows 0 ... n - 1."""
+        for index, state in enumerate(self.layers):
+            if isinstance(state, KVState):
+                self.layers[index] = KVState(state.k[rows], state.v[rows], state.length)
+            elif isinstance(state, MambaState):
+                self.layers[index] = MambaState(state.conv[rows], state.ssm[rows])
+        self.pad = self.pad[rows] if self.pad is not None else None
 
     def keep(self, last):
         """Ends a trial: its tokens up to number `last`, a tensor [], were read; those after it never were."""
@@ -589,6 +597,7 @@ def mixer_of(config, letter, index):
 # What a layer adds to the residual stream comes from these.
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 CG_STEPS = 8  # that a solve of local linear attention is counted with: about what q and k with norms need at ridge 1
+SMALLEST_CUT, CUT_AFTER = 32, 24  # rows; steps: recording a step for a smaller batch costs about as much as so many
 ROOM = 1024  # tokens that `generate` makes room for at once, or as many as the prompt has
 
 
@@ -908,32 +917,47 @@ class Hybrid(nn.Module):
         device = self.lm_head.weight.device
         T = max(len(row) for row in ids)
         pad = torch.tensor([T - len(row) for row in ids], device=device)
-        ids = torch.stack([F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in ids])  # [B, T]
+        if all(isinstance(row, list) for row in ids):  # one copy to the device for all
+            ids = torch.tensor([[0] * (T - len(row)) + row for row in ids], device=device)  # [B, T]
+        else:
+            ids = torch.stack([F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in ids])
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         choose = Chooser(temperature, top_k, top_p, generator)
         room = T + min(max_new_tokens, max(T, ROOM)) + 2 * (draft + 1)  # two steps: see _steps_with_drafts
+        cut = []
         if draft:
             drafts = DraftStats() if drafts is None else drafts
             steps = self._steps_with_drafts(ids, draft, choose, drafts, prefill_size, room)
         else:
-            steps = self._steps(ids, pad, choose, budget, prefill_size, room, logprobs)
-        done, all_done = torch.zeros(len(ids), dtype=torch.bool, device=device), None
+            steps = self._steps(ids, pad, choose, budget, prefill_size, room, logprobs, cut)
+        done, left = torch.zeros(len(ids), dtype=torch.bool, device=device), None
+        size, since = len(ids), 0  # of the batch in the works; steps since it was made that small
         for token in itertools.islice(steps, max_new_tokens):
-            if all_done and all_done():  # asked only now that a GPU has the next step to work on
+            n_left = left() if left else len(ids)  # asked only now that a GPU has the next step to work on
+            if n_left == 0:
                 return
             yield torch.where(done, -1, token)
             if len(stop):
-                done |= torch.isin(token, stop)  # a row that has stopped goes on unseen: the batch keeps its shape
-                all_done = to_host(done.all())
+                done |= torch.isin(token, stop)
+                left, since = to_host((~done).sum()), since + 1
+                if size >= SMALLEST_CUT and n_left <= size / 2 and (since >= CUT_AFTER or device.type != "cuda"):
+                    cut.append((~done).nonzero()[:, 0])
+                    size, since = len(cut[0]), 0
 
-    def _steps(self, ids, pad, choose, budget, prefill_size, room, logprobs=None):
-        """Yields the next token [B] of every row, without end. logprobs: a list that their log-probabilities go to."""
+    def _steps(self, ids, pad, choose, budget, prefill_size, room, logprobs, cut):
+        """Yields the next token [B] of every row, without end.
+
+        logprobs: None, or a list that their log-probabilities go to. cut: a list; when there is an int64 tensor in it,
+        the rows it names are all that go on, and the tokens of the others are -1 from then on.
+        """
+        B, device = len(ids), ids.device
         cache = self.new_cache(pad, room)
         control = budget and BudgetControl(budget, ids)
-        token, logprob = (torch.empty(len(ids), dtype=t, device=ids.device) for t in (torch.int64, torch.float32))
+        token, logprob = (torch.empty(B, dtype=t, device=device) for t in (torch.int64, torch.float32))
+        rows = torch.arange(B, device=device)  # those that go on
 
         def choose_from(hidden):
-            drawn, probs = choose(self._logits(hidden[:, -1]))  # [B], [B, V]; only the last position needs logits
+            drawn, probs = choose(self._logits(hidden[:, -1]))  # [b], [b, V]; only the last position needs logits
             token.copy_(drawn)
             if logprobs is not None:
                 logprob.copy_(probs.gather(1, drawn[:, None])[:, 0].log())
@@ -941,23 +965,34 @@ class Hybrid(nn.Module):
         def step():
             choose_from(self.model(token[:, None], cache))
 
+        def of_all(values, others):
+            return values.new_full((B,), others).index_copy_(0, rows, values)
+
         for part in ids.split(prefill_size, dim=1):
             hidden = self.model(part, cache)
         choose_from(hidden)
-        cache.fix(room, ids.device)
+        cache.fix(room, device)
 
-        step = Repeated(step, ids.device, self.lm_head.weight.dtype, choose.generator)
+        repeated = Repeated(step, device, self.lm_head.weight.dtype, choose.generator)
         for length in itertools.count(ids.shape[1] + 1):
             if control:
                 token.copy_(control(token))
             if logprobs is not None:
-                logprobs.append(logprob.clone())
-            yield token.clone()
+                logprobs.append(of_all(logprob, 0.0))
+            yield of_all(token, -1)
+            if cut and len(cut[0]):
+                at, rows = torch.searchsorted(rows, cut[0]), cut[0]
+                cache.select(at)
+                token, logprob = token[at], logprob[at]
+                if control:
+                    control.select(at)
+                repeated.forget()
+            cut.clear()
             if length > room:
                 room *= 2
-                cache.fix(room, ids.device)
-                step.forget()
-            step()
+                cache.fix(room, device)
+                repeated.forget()
+            repeated()
 
     def _logits(self, hidden):
         """Returns the logits of hidden states of a step, in the model's dtype."""

@@ -13,6 +13,8 @@ What is learnt is an objective, a small class in its paper's file:
         def loss(self, model, batch) -> (loss, metrics)   # differentiable
         def evaluate(self, model) -> dict                 # numbers to log; 'val_loss' or 'reward' is plotted
         def lr_scale(self, step, lr) -> float             # optional: a factor on the learning rate of a step
+        def epochs(self, tokens) -> float                 # optional: how often a run of so many reads its data
+        def state_dict(self) / load_state_dict(self, s)   # optional: what a checkpoint keeps of it
 
 Everything else is here: optimiser, schedule, precision, clipping, logging, checkpoints, resuming, many GPUs.
 Randomness is a function of (seed, step, rank), data included, so a run that is stopped and resumed is the run.
@@ -24,8 +26,9 @@ log.jsonl has one row per step:
     loss          nats per token of this step's batches, mean over all processes; of rewards: see grpo.policy_loss
     grad_norm     norm of the whole gradient before clipping
     lr            learning rate of the step
-    tokens_per_s  over all processes, from the end of the step before to the end of this one (the first one compiles)
-    mfu           model FLOPs utilisation: FLOPs the model needs / time / the GPU's dense bf16 peak; known GPUs only
+    tokens_per_s  over all processes, from the end of the step before to the end of this one (the first one compiles);
+                  of reinforcement learning: tokens of answers (or demos) sampled, judged and learnt from
+    mfu           model FLOPs utilisation: FLOPs it needs / time / the GPU's dense bf16 peak; text and known GPUs only
     skipped       steps left out so far because loss or gradient was not finite
     mtp1_loss, mtp1_accuracy, ...            of multi-token prediction, by depth: see Hybrid.loss_further_ahead
     load_max, dead_experts, router_entropy   of mixtures of experts: see latent_moe.load_metrics
@@ -183,13 +186,18 @@ def set_up(argv):
     if dtype == torch.float32:  # TF32 on a GPU. Under autocast what is left in float32 (routers) is so for a reason
         torch.set_float32_matmul_precision("high")
 
-    objective = make_objective(config, rl, saved, rank, world_size)
+    objective = make_objective(config, given, rl, saved, rank, world_size)
     tokens = config.steps * config.batch_size * config.context * config.grad_accum * world_size
-    epochs = objective.epochs(tokens)
+    epochs = objective.epochs(tokens) if hasattr(objective, "epochs") else 0
     held_back = REPEATED if epochs > MAX_FRESH_EPOCHS else FRESH
     if config.weight_decay is None:
         config.weight_decay = held_back["weight_decay"]
     model_config = shape_of(config, objective.tokenizer, shape, held_back["hidden_dropout"], saved)
+
+    if isinstance(objective, GRPO) and model_config.hidden_dropout:
+        raise ValueError(
+            "--hidden_dropout: with --recipe=grpo the sampler and the trainer must be one policy; leave it 0"
+        )
 
     torch.manual_seed(config.seed)
     model = Hybrid(model_config).to(device)
@@ -221,10 +229,13 @@ def set_up(argv):
         f"{world_size} x {device.type}, {str(dtype)[6:]} ({reason}), backend {pick_backend(device=device)}, "
         f"compile={config.compile}"
     )
+    amount = f"; {run.tokens_per_step:,} tokens a step, {epochs:.1f} epochs" if epochs else ""
     run.say(
-        f"data: {objective.about()}; {run.tokens_per_step:,} tokens a step, {epochs:.1f} epochs: "
-        f"dropout {model_config.hidden_dropout}, weight decay {config.weight_decay}"
+        f"data: {objective.about()}{amount}: dropout {model_config.hidden_dropout}, weight decay {config.weight_decay}"
     )
+    for name, value in rl.items() if saved else ():
+        if value != saved["objective"].get(name, value):
+            run.say(f"changed: --{name}={value}, until now {saved['objective'][name]}")
     return run
 
 
@@ -240,8 +251,8 @@ def join_processes(name):
     return device, rank, world_size
 
 
-def make_objective(config, rl, saved, rank, world_size):
-    """Returns the recipe's objective. rl: fields of GRPOConfig that the command line has."""
+def make_objective(config, given, rl, saved, rank, world_size):
+    """Returns the recipe's objective. given, rl: fields of TrainConfig and of GRPOConfig that the command line has."""
     where = dict(seed=config.seed, rank=rank, world_size=world_size)
     if RECIPES[config.recipe].objective is GRPO:
         if config.grad_accum > 1 or world_size > 1:
@@ -251,7 +262,10 @@ def make_objective(config, rl, saved, rank, world_size):
         rl = GRPOConfig(**((saved or {}).get("objective", {}) | rl))
         if rl.warm_start >= config.steps:
             raise ValueError(f"--warm_start={rl.warm_start} leaves none of --steps={config.steps} for rewards")
-        return GRPO(rl, Tokenizer(config.tokenizer), config.batch_size, **where)
+        objective = GRPO(rl, Tokenizer(config.tokenizer), config.batch_size, **where)
+        if unused := {"data", "context"} & set(given):
+            raise ValueError(f"--{min(unused)} has no meaning with --recipe=grpo: its tasks come from --envs")
+        return objective
     if rl:
         raise ValueError(f"--{next(iter(rl))} is a setting of --recipe=grpo; --recipe={config.recipe} has none such")
     corpus = load_corpus(config.data, config.tokenizer, config.context)
@@ -340,6 +354,7 @@ def save_checkpoint(run):
             step=run.step, skipped=run.skipped, config=config, model_config=asdict(run.model.config),
             model=weights, optimizer=optimizer, scaler=run.scaler.state_dict(),
             objective=asdict(run.objective.config) if hasattr(run.objective, "config") else {},
+            objective_state=run.objective.state_dict() if hasattr(run.objective, "state_dict") else {},
         )  # fmt: skip
         with replacing(run.directory / "trainer.pt") as path:
             torch.save(state, path)
@@ -359,9 +374,10 @@ def load_checkpoint(directory):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError):
         raise damaged from None
-    ours = isinstance(saved, dict) and {"step", "skipped", "config", "model_config", "model", "optimizer"} <= set(saved)
-    known = {f.name for c in (TrainConfig, HybridConfig) for f in fields(c)}
-    if not ours or not set(saved["config"]) | set(saved["model_config"]) <= known:
+    parts = dict(config=TrainConfig, model_config=HybridConfig, objective=GRPOConfig)
+    others = {"step", "skipped", "model", "optimizer", "scaler", "objective_state"}
+    ours = isinstance(saved, dict) and others | set(parts) <= set(saved)
+    if not ours or any(set(saved[part]) - {f.name for f in fields(known)} for part, known in parts.items()):
         raise ValueError(f"{path} is not a checkpoint of this version of train.py; choose another --run")
     return saved
 
@@ -380,6 +396,8 @@ def restore(run, saved):
     for group in run.optimizer.param_groups:
         group["fused"] = run.optimizer.defaults["fused"]  # the run may come from another kind of device
     run.scaler.load_state_dict(saved["scaler"])
+    if saved["objective_state"]:
+        run.objective.load_state_dict(saved["objective_state"])
     run.step, run.skipped = saved["step"], saved["skipped"]
 
 
@@ -635,11 +653,12 @@ class Report:
         loss, norm = numbers["loss"], numbers["grad_norm"]
         self.bad = 0 if math.isfinite(loss) and math.isfinite(norm) else self.bad + 1
         run.skipped += self.bad > 0
-        speed = run.tokens_per_step / max(1e-9, step.end.seconds_since(self.end_of_last))
+        tokens = numbers.pop("tokens", None)  # None: every position is one
+        speed = (tokens or run.tokens_per_step) / max(1e-9, step.end.seconds_since(self.end_of_last))
         self.end_of_last = step.end
         row = dict(step=step.step, lr=step.lr, tokens_per_s=speed, skipped=run.skipped) | numbers
         shown = f"loss {loss:.3f}, {speed:,.0f} tok/s"
-        if self.peak:
+        if self.peak and tokens is None:
             row["mfu"] = speed * self.flops / self.peak / run.world_size
             shown += f", MFU {row['mfu']:.1%}"
         self.bar.set_postfix_str(shown, refresh=False)

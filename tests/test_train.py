@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import grpo
 import train
 from conftest import ROOT
 from grpo import GRPO
@@ -263,12 +264,17 @@ RL = ["--recipe=grpo", "--envs=sort:2,countdown", "--warm_start=3", "--group_siz
 RL += "--num_key_value_heads=2 --batch_size=16 --eval_every=4 --warmup=2 --device=cpu".split()
 
 
-def test_reinforcement_learning_stopped_and_resumed_is_the_run():
-    assert train.main([*RL, "--steps=8", "--run=whole"]) == 0
+@pytest.mark.parametrize("settings", [
+    [], ["--updates=2", "--kl_coef=0.1", "--batch_size=32"], ["--sampler_every=3", "--correction=tis", "--curriculum=4"]
+])  # fmt: skip
+def test_reinforcement_learning_stopped_and_resumed_is_the_run(monkeypatch, settings):
+    monkeypatch.setattr(grpo, "POOL", 16)
+    rl = [*RL, *settings]
+    assert train.main([*rl, "--steps=8", "--run=whole"]) == 0
     log = rows("whole")
     assert ["train_reward" in row for row in log] == [False] * 3 + [True] * 5  # demos, then rewards
-    assert {"reward", "reward_sort", "reward_countdown"} <= set(log[-1]) and log[3]["lr"] < log[2]["lr"]
-    stop_after(5, RL, "half", steps=8, objective=GRPO)
+    assert {"reward", "reward_sort:2", "reward_countdown"} <= set(log[-1]) and log[3]["lr"] < log[2]["lr"]
+    stop_after(6, rl, "half", steps=8, objective=GRPO)  # in the middle of updates, and of a sampler's life
     assert train.main(["--resume", "--run=half"]) == 0  # envs, group_size and the rest come from the checkpoint
     assert all(torch.equal(weights("whole")[name], weights("half")[name]) for name in weights("whole"))
 

@@ -1,0 +1,263 @@
+"""What Nemotron 3 says of reinforcement learning, each claim as a study of minutes: many small runs, three seeds.
+
+Papers   Nemotron Nano 2, arXiv:2508.14444, Figure 5 (budgets); Nemotron 3 Nano, 2512.20848, sections 3.2 (all at once,
+         curriculum) and 3.3 (length control); Nemotron 3 Super, 2604.12374 (stale samplers and their correction).
+Run      python grpo_studies.py               all studies, and draws out/grpo_studies.png
+         python grpo_studies.py joint budget  these
+         Several runs share a GPU: each is too small to fill it. On a CPU this takes hours.
+Studies  joint       training on one task makes a model forget the others; training on all at once does not
+         curriculum  from easy to hard is better than in random order, on the hard ones
+         staleness   a sampler that is k steps behind is as good as a fresh one, if its weights are corrected
+         length      length control makes thoughts shorter by a third at no loss in accuracy
+         budget      who has seen thoughts cut short answers well, and in form, when its own are cut short
+Read     A study is a function from (variant, seed) to numbers; VARIANTS says which. The table is all there is to it.
+"""
+
+import json
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from data import THINK_END, Chain, Sort, Tokenizer
+from decoding import ThinkingBudget
+from grpo import GRPO, GRPOConfig, judged_answers, learn, sample_answers, thought_and_answer
+from nano_hybrid import PRESETS, Hybrid
+
+SEEDS = (0, 1, 2)
+BATCH = 256  # answers: 32 prompts times 8
+RUNS_AT_ONCE = 8  # on one GPU
+TOKENIZER = Tokenizer("bytes")
+
+# ---- 1. a run -----------------------------------------------------------------------------------------------------
+
+
+def device():
+    """Returns the device that this process works on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def new_model(seed):
+    """Returns an untrained hybrid of 1.6M parameters."""
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=3, head_dim=64, intermediate_size=768)
+    return Hybrid(replace(PRESETS["grpo-tiny"], vocab_size=320, mamba_num_heads=6, mamba_head_dim=64, **sizes)).to(
+        device()
+    )
+
+
+def objective(envs, seed, **settings):
+    """Returns the GRPO objective on these environments."""
+    return GRPO(GRPOConfig(envs=envs, **settings), TOKENIZER, BATCH, seed)
+
+
+def train(model, run, steps, lr):
+    """Trains, in bfloat16 on a GPU, and returns the metrics of each step."""
+    with torch.autocast(device(), torch.bfloat16, enabled=device() == "cuda"):
+        return learn(model, run, steps, lr, "")
+
+
+def warm_start(envs, seed, steps, **settings):
+    """Returns a model that has imitated `steps` batches of demos."""
+    model = new_model(seed)
+    train(model, objective(envs, seed, warm_start=steps, **settings), steps, 2e-3)
+    return model
+
+
+def rewards(model, envs, seed, n=512):
+    """Returns the mean reward of answers to n held-out prompts of each environment: name -> number."""
+    with torch.autocast(device(), torch.bfloat16, enabled=device() == "cuda"):
+        found = objective(envs, seed, warm_start=0).evaluate(model, n)
+    return {name.removeprefix("reward_"): value for name, value in found.items() if name != "reward"}
+
+
+def answers_to(model, envs, seed, n=512, budget=None):
+    """Returns (held-out tasks, the model's Answers to them)."""
+    run = objective(envs, seed, warm_start=0)
+    tasks = run.tasks(0, n, held_out=True)
+    generator = torch.Generator(device()).manual_seed(seed)
+    longest = run.max_new_tokens + 16  # room for who says more than is needed
+    with torch.autocast(device(), torch.bfloat16, enabled=device() == "cuda"):
+        return tasks, sample_answers(model, TOKENIZER, [task.prompt for task in tasks], longest, 1.0, generator, budget)
+
+
+# ---- 2. the studies -----------------------------------------------------------------------------------------------
+
+
+class SortOfAnySize(Sort):
+    """Digits in order, from four to sixteen of them."""
+
+    name = "sort-any"
+
+    def __init__(self):
+        super().__init__(16)
+
+    def sample(self, rng):
+        """Returns a Task."""
+        self.size = int(rng.integers(4, 17))
+        return super().sample(rng)
+
+
+class WordyChain(Chain):
+    """Chained arithmetic whose demos write about every second line of the thought twice."""
+
+    name = "wordy"
+
+    def __init__(self):
+        super().__init__(4)
+        self.max_new_tokens *= 2
+
+    def sample(self, rng):
+        """Returns a Task."""
+        task = super().sample(rng)
+        thought, answer = thought_and_answer(task, task.demo)
+        lines = "".join(line * int(rng.integers(1, 3)) for line in thought.splitlines(keepends=True))
+        return replace(task, demo=lines + THINK_END + answer)
+
+
+data.ENVIRONMENTS |= {env.name: env for env in (SortOfAnySize, WordyChain)}  # as yours would be added
+
+TOGETHER = ("sort:8", "countdown", "brackets", "chain:3")
+
+
+def joint(variant, seed):
+    """Rewards of every environment after training on none, one or all of them, in as many steps of as many answers."""
+    envs = ",".join(TOGETHER)
+    model = warm_start(envs, seed, 250)
+    trained = {"warm start": None, "all": envs}.get(variant, variant)
+    if trained:
+        train(model, objective(trained, seed, warm_start=0), 250, 4e-4)
+    found = rewards(model, envs, seed)
+    return found | dict(mean=float(np.mean(list(found.values()))))
+
+
+def curriculum(variant, seed):
+    """Rewards by number of digits, after prompts in random order or from easy to hard, of as many answers."""
+    steps = 250
+    model = warm_start("sort-any", seed, 150)
+    settings = dict(curriculum=steps) if variant == "easy to hard" else {}
+    found = {}
+    if variant != "warm start":
+        rows = train(model, objective("sort-any", seed, warm_start=0, **settings), steps, 4e-4)
+        third = steps // 3
+        for part, first in (("reward at first", 0), ("reward at last", steps - third)):
+            found[part] = float(np.mean([row["train_reward"] for row in rows[first : first + third]]))
+    return rewards(model, "sort:4,sort:8,sort:12,sort:16", seed) | found
+
+
+def staleness(variant, seed):
+    """Reward after as many steps with a sampler whose weights are copied every so many steps."""
+    every, correction = variant
+    model = warm_start("sort:8", seed, 120)
+    settings = dict(sampler_every=every, correction=correction.replace("none", ""), warm_start=0, entropy_coef=0.01)
+    rows = train(model, objective("sort:8", seed, **settings), 160, 1e-3)
+    last = rows[len(rows) // 2 :]
+    return rewards(model, "sort:8", seed) | {
+        name: float(np.mean([row[name] for row in last])) for name in ("gen_kl", "weight", "entropy")
+    }
+
+
+def length(variant, seed):
+    """Accuracy and length of thought, with and without length control, from demos that say half of it twice."""
+    model = warm_start("wordy", seed, 400)
+    if variant != "warm start":
+        train(model, objective("wordy", seed, warm_start=0, length_coef=variant), 200, 4e-4)
+    tasks, answers = answers_to(model, "wordy", seed)
+    thoughts = [len(thought_and_answer(task, text)[0]) for task, text in zip(tasks, answers.texts)]
+    right = [reward for reward, _ in judged_answers(tasks, answers)]
+    return dict(accuracy=float(np.mean(right)), thought=float(np.mean(thoughts)))
+
+
+def budget(variant, seed):
+    """Accuracy and form by the tokens allowed for thought, without and with cut thoughts among the demos."""
+    env, found = "chain:6", {}
+    model = warm_start(env, seed, 600, cut_thoughts=variant)
+    end = TOKENIZER.encode(THINK_END)
+    for tokens in BUDGETS:
+        limit = ThinkingBudget(tokens, end, TOKENIZER.encode("\n"), grace=6)
+        tasks, answers = answers_to(model, env, seed, budget=limit)
+        found[f"accuracy at {tokens}"] = float(np.mean([reward for reward, _ in judged_answers(tasks, answers)]))
+        found[f"in form at {tokens}"] = float(np.mean([
+            text.count(THINK_END) == 1 and len(text.partition(THINK_END)[2]) == 1 for text in answers.texts
+        ]))  # fmt: skip
+    return found
+
+
+BUDGETS = (0, 6, 12, 18, 24, 30, 36)
+VARIANTS = {
+    joint: ["warm start", *TOGETHER, "all"],
+    curriculum: ["warm start", "in random order", "easy to hard"],
+    staleness: [(1, "none"), *((k, c) for k in (4, 16, 32) for c in ("none", "clip", "tis", "mask", "sequence"))],
+    length: ["warm start", 0.0, 0.1, 0.3],
+    budget: [0.0, 0.3],
+}
+
+# ---- 3. all of them -------------------------------------------------------------------------------------------------
+
+
+def pin(queue):
+    """Gives a process its GPU, and one thread."""
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(queue.get() % torch.cuda.device_count())
+
+
+def run_all(studies):
+    """Returns study -> variant -> metric -> [a number for each seed]."""
+    jobs = [(study, variant, seed) for study in studies for seed in SEEDS for variant in VARIANTS[study]]
+    workers = RUNS_AT_ONCE * torch.cuda.device_count() or 2
+    spawn, found = multiprocessing.get_context("spawn"), {}
+    queue = spawn.Manager().Queue()
+    for i in range(workers):
+        queue.put(i)
+    with ProcessPoolExecutor(workers, spawn, initializer=pin, initargs=(queue,)) as pool:
+        pending = {pool.submit(study, variant, seed): (study, variant, seed) for study, variant, seed in jobs}
+        for future in tqdm(as_completed(pending), total=len(jobs), desc="runs", delay=2):
+            found[pending[future]] = future.result()
+    return {
+        study.__name__: {
+            str(variant): {m: [found[study, variant, seed][m] for seed in SEEDS] for m in found[study, variant, 0]}
+            for variant in VARIANTS[study]
+        }
+        for study in studies
+    }
+
+
+def print_table(study, results):
+    """Prints a row for each variant: mean and spread over seeds of each metric."""
+    metrics = list(dict.fromkeys(metric for row in results.values() for metric in row))
+    print(f"\n{study.__name__}: {study.__doc__}\n{'':20}" + "".join(f"{metric:>18}" for metric in metrics))
+    for variant, row in results.items():
+        cells = (f"{np.mean(row[m]):.3f} ± {np.std(row[m], ddof=1):.3f}" if m in row else "" for m in metrics)
+        print(f"{variant:20}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def main(names):
+    """Runs the studies by these names, or all; prints tables and writes assets/bench/grpo_studies.json."""
+    known = {study.__name__: study for study in VARIANTS}
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"unknown study {min(unknown)!r}; usage: python grpo_studies.py [{'] ['.join(known)}]")
+    began = time.perf_counter()
+    studies = [known[name] for name in names] or list(known.values())
+    results = run_all(studies)
+    for study in studies:
+        print_table(study, results[study.__name__])
+    print(f"\n{time.perf_counter() - began:.0f} s")
+    if torch.cuda.is_available():
+        path = Path(__file__).parent / "assets" / "bench" / "grpo_studies.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
+        for name, found in results.items():
+            record[name] = dict(command=f"python grpo_studies.py {name}", machine=machine, seeds=SEEDS, found=found)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
