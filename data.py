@@ -106,6 +106,8 @@ class Tokenizer:
 
     def encode(self, text):
         """Returns the token ids of `text`, special tokens read as plain text."""
+        if self.name == "bytes":  # what tiktoken finds, too, in ten times the time
+            return list(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode())
         pieces = (text[i : i + LONGEST_PIECE] for i in range(0, len(text), LONGEST_PIECE))
         return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
 
@@ -118,8 +120,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Returns the text of token ids; ids outside the vocabulary and broken characters become U+FFFD."""
-        known = self.all_bytes
-        return b"".join(known[i] if 0 <= i < len(known) else b"\xff" for i in ids).decode("utf-8", "replace")
+        known, n = self.all_bytes, self.n_vocab
+        return b"".join([known[i] if 0 <= i < n else b"\xff" for i in ids]).decode("utf-8", "replace")
 
     def stream(self, ids):
         """Yields text as ids come in: a character that spans two tokens is held back until it is whole."""
@@ -512,6 +514,7 @@ def random_keys(rng, n):
 
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS = dict(zip("+-*/", OPERATIONS.values()))
 MEANINGLESS = (SyntaxError, ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError, MemoryError)
 
 
@@ -552,33 +555,40 @@ class Countdown:
 
     It has + - * / and parentheses, no sign before a number, and exact fractions on the way. The demo is any expression
     over the numbers: it shows the form, and never looks at the target, so that hitting it is left to discover.
+    Numbers go to 9, two of them to 20: pairs of digits ask so few questions that held-out ones cannot be told from the
+    others (a model that imitates right answers to those gets 0.36 of the held-out ones; to 20, 0.79).
     """
 
     name, sizes = "countdown", range(2, 7)
 
     def __init__(self, size=2):
-        self.size = checked_size(self, size)
+        self.size, self.largest = checked_size(self, size), 20 if size == 2 else 9
         self.max_new_tokens = 4 * size - 5 + MARGIN  # numbers, operators, a pair of parentheses for all but the last
 
     def sample(self, rng):
         target = None
         while target is None or target.denominator > 1 or not 0 <= target <= 99:
-            numbers = [str(n) for n in rng.integers(1, 10, self.size)]
-            target = self.worth(numbers, self.expression(numbers, rng))
+            numbers = rng.integers(1, self.largest + 1, self.size).tolist()
+            target = self.expression(numbers, rng)[1]
+        numbers = [str(n) for n in numbers]
         prompt, key = (f"c{','.join(order)}>{target}=" for order in (numbers, sorted(numbers)))
-        return Task(self.name, prompt, self.expression(numbers, rng), partial(self.hits, numbers, target), key)
+        demo = self.expression(numbers, rng)[0]
+        return Task(self.name, prompt, demo, partial(self.hits, numbers, target), key)
 
     def hits(self, numbers, target, answer):
         return len(answer) <= self.max_new_tokens and self.worth(numbers, answer) == target
 
     @staticmethod
     def expression(numbers, rng):
-        """Returns a random expression that uses each number once: neighbours are joined until one is left."""
-        parts = rng.permutation(numbers).tolist()
-        while len(parts) > 1:
-            i = int(rng.integers(len(parts) - 1))
-            pair = parts[i] + "+-*/"[rng.integers(4)] + parts[i + 1]
-            parts[i : i + 2] = [f"({pair})" if len(parts) > 2 else pair]
+        """Returns (a random expression that uses each number once, its value; None if that divides by 0)."""
+        random = iter(rng.random(3 * len(numbers)).tolist())
+        parts = [(str(n), Fraction(n)) for n in sorted(numbers, key=lambda _: next(random))]
+        while len(parts) > 1:  # neighbours are joined until one is left
+            i, sign = int(next(random) * (len(parts) - 1)), "+-*/"[int(next(random) * 4)]
+            (left, x), (right, y) = parts[i : i + 2]
+            text = left + sign + right
+            value = None if None in (x, y) or sign == "/" and y == 0 else SIGNS[sign](x, y)
+            parts[i : i + 2] = [(f"({text})" if len(parts) > 2 else text, value)]
         return parts[0]
 
     @staticmethod

@@ -21,28 +21,29 @@ Symbols  code               paper         meaning
          clip               eps_lo, hi    the ratio r counts inside [1 - lo, 1 + hi]
          mask               m             1 where the policy wrote the token, stop token included; 0 elsewhere
 
-Which flags give which algorithm. `advantages(kind)`, then `policy_loss(kind, clip, aggregate, ...)`:
+Which flags give which algorithm: those of `train.py --recipe=grpo`, and in brackets what only the
+functions take; clip is clip_low, clip_high.
 
-    algorithm                 advantages       kind   clip          aggregate   further
-    GRPO                      grpo             grpo   .2, .2        sequence    ref_logprob, kl_coef=.04
-    DAPO                      grpo             grpo   .2, .28       token       dynamic_sampling, overlong_penalty
-    Dr. GRPO                  dr               grpo   .2, .2        constant    divisor B max_tokens: see `denominator`
-    RLOO                      rloo             grpo   inert         constant    divisor B, so max_tokens=1; one update
-    GSPO                      grpo             gspo   3e-4, 4e-4    sequence
-    CISPO                     grpo             cispo  1, 4          token       lo = 1: no lower bound; weights up to 5
-    dual clip (verl)          any              grpo   .2, .2        any         dual_clip=3
-    naive PPO, stale sampler  any              grpo   .2, .2        any         old_logprob := behaviour_logprob
-    decoupled PPO, AReaL      batch            grpo   .2, .2        token       correction="tis"/"mask", bounds=(0, 5)
-    TIS                       any              any    any           any         correction="tis", bounds=(0, 2)
-    IcePop                    any              any    any           any         correction="mask", bounds=(.5, 5)
-    Nemotron 3 Nano           nemotron         grpo   .2, .28       token       correction="sequence", overlong filter
-    Nemotron 3 Super          nemotron, +-50   grpo   .2, .28       token       correction="tis", bounds=(0, 5)
-    Nemotron 3 Ultra          nemotron, +-20   grpo   .2, .28       token       correction="tis", bounds=(.2, 5)
-    MOPD (Ultra)              mopd_advantages  grpo   .2, .28       token       correction="mask", bounds=(.5, 5)
+    algorithm             --advantage  --surrogate  --clip_...  --aggregate  further
+    GRPO                  grpo         grpo         .2, .2      sequence     --kl_coef=.04
+    DAPO                  grpo         grpo         .2, .28     token        --dynamic_sampling=4 [overlong_penalty]
+    Dr. GRPO              dr           grpo         .2, .2      constant
+    RLOO                  rloo         grpo         inert       constant     --updates=1 [divisor B: max_tokens=1]
+    GSPO                  grpo         gspo         3e-4, 4e-4  sequence
+    CISPO                 grpo         cispo        1, 4        token        lo = 1: no lower bound; w up to 5
+    dual clip (verl)      any          grpo         .2, .2      any          [dual_clip=3]
+    naive PPO             any          grpo         .2, .2      any          --correction=clip
+    decoupled PPO, AReaL  batch        grpo         .2, .2      token        --correction=tis, mask [bounds=(0, 5)]
+    TIS                   any          any          any         any          --correction=tis
+    IcePop                any          any          any         any          --correction=mask
+    Nemotron 3 Nano       nemotron     grpo         .2, .28     token        --correction=sequence --overlong=filter
+    Nemotron 3 Super      nemotron     grpo         .2, .28     token        --correction=tis [(0, 5), A in +-50]
+    Nemotron 3 Ultra      nemotron     grpo         .2, .28     token        --correction=tis [(.2, 5), A in +-20]
+    MOPD (Ultra)          no matter    grpo         .2, .28     token        --correction=mask --teachers=...
 
-    +-50: `.clamp(-50, 50)`. Nano, Super and Ultra update once per batch: r = 1, the clip is inert, w is all there is.
-    Nano and Super drop rows that are not `faithful`. Super and Ultra set A := -5 on the tokens of malformed messages:
-    one more reason that A may be [BG, T].
+    Nano, Super and Ultra update once per batch: r = 1, the clip is inert, w is all there is. Nano and Super drop rows
+    that are not `faithful`. Super and Ultra set A := -5 on the tokens of malformed messages: one more reason that A may
+    be [BG, T].
 
 Read     The table above, 1, 2; then 4 and 5, where an answer is sampled, judged and learnt from. `python grpo.py`
          compares five losses; `python train.py --recipe=grpo` learns several tasks at once.
@@ -56,6 +57,7 @@ Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVID
 """
 
 import copy
+import json
 import math
 import sys
 import time
@@ -565,7 +567,7 @@ POOL, TRIES = 2048, 8  # tasks of an environment that a curriculum orders, at mo
 class GRPOConfig:
     """Settings of --recipe=grpo. The comment is the --help text."""
 
-    envs: str = "sort,countdown"  # in every batch, by commas: names of data.ENVIRONMENTS, sort:10 for size 10
+    envs: str = "sort,countdown"  # of every batch, by commas: data.ENVIRONMENTS, sort:10 for size 10; twice is twice
     warm_start: int = 70  # steps of supervised learning on the environments' demos, before the first answer
     cut_thoughts: float = 0.0  # share of demos whose thought stops early: they teach to answer under a budget
     no_thoughts: float = 0.0  # share of demos whose thinking is turned off
@@ -841,6 +843,8 @@ class GRPO:
     def shaped(self, rewards, tasks, texts):
         """Returns rewards [n, G] with what length control and low effort make of them."""
         c, G = self.config, self.config.group_size
+        if not (c.length_coef or c.low_effort):
+            return rewards
         parts = [thought_and_answer(task, text) for task, text in zip(tasks, texts)]
         thought, answer = (
             torch.tensor([len(self.tokenizer.encode(part[i])) for part in parts]).view(-1, G) for i in (0, 1)
@@ -908,7 +912,7 @@ def joined(parts, fill=0):
     return torch.cat([F.pad(part, (0, T - part.shape[1]), value=fill) if part.dim() == 2 else part for part in parts])
 
 
-# ---- 6. python grpo.py: five losses from the same start --------------------------------------------------------------
+# ---- 6. python grpo.py: five losses from the same start; python grpo.py bench: rollouts on a GPU --------------------
 
 ALGORITHMS = {  # of the table at the top, with two updates for each batch of answers: with one, ratios are 1
     "GRPO": dict(advantage="grpo", aggregate="sequence", clip_high=0.2),
@@ -921,17 +925,20 @@ ALGORITHMS = {  # of the table at the top, with two updates for each batch of an
 }
 
 
-def learn(model, objective, steps, lr, name):
-    """Trains for `steps` steps, and returns the numbers of each: metric -> float."""
+def learn(model, objective, steps, lr, name=None):
+    """Trains for `steps` steps, on a GPU in bfloat16, and returns the numbers of each: metric -> float."""
     optimizer, rows = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0), []
-    for step in tqdm(range(steps), desc=name, delay=2, leave=False):
+    device = next(model.parameters()).device
+    for step in tqdm(range(steps), desc=name, delay=2, leave=False, disable=name is None):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10)
-        loss, metrics = objective.loss(model, objective.batch(model, step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # anew: it remembers weights
+            loss, metrics = objective.loss(model, objective.batch(model, step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        rows.append({key: float(value) for key, value in metrics.items()})
+        values = torch.stack([torch.as_tensor(value, device=device).detach().float() for value in metrics.values()])
+        rows.append(dict(zip(metrics, values.tolist())))
     return rows
 
 
@@ -987,7 +994,35 @@ def plot_rewards(curves, scores, path, env):
     print(f"plot: {path}")
 
 
+def bench(prompts=128, G=8, repeats=5):
+    """Prints how fast a GPU samples 1,024 answers at once, and writes assets/bench/grpo.json.
+
+    The model is new and hardly ever ends an answer, so that all rows go on to the last token; `rollout_tokens_per_s` in
+    a run's log.jsonl is the rate with answers that end.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("grpo.py bench: there is no CUDA device")
+    rows, tokenizer, rng = [], Tokenizer("bytes"), np.random.default_rng(0)
+    sizes = dict(hidden_size=384, num_attention_heads=6, num_key_value_heads=6, intermediate_size=1536)
+    model = Hybrid(replace(PRESETS["grpo"], vocab_size=320, mamba_num_heads=12, **sizes)).to("cuda")
+    texts = [sample_task(environment("tool"), rng).prompt for _ in range(prompts) for _ in range(G)]
+    print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(texts)} answers, bfloat16; all of `sample_answers`")
+    for new in (16, 48, 128, 512):
+        rates = []
+        for _ in range(repeats + 1):  # the first compiles
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            with torch.autocast("cuda", torch.bfloat16):
+                answers = sample_answers(model, tokenizer, texts, new)
+            rates.append(answers.mask.sum().item() / (time.perf_counter() - began))
+        rows.append(dict(max_new_tokens=new, tokens_per_s=sorted(rates[1:])[repeats // 2]))
+        print(f"up to {new:4} tokens: {rows[-1]['tokens_per_s']:12,.0f} tokens/s")
+    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    record = dict(command="python grpo.py bench", machine=machine, answers=len(texts), rollouts=rows)
+    (Path(__file__).parent / "assets" / "bench" / "grpo.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        raise SystemExit("usage: python grpo.py")
-    demo()
+    if sys.argv[1:] not in ([], ["bench"]):
+        raise SystemExit("usage: python grpo.py [bench]")
+    bench() if sys.argv[1:] else demo()

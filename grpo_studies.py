@@ -33,7 +33,9 @@ from nano_hybrid import PRESETS, Hybrid
 
 SEEDS = (0, 1, 2)
 BATCH = 256  # answers: 32 prompts times 8
-RUNS_AT_ONCE = 8  # on one GPU
+RUNS_AT_ONCE = 12  # on one GPU
+RL = dict(warm_start=0, entropy_coef=0.01)  # settings after the warm start, and their learning rate
+RL_LR = 2e-4
 TOKENIZER = Tokenizer("bytes")
 
 # ---- 1. a run -----------------------------------------------------------------------------------------------------
@@ -58,16 +60,10 @@ def objective(envs, seed, **settings):
     return GRPO(GRPOConfig(envs=envs, **settings), TOKENIZER, BATCH, seed)
 
 
-def train(model, run, steps, lr):
-    """Trains, in bfloat16 on a GPU, and returns the metrics of each step."""
-    with torch.autocast(device(), torch.bfloat16, enabled=device() == "cuda"):
-        return learn(model, run, steps, lr, "")
-
-
 def warm_start(envs, seed, steps, **settings):
     """Returns a model that has imitated `steps` batches of demos."""
     model = new_model(seed)
-    train(model, objective(envs, seed, warm_start=steps, **settings), steps, 2e-3)
+    learn(model, objective(envs, seed, warm_start=steps, **settings), steps, 2e-3)
     return model
 
 
@@ -133,7 +129,7 @@ def joint(variant, seed):
     model = warm_start(envs, seed, 250)
     trained = {"warm start": None, "all": envs}.get(variant, variant)
     if trained:
-        train(model, objective(trained, seed, warm_start=0), 250, 4e-4)
+        learn(model, objective(trained, seed, **RL), 250, RL_LR)
     found = rewards(model, envs, seed)
     return found | dict(mean=float(np.mean(list(found.values()))))
 
@@ -145,7 +141,7 @@ def curriculum(variant, seed):
     settings = dict(curriculum=steps) if variant == "easy to hard" else {}
     found = {}
     if variant != "warm start":
-        rows = train(model, objective("sort-any", seed, warm_start=0, **settings), steps, 4e-4)
+        rows = learn(model, objective("sort-any", seed, **RL, **settings), steps, RL_LR)
         third = steps // 3
         for part, first in (("reward at first", 0), ("reward at last", steps - third)):
             found[part] = float(np.mean([row["train_reward"] for row in rows[first : first + third]]))
@@ -156,8 +152,8 @@ def staleness(variant, seed):
     """Reward after as many steps with a sampler whose weights are copied every so many steps."""
     every, correction = variant
     model = warm_start("sort:8", seed, 120)
-    settings = dict(sampler_every=every, correction=correction.replace("none", ""), warm_start=0, entropy_coef=0.01)
-    rows = train(model, objective("sort:8", seed, **settings), 160, 1e-3)
+    settings = dict(sampler_every=every, correction=correction.replace("none", ""))
+    rows = learn(model, objective("sort:8", seed, **RL, **settings), 160, 4e-4)
     last = rows[len(rows) // 2 :]
     return rewards(model, "sort:8", seed) | {
         name: float(np.mean([row[name] for row in last])) for name in ("gen_kl", "weight", "entropy")
@@ -168,7 +164,7 @@ def length(variant, seed):
     """Accuracy and length of thought, with and without length control, from demos that say half of it twice."""
     model = warm_start("wordy", seed, 400)
     if variant != "warm start":
-        train(model, objective("wordy", seed, warm_start=0, length_coef=variant), 200, 4e-4)
+        learn(model, objective("wordy", seed, **RL, length_coef=variant), 200, RL_LR)
     tasks, answers = answers_to(model, "wordy", seed)
     thoughts = [len(thought_and_answer(task, text)[0]) for task, text in zip(tasks, answers.texts)]
     right = [reward for reward, _ in judged_answers(tasks, answers)]
@@ -177,8 +173,8 @@ def length(variant, seed):
 
 def budget(variant, seed):
     """Accuracy and form by the tokens allowed for thought, without and with cut thoughts among the demos."""
-    env, found = "chain:6", {}
-    model = warm_start(env, seed, 600, cut_thoughts=variant)
+    env, found = "chain:4", {}
+    model = warm_start(env, seed, 1000, cut_thoughts=variant)
     end = TOKENIZER.encode(THINK_END)
     for tokens in BUDGETS:
         limit = ThinkingBudget(tokens, end, TOKENIZER.encode("\n"), grace=6)
@@ -190,13 +186,13 @@ def budget(variant, seed):
     return found
 
 
-BUDGETS = (0, 6, 12, 18, 24, 30, 36)
+BUDGETS, STALE = (0, 6, 12, 18, 24), (8, 32)  # tokens of thought; steps between copies
 VARIANTS = {
     joint: ["warm start", *TOGETHER, "all"],
     curriculum: ["warm start", "in random order", "easy to hard"],
-    staleness: [(1, "none"), *((k, c) for k in (4, 16, 32) for c in ("none", "clip", "tis", "mask", "sequence"))],
-    length: ["warm start", 0.0, 0.1, 0.3],
-    budget: [0.0, 0.3],
+    staleness: [(1, "none"), *((k, c) for k in STALE for c in ("none", "clip", "tis", "mask", "sequence"))],
+    length: ["warm start", 0.0, 0.03, 0.1, 0.3],
+    budget: [0.0, 0.5],
 }
 
 # ---- 3. all of them -------------------------------------------------------------------------------------------------
@@ -239,6 +235,58 @@ def print_table(study, results):
         print(f"{variant:20}" + "".join(f"{cell:>18}" for cell in cells))
 
 
+def plot(results, path):
+    """Draws what the studies found, a panel for each, and writes it to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4), dpi=130, layout="constrained")
+    for axes, (name, found) in zip(np.atleast_1d(panels), results.items()):
+        mean = {variant: {m: np.mean(v) for m, v in row.items()} for variant, row in found.items()}
+        if name == "joint":
+            names = [metric for metric in next(iter(mean.values())) if metric != "mean"]
+            grid = [[row[metric] for metric in names] for row in mean.values()]
+            axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            for i, row in enumerate(grid):
+                for j, value in enumerate(row):
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
+            axes.set_xticks(range(len(names)), names, rotation=30)
+            axes.set_yticks(range(len(mean)), mean)
+            axes.set(title="reward after training on one (rows)", xlabel="measured on")
+        elif name == "curriculum":
+            for variant, row in mean.items():
+                sizes = [metric for metric in row if metric.startswith("sort:")]
+                axes.plot([int(m[5:]) for m in sizes], [row[m] for m in sizes], marker="o", label=variant)
+            axes.set(title="order of prompts", xlabel="digits to sort", ylabel="reward")
+        elif name == "staleness":
+            for correction in ("none", "clip", "tis", "mask", "sequence"):
+                points = [(1, mean["(1, 'none')"]["sort:8"])]
+                points += [(k, mean[f"({k}, '{correction}')"]["sort:8"]) for k in STALE]
+                axes.plot(*zip(*points), marker="o", label=correction)
+            axes.set(title="stale samplers", xlabel="steps between copies", ylabel="reward", xscale="log")
+        elif name == "length":
+            for variant, row in mean.items():
+                axes.scatter(row["thought"], row["accuracy"])
+                axes.annotate(f" {variant}", (row["thought"], row["accuracy"]))
+            axes.set(
+                title="length control, by coefficient", xlabel="characters of thought", ylabel="accuracy", ylim=(0, 1)
+            )
+        else:
+            for variant, row in mean.items():
+                label = f"{float(variant):.0%} of demos cut"
+                axes.plot(BUDGETS, [row[f"accuracy at {b}"] for b in BUDGETS], marker="o", label=label)
+            axes.set(title="thinking budgets", xlabel="tokens allowed", ylabel="accuracy")
+        if name not in ("joint", "length"):
+            axes.legend(frameon=False, fontsize=8)
+            axes.grid(alpha=0.3)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
 def main(names):
     """Runs the studies by these names, or all; prints tables and writes assets/bench/grpo_studies.json."""
     known = {study.__name__: study for study in VARIANTS}
@@ -250,6 +298,7 @@ def main(names):
     for study in studies:
         print_table(study, results[study.__name__])
     print(f"\n{time.perf_counter() - began:.0f} s")
+    plot(results, Path("out/grpo_studies.png"))
     if torch.cuda.is_available():
         path = Path(__file__).parent / "assets" / "bench" / "grpo_studies.json"
         record = json.loads(path.read_text()) if path.exists() else {}

@@ -48,7 +48,7 @@ import statistics
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -112,11 +112,14 @@ class Recipe:
     objective: type
     cpu: dict
     gpu: dict
+    objective_gpu: dict = field(default_factory=dict)  # of the objective's own settings, on a GPU
 
 
 _CPU = dict(tokenizer="python4k", context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250)
 _GPU = dict(tokenizer="python4k", context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250)
 _GRPO = dict(tokenizer="bytes", context=64, lr=3e-3, weight_decay=0.0, decay=0.2, warmup=20, compile=False)
+EVERYTHING = "sort:10,countdown,countdown:3,add:5,chain,brackets,json,instruct,lookup,tool"  # and again what is hard:
+EVERYTHING += ",sort:10,countdown,countdown:3,add:5,countdown:3,countdown:3"
 RECIPES = {
     "hybrid": Recipe(NextToken, cpu=dict(preset="tiny", **_CPU), gpu=dict(preset="small", **_GPU)),
     "nano3": Recipe(NextToken, cpu=dict(preset="nano3-tiny", **_CPU), gpu=dict(preset="nano3", **_GPU)),
@@ -128,7 +131,8 @@ RECIPES = {
     "grpo": Recipe(
         GRPO,
         cpu=dict(preset="grpo-tiny", **_GRPO, batch_size=256, steps=420, eval_every=70),
-        gpu=dict(preset="grpo", **_GRPO, batch_size=1024, steps=420, eval_every=70),
+        gpu=dict(preset="grpo", **_GRPO | dict(lr=1e-3, warmup=100), batch_size=1280, steps=2000, eval_every=200),
+        objective_gpu=dict(envs=EVERYTHING, warm_start=800, rl_lr=2e-4, entropy_coef=0.02),
     ),
 }
 
@@ -259,7 +263,9 @@ def make_objective(config, given, rl, saved, rank, world_size):
             raise ValueError(
                 "--recipe=grpo runs in one process, without --grad_accum; make --batch_size larger instead"
             )
-        rl = GRPOConfig(**((saved or {}).get("objective", {}) | rl))
+        on_gpu = pick_device(config.device).type == "cuda"
+        begun = saved["objective"] if saved else RECIPES["grpo"].objective_gpu if on_gpu else {}
+        rl = GRPOConfig(**(begun | rl))
         if rl.warm_start >= config.steps:
             raise ValueError(f"--warm_start={rl.warm_start} leaves none of --steps={config.steps} for rewards")
         objective = GRPO(rl, Tokenizer(config.tokenizer), config.batch_size, **where)

@@ -1,13 +1,17 @@
 """grpo.py: advantages, losses and gradients against closed forms, limit cases and small vocabularies enumerated."""
 
+import inspect
+import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import grpo
+from conftest import scramble
 from data import Tokenizer, environment, is_held_out
 from nano_hybrid import Hybrid, HybridConfig
 
@@ -789,3 +793,627 @@ def test_a_little_learning_raises_the_reward():
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         objective(**settings)
+
+
+# What follows needs answers that end, some early and some not at all, and rewards that are known.
+
+
+def writer(seed=0):
+    """Returns a model that was never trained, knows its mind, and ends an answer after about five tokens."""
+    model = scramble(small_model(), seed)
+    with torch.no_grad():
+        model.model.embeddings.weight[:, 0] = 30.0  # the same for every token, and what the end of text looks for
+        model.model.norm_f.weight[0] = 1.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[256] = torch.tensor([0.8] + [0.0] * 31)
+    return model
+
+
+def change(model, seed=1):
+    """Gives a model the weights of another writer."""
+    model.load_state_dict(writer(seed).state_dict())
+
+
+def spy(monkeypatch, where, name):
+    """Returns a list that grows by (arguments, result) of each call: arguments by name, defaults too."""
+    calls, real = [], getattr(where, name)
+
+    def called(*args, **options):
+        bound = inspect.signature(real).bind(*args, **options)
+        bound.apply_defaults()
+        calls.append((SimpleNamespace(**bound.arguments), real(*args, **options)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(where, name, called)
+    return calls
+
+
+def rule_rewards(monkeypatch, *rewards):
+    """Has the verifiers give these rewards, over and over, whatever an answer says; a string is a problem, worth 0."""
+    given = itertools.cycle(rewards)
+
+    def score_all(tasks, texts):
+        verdicts = [next(given) for _ in texts]
+        return [(0.0, v) if isinstance(v, str) else (float(v), None) for v in verdicts]
+
+    monkeypatch.setattr(grpo, "score_all", score_all)
+
+
+def rule_draws(monkeypatch, *draws):
+    """Has draw number i give its groups the rewards draws[i] [n][G], although answers may not have ended."""
+    left = iter(draws)
+    verdicts = lambda tasks, answers: [(float(r), None) for r in itertools.chain(*next(left))]  # noqa: E731
+    monkeypatch.setattr(grpo, "judged_answers", verdicts)
+
+
+def prompts_of(batch):
+    """Returns the prompt of each row of a batch of answers, from its ids."""
+    starts = batch["mask"].int().argmax(1).tolist()  # of the answer, in targets
+    return [bytes(ids[1 : start + 1]).decode() for ids, start in zip(batch["ids"].tolist(), starts)]
+
+
+def with_seed(seed=0, rank=0, batch_size=16, **settings):
+    config = objective(batch_size, **settings).config
+    return grpo.GRPO(config, Tokenizer("bytes"), batch_size, seed, rank)
+
+
+DEFAULTS = dict(kind="grpo", clip=(0.2, 0.28), aggregate="token", correction=None, kl_coef=0.0)
+
+
+@pytest.mark.parametrize("settings, expected", [
+    (dict(), dict()),
+    (dict(surrogate="gspo", clip_low=0.03, clip_high=0.04), dict(kind="gspo", clip=(0.03, 0.04))),
+    (dict(surrogate="cispo", clip_low=1.0, clip_high=4.0), dict(kind="cispo", clip=(1.0, 4.0))),
+    (dict(aggregate="sequence", updates=2), dict(aggregate="sequence")),
+    (dict(aggregate="constant", envs="sort:12,sort:3"), dict(aggregate="constant")),
+    (dict(aggregate="sequence", overlong="filter"), dict(aggregate="sequence")),
+    (dict(correction="tis"), dict(correction="tis")), (dict(correction="mask"), dict(correction="mask")),
+    (dict(correction="sequence"), dict(correction="sequence")), (dict(correction="clip"), dict()),
+    (dict(kl_coef=0.25), dict(kl_coef=0.25)),
+])  # fmt: skip
+def test_every_setting_reaches_the_loss(monkeypatch, settings, expected):
+    rule_rewards(monkeypatch, 1, 0, 0.5)
+    (model, run), calls = (writer(), objective(**settings)), spy(monkeypatch, grpo, "policy_loss")
+    batch = run.batch(model, 2)
+    run.loss(model, batch)
+    ((got, _),) = calls
+    assert {name: getattr(got, name) for name in DEFAULTS} == DEFAULTS | expected
+    assert (got.dual_clip, got.bounds, got.kl_kind, got.kl_ratio) == (None, None, "k3", False)
+    tokens, rows = batch["mask"].sum(), batch["mask"].any(1).sum()
+    longest = 20 if "envs" in settings else 11
+    assert got.denominator == dict(token=tokens, sequence=rows, constant=16 * longest)[got.aggregate]
+    assert got.behaviour_logprob is batch["behaviour_logprob"] and got.advantages is batch["advantages"]
+    assert (got.ref_logprob is not None) == ("kl_coef" in settings)
+    asked = settings.get("updates", 1) > 1 or settings.get("correction")
+    assert got.old_logprob is (batch["old_logprob"] if asked else got.logprob)
+    assert ("old_logprob" in batch) == bool(asked) and len(batch["ids"]) == 16 // settings.get("updates", 1)
+
+
+@pytest.mark.parametrize("kind", grpo.ADVANTAGES)
+def test_advantages_are_of_the_rewards_of_finished_answers(monkeypatch, kind):
+    rule_rewards(monkeypatch, 1, 0, 0.5, 0, 0.25)
+    model, answers = writer(), spy(monkeypatch, grpo, "sample_answers")
+    batch = objective(advantage=kind).batch(model, 2)
+    finished = answers[0][1].finished
+    rewards = (torch.tensor([1, 0, 0.5, 0, 0.25] * 4)[:16] * finished).view(4, 4)
+    assert 0 < finished.sum() < 16 and torch.equal(batch["advantages"], grpo.advantages(rewards, kind).flatten())
+
+
+@pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
+def test_the_loss_of_a_batch_is_its_equation(monkeypatch, aggregate):
+    rule_rewards(monkeypatch, 1, 0, 0.5)
+    model = writer(1)
+    settings = dict(temperature=0.7, entropy_coef=0.3, aggregate=aggregate, kl_coef=0.5, updates=2, overlong="filter")
+    run = objective(32, **settings)
+    run.batch(model, 2)
+    change(model, 2)
+    batch = run.batch(model, 3)
+    loss, metrics = run.loss(model, batch)
+    ids, mask = batch["ids"], batch["mask"]
+    log_p = (model(ids[:, :-1]) / 0.7).log_softmax(-1)
+    logprob = log_p.gather(2, ids[:, 1:, None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    options = dict(aggregate=aggregate, ref_logprob=batch["ref_logprob"], kl_coef=0.5)
+    divisor = grpo.denominator(mask, aggregate, 11)
+    expected, _ = grpo.policy_loss(
+        logprob, batch["old_logprob"], batch["advantages"], mask, denominator=divisor, **options
+    )
+    rows = (entropy * mask).sum(1)
+    bonus = (rows / mask.sum(1).clamp(min=1) if aggregate == "sequence" else rows).sum() / divisor
+    assert not mask.any(1).all() and loss.item() == pytest.approx((expected - 0.3 * bonus).item(), rel=1e-4)
+    assert metrics["entropy"].item() == pytest.approx((rows.sum() / mask.sum()).item(), rel=1e-4)
+    assert metrics["tokens"] == mask.sum() and not metrics["entropy"].requires_grad
+    assert batch["numbers"].items() <= metrics.items() and metrics["kl_ref"] > 0
+
+
+def test_the_numbers_of_a_batch_are_those_of_its_answers(monkeypatch):
+    rule_rewards(monkeypatch, 1, 1, 1, 1, 0, "it raised", 0, 0.25, 0)
+    (model, run), answers = (writer(), objective(batch_size=32)), spy(monkeypatch, grpo, "sample_answers")
+    numbers = run.batch(model, 2)["numbers"]
+    ((_, a),) = answers
+    given = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0.25, 0] * 4)[:32] * a.finished
+    by_env = given.view(4, 2, 4)  # the environments take turns
+    told = [sum(row) for row in a.mask.tolist()]
+    assert numbers.pop("rollout_tokens_per_s") > 0 and numbers == pytest.approx({
+        "train_reward": given.mean().item(), "train_reward_sort:3": by_env[:, 0].mean().item(), "problems": 3,
+        "train_reward_countdown": by_env[:, 1].mean().item(), "length": sum(told) / 32,
+        "truncated": 1 - a.finished.sum().item() / 32,
+        "informative": sum(len(set(group.tolist())) > 1 for group in given.view(8, 4)) / 8,
+    })  # fmt: skip
+    assert 0 < numbers["truncated"] < 1 and 0 < numbers["informative"] < 1
+    assert numbers["train_reward_sort:3"] != numbers["train_reward_countdown"]
+
+
+def test_the_overlong_filter_takes_a_gradient_away_and_no_reward(monkeypatch):
+    model, batches = writer(), {}
+    for overlong in ("zero", "filter"):
+        rule_rewards(monkeypatch, 1, 0, 0.5)
+        batches[overlong] = objective(overlong=overlong).batch(model, 2)
+    zero, filtered = batches.values()
+    assert torch.equal(zero["advantages"], filtered["advantages"]) and torch.equal(zero["ids"], filtered["ids"])
+    cut = zero["mask"].sum(1) == 11  # of answers that ended, none did at the last token
+    assert 0 < cut.sum() < 16 and zero["advantages"][cut].any()
+    assert torch.equal(filtered["mask"], zero["mask"] & ~cut[:, None])
+
+
+def test_the_shares_of_a_batch_are_the_batch_judged_once(monkeypatch):
+    rule_rewards(monkeypatch, 1, 0, 0.5)
+    model, run = writer(), objective(updates=2, kl_coef=0.1)
+    whole, _ = objective(updates=2).judge(model, 2)
+    rule_rewards(monkeypatch, 1, 0, 0.5)
+    judged = spy(monkeypatch, grpo, "judged_answers")
+    first = run.batch(model, 2)
+    change(model)  # between the two updates
+    second = run.batch(model, 3)
+    assert len(judged) == 1 and first["numbers"] == second["numbers"]
+    for name, value in whole.items():
+        assert torch.equal(torch.cat([first[name], second[name]]), value), name
+    run.batch(model, 4)
+    assert len(judged) == 2
+
+
+def test_another_seed_step_rank_or_draw_gives_other_tasks():
+    drawn = set()
+    for seed, step, rank, held_out, again in [
+        (0, 0, 0, False, 0), (1, 0, 0, False, 0), (0, 1, 0, False, 0), (0, 0, 1, False, 0), (0, 0, 0, True, 0),
+        (0, 0, 0, False, 1),
+    ]:  # fmt: skip
+        found = [tuple(task.prompt for task in with_seed(seed, rank).tasks(step, 8, held_out, again)) for _ in range(2)]
+        assert found[0] == found[1]
+        drawn.add(found[0])
+    assert len(drawn) == 6
+
+
+def test_another_seed_step_or_rank_gives_other_answers_to_the_same_tasks(monkeypatch):
+    model, tasks = writer(), objective().tasks(0, 4)
+    monkeypatch.setattr(grpo.GRPO, "tasks", lambda self, *args, **options: tasks)
+    places = [(0, 2, 0), (1, 2, 0), (0, 3, 0), (0, 2, 1), (0, 2, 0)]
+    ids = [with_seed(seed, rank).batch(model, step)["ids"].tolist() for seed, step, rank in places]
+    assert ids[0] == ids[4] and all(a != b for a, b in itertools.combinations(ids[:4], 2))
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.04])
+def test_a_silent_group_has_no_gradient_but_that_of_entropy(monkeypatch, entropy_coef):
+    rule_draws(monkeypatch, [[1] * 4, [1, 0, 0, 1], [0] * 4, [0.5, 0, 0, 0]])
+    model, run, found = writer(), objective(entropy_coef=entropy_coef), []
+    batch, real = run.batch(model, 2), model.logprobs
+
+    def logprobs(*args):
+        found.extend(x.requires_grad_() for x in map(torch.Tensor.detach, real(*args)))
+        return found
+
+    monkeypatch.setattr(model, "logprobs", logprobs)
+    run.loss(model, batch)[0].backward()
+    by_group = found[0].grad.view(4, 4, -1).abs().sum((1, 2))
+    assert by_group[0] == by_group[2] == 0 < min(by_group[1], by_group[3])
+    expected = -entropy_coef * batch["mask"] / batch["mask"].sum()
+    assert torch.allclose(found[1].grad, expected)
+
+
+DRAWS = [[0] * 4, [1, 0, 0, 0], [1] * 4, [0] * 4], [[1, 1, 0, 0], [0] * 4, [0, 0, 0, 1], [1] * 4], [
+    [0] * 4, [1, 0, 1, 1], [0] * 4, [0.5, 0, 0, 0]]  # fmt: skip
+
+
+def test_dynamic_sampling_draws_until_every_group_is_informative(monkeypatch):
+    rule_draws(monkeypatch, *DRAWS)
+    (model, run), answers = (writer(), objective(dynamic_sampling=4)), spy(monkeypatch, grpo, "sample_answers")
+    batch = run.batch(model, 2)
+    drawn = [[task.prompt for task in run.tasks(2, 4, again=again)] for again in range(3)]
+    expected = [drawn[0][1], drawn[1][0], drawn[1][2], drawn[2][1]]
+    assert len(answers) == 3 and prompts_of(batch) == [prompt for prompt in expected for _ in range(4)]
+    rewards = torch.tensor([DRAWS[0][1], DRAWS[1][0], DRAWS[1][2], DRAWS[2][1]])
+    assert torch.equal(batch["advantages"], grpo.advantages(rewards).flatten())
+    written = torch.cat([a.mask.sum(1) for _, a in answers]).float()
+    assert batch["numbers"]["informative"] == 5 / 12 and batch["numbers"]["length"] == written.mean()
+    assert batch["numbers"]["train_reward"] == pytest.approx(np.mean(DRAWS))
+    kept = torch.tensor([1, 4, 6, 9])[:, None] * 4 + torch.arange(4)  # rows of all that was drawn
+    assert batch["mask"].sum(1).tolist() == written[kept.flatten()].tolist()
+    logprob, _ = model.logprobs(batch["ids"], batch["mask"])
+    assert (batch["behaviour_logprob"] - logprob).abs().max() < 1e-4
+
+
+def test_dynamic_sampling_fills_up_with_silent_groups(monkeypatch):
+    rule_draws(monkeypatch, *DRAWS)
+    model, run = writer(), objective(dynamic_sampling=1)
+    batch = run.batch(model, 2)
+    drawn = [[task.prompt for task in run.tasks(2, 4, again=again)] for again in range(2)]
+    expected = [drawn[0][0], drawn[0][1], drawn[1][0], drawn[1][2]]
+    assert prompts_of(batch) == [prompt for prompt in expected for _ in range(4)]
+    assert batch["numbers"]["informative"] == 3 / 8
+    assert batch["advantages"].view(4, 4).any(1).tolist() == [False, True, True, True]
+
+
+# ---- curricula, lengths and thoughts
+
+
+def test_pass_rates_are_found_once_from_all_tries(monkeypatch):
+    """The tries of a task are cut by batches of 18, and must be put together again."""
+    passes, count = lambda task: sum(task.prompt.encode()) % 9, itertools.count()  # of 8 tries
+
+    def judged(tasks, answers):
+        return [(float(next(count) % 8 < passes(task)), None) for task in tasks]
+
+    monkeypatch.setattr(grpo, "judged_answers", judged)
+    (model, run), found = (
+        (writer(), objective(18, group_size=3, curriculum=5)),
+        spy(monkeypatch, grpo.GRPO, "find_pass_rates"),
+    )
+    run.batch(model, 1)
+    assert not found and not run.curricula  # the warm start is not over
+    for step in (2, 3, 4):
+        run.batch(model, step)
+    assert len(found) == 1
+    pools = [run.pool(env) for env in run.envs]
+    for env, pool, rates in zip(run.envs, pools, run.kept["pass_rates"]):
+        assert {task.env for task in pool} == {env.name} and not any(map(is_held_out, pool))
+        assert rates.tolist() == [passes(task) / 8 for task in pool] and len(pool) == 5 * 18 // 3 // 2
+    others = [
+        with_seed(1, curriculum=5),
+        with_seed(0, 1, curriculum=5),
+        with_seed(envs="countdown,sort:3", curriculum=5),
+    ]
+    prompts = [{task.prompt for env in other.envs for task in other.pool(env)} for other in (run, *others)]
+    assert all(len(a & b) < len(a) / 2 for a, b in itertools.combinations(prompts, 2))
+
+
+def ordered(rates, **settings):
+    """Returns an objective whose pools have these pass rates."""
+    run = objective(**settings)
+    run.kept["pass_rates"] = [torch.as_tensor(r) for r in rates]
+    run.make_curricula()
+    return run
+
+
+def test_a_curriculum_goes_from_easy_to_hard():
+    settings = dict(envs="sort:12,sort:9", warm_start=10, curriculum=20, batch_size=160)  # no prompt comes twice
+    drawn = {}
+    for step, aim in [(10, 0.7), (20, 0.55), (30, 0.4), (99, 0.4)]:
+        run = ordered([torch.linspace(0, 0.99, 200)] * 2, **settings)
+        rate = {task.prompt: r.item() for pool in run.pools for task, r in zip(pool, torch.linspace(0, 0.99, 200))}
+        tasks = run.tasks(step, 40)
+        assert [task.env for task in tasks] == ["sort:12", "sort:9"] * 20
+        for env, pool, curriculum in zip(range(2), run.pools, run.curricula):
+            mine = [task.prompt for task in tasks[env::2]]
+            assert len(set(mine)) == 20 and set(mine) <= {task.prompt for task in pool}
+            assert curriculum.left.sum() == 180
+            assert np.mean([rate[prompt] for prompt in mine]) == pytest.approx(aim, abs=0.1)
+        again = ordered([torch.linspace(0, 0.99, 200)] * 2, **settings)
+        assert [task.prompt for task in again.tasks(step, 40)] == [task.prompt for task in tasks]
+        drawn[step] = {task.prompt for task in tasks}
+    assert drawn[30] != drawn[99] and len(run.tasks(10, 3)) == 3
+    assert all(is_held_out(task) for task in run.tasks(10, 8, held_out=True))
+
+
+def test_the_pass_rate_of_a_batch_is_that_of_its_tasks():
+    rates = torch.linspace(0, 0.95, 20)
+    model, run = writer(), ordered([rates, rates], curriculum=10)
+    batch = run.batch(model, 3)
+    known = {task.prompt: rate.item() for pool in run.pools for task, rate in zip(pool, rates)}
+    found = [known[prompt] for prompt in prompts_of(batch)[::4]]
+    assert batch["numbers"]["pass_rate"] == pytest.approx(np.mean(found), abs=1e-6)
+    assert "pass_rate" not in objective().batch(model, 3)["numbers"]
+
+
+def test_an_environment_with_too_few_unsolved_tasks_gets_fresh_ones(monkeypatch):
+    monkeypatch.setattr(grpo, "POOL", 4)
+    run = ordered([[1.0, 1.0, 1.0, 0.5], [1.0, 0.5, 1.0, 0.5]], curriculum=10)  # two of each in a batch
+    pools = [[task.prompt for task in pool] for pool in run.pools]
+    fresh = set()
+    for step in (2, 3, 4):
+        tasks = run.tasks(step, 4)
+        assert [task.env for task in tasks] == ["sort:3", "countdown"] * 2
+        assert {task.prompt for task in tasks[1::2]} == {pools[1][1], pools[1][3]}
+        fresh |= {task.prompt for task in tasks[::2]}
+        assert not any(map(is_held_out, tasks)) and run.drawn_rates == [0.5, 0.5]
+    assert len(fresh) == 6 and not fresh & set(pools[0]) and [len(pool) for pool in pools] == [4, 4]
+
+
+def think_on(n, envs="chain:2,sort:3", **settings):
+    run = objective(envs=envs, **settings)
+    return run, run.tasks(0, n)
+
+
+def test_the_parts_of_an_answer():
+    _, (thinks, plain) = think_on(2)
+    assert grpo.thought_and_answer(thinks, "3+5=1\n</think>5") == ("3+5=1\n", "5")
+    assert grpo.thought_and_answer(thinks, "3+</think>5=1\n</think>5") == ("3+</think>5=1\n", "5")
+    assert grpo.thought_and_answer(thinks, "3+5=1\n5") == ("3+5=1\n5", "")  # never closed
+    assert grpo.thought_and_answer(plain, "123") == ("", "123")
+
+
+def test_short_thoughts_and_answers_gain_what_long_ones_lose():
+    run, (thinks, plain) = think_on(2, length_coef=0.5)
+    tasks = [thinks] * 4 + [plain] * 4
+    texts = ["12</think>5", "123456</think>5", "1234</think>555", "123456"] + ["1", "12", "123", "12345"]
+    rewards = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]])
+    thought, answer = (
+        torch.tensor([[1, 0, 0.5, 0], [0, 0, 0, 0]]),
+        torch.tensor([[2 / 3, 2 / 3, 0, 1], [1, 0.75, 0.5, 0]]),
+    )
+    expected = rewards + sum(0.5 * (u - u.mean(1, keepdim=True)) for u in (thought, answer))
+    shaped = run.shaped(rewards, tasks, texts)
+    assert close(shaped, expected, 1e-6) and close(shaped.sum(1), rewards.sum(1), 1e-5)
+    assert shaped[0, 0] > shaped[0, 1] and torch.equal(objective().shaped(rewards, tasks, texts), rewards)
+
+
+def test_rewards_that_are_shaped_are_learnt_from_and_not_reported(monkeypatch):
+    rule_draws(monkeypatch, [[1] * 4] * 4)
+    model, run = writer(), objective(length_coef=0.5, dynamic_sampling=0)
+    batch = run.batch(model, 2)
+    lengths = batch["mask"].sum(1).view(4, 4)
+    assert batch["numbers"]["train_reward"] == 1 and batch["numbers"]["informative"] == 1
+    for A, length in zip(batch["advantages"].view(4, 4), lengths):
+        assert length[A.argmax()] == length.min() and length[A.argmin()] >= length[A.argmax()]
+
+
+def test_low_effort_marks_prompts_that_think():
+    _, plain = think_on(400)
+    run, marked = think_on(400, low_effort=1.0)
+    assert [task.prompt for task in marked[::2]] == ["~" + task.prompt for task in plain[::2]]
+    assert [task.prompt for task in marked[1::2]] == [task.prompt for task in plain[1::2]]
+    assert all(a.demo == b.demo and a.check("5") == b.check("5") for a, b in zip(marked, plain))
+    assert not any(task.prompt.startswith("~") for task in run.tasks(0, 40, held_out=True))
+    _, some = think_on(400, low_effort=0.25)
+    assert 30 < sum(task.prompt.startswith("~") for task in some[::2]) < 70
+
+
+def test_low_effort_changes_the_rewards_of_marked_prompts_only():
+    run, (marked, plain) = think_on(2, low_effort=1.0, low_effort_tokens=4)
+    other = replace(marked, prompt=marked.prompt[1:])
+    texts, rewards = ["</think>5", "12</think>5", "12345678</think>5", "1234"] * 3, torch.tensor([[1.0, 1, 1, 0]] * 3)
+    shaped = run.shaped(rewards, [marked] * 4 + [plain] * 4 + [other] * 4, texts)
+    assert close(shaped, [[1.1, 1.05, 0.9, 0], [1, 1, 1, 0], [1, 1, 1, 0]], 1e-6)
+
+
+def demos_of(run, tasks):
+    """Returns for each of tasks (prompt, what was written behind it, the part of it that is a target) and checks ids.
+
+    A token that is no target is written as a dot.
+    """
+    found, batch = [], run.demos(small_model(), tasks, np.random.default_rng(0))
+    for ids, targets in zip(batch["ids"].tolist(), batch["targets"].tolist()):
+        assert all(target in (-100, following) for target, following in zip(targets, [*ids[1:], 256]))
+        ids = ids[1:]
+        while ids and ids[-1] == 256:
+            ids.pop()
+        text = bytes(ids).decode()
+        start = text.index("=", 0) + 1  # the end of the question
+        start += next((len(end) for end in ("<think></think>", "<think>\n") if text.startswith(end, start)), 0)
+        assert targets[:start] == [-100] * start and targets[len(ids)] == 256
+        assert set(targets[len(ids) + 1 :]) <= {-100}
+        shown = "".join("." if t < 0 else chr(t) for t in targets[start : len(ids)])
+        found.append((text[:start], text[start:], shown))
+    return found
+
+
+def test_a_demo_is_shown_whole():
+    run, tasks = think_on(20)
+    assert demos_of(run, tasks) == [(task.prompt, task.demo, task.demo) for task in tasks]
+
+
+@pytest.mark.parametrize("settings, mark", [(dict(cut_thoughts=1.0), ""), (dict(low_effort=1.0), "~")])
+def test_thoughts_are_cut_at_whole_lines_and_their_closing_is_no_target(settings, mark):
+    run, tasks = think_on(60, envs="chain:3,sort:3", **settings)
+    kept = []
+    for task, (prompt, written, shown) in zip(tasks, demos_of(run, tasks)):
+        if not task.thinks:
+            assert (prompt, written, shown) == (task.prompt, task.demo, task.demo)
+            continue
+        thought, _, answer = task.demo.rpartition("</think>")
+        left = written.removesuffix("</think>" + answer)
+        kept.append(left.count("\n"))
+        assert prompt == task.prompt and prompt.startswith(mark) and thought.startswith(left) and left != thought
+        assert left == "".join(thought.splitlines(keepends=True)[: kept[-1]]) and shown == f"{left}........{answer}"
+    assert len(kept) == 30 and set(kept) == {0, 1, 2}
+
+
+def test_the_demos_of_another_step_are_cut_elsewhere(monkeypatch):
+    run, tasks = think_on(16, envs="chain:3", cut_thoughts=1.0)
+    monkeypatch.setattr(run, "tasks", lambda step, n: [replace(tasks[0], demo="</think>5"), *tasks[1:]])
+    cuts = [run.batch(small_model(), step)["targets"] for step in (0, 0, 1)]  # a thought without lines stays empty
+    assert torch.equal(cuts[0], cuts[1]) and cuts[0].tolist() != cuts[2].tolist()
+
+
+def test_demos_without_thoughts_are_answers_alone():
+    run, tasks = think_on(20, no_thoughts=1.0)
+    for task, found in zip(tasks, demos_of(run, tasks)):
+        answer = task.demo.rpartition("</think>")[2]
+        prompt = task.prompt.replace("<think>\n", "<think></think>")
+        assert found == (prompt, answer, answer)
+
+
+def test_shares_of_demos_are_cut_and_not_thought():
+    run, tasks = think_on(400, envs="chain:3", batch_size=4, cut_thoughts=0.25, no_thoughts=0.5)
+    found = demos_of(run, tasks)
+    silent = sum(prompt.endswith("</think>") for prompt, _, _ in found)
+    cut = sum("........" in shown for _, _, shown in found)
+    assert 70 < cut < 130 and 160 < silent < 240
+    assert all(task.demo == shown for task, (_, written, shown) in zip(tasks, found) if written.count("\n") == 3)
+
+
+# ---- policies beside the one in training
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_advantages_of_teachers_are_by_token_from_the_teacher_of_the_task(tmp_path, group_size):
+    model, teachers = writer(), [writer(1), writer(2)]
+    with torch.no_grad():
+        teachers[1].lm_head.weight.mul_(20)  # sure of itself, and so nearly always of another mind
+    folders = ", ".join(saved(teacher, tmp_path / str(i)) for i, teacher in enumerate(teachers))
+    run = objective(teachers=folders, group_size=group_size, temperature=0.7)
+    batch = run.batch(model, 2)
+    ids, mask = batch["ids"], batch["mask"]
+    student = model.logprobs(ids, mask, 0.7)[0]
+    expected = torch.stack([teacher.logprobs(ids, mask, 0.7)[0] - student for teacher in teachers]).clamp(-20, 20)
+    whose = torch.tensor([int(prompt.startswith("c")) for prompt in prompts_of(batch)])
+    assert whose.tolist() == ([0] * group_size + [1] * group_size) * (8 // group_size)
+    expected = expected[whose, torch.arange(16)]
+    assert close(batch["advantages"], expected.detach(), 1e-4) and batch["advantages"].min() == -20
+    assert close(batch["old_logprob"], student.detach(), 1e-4)
+    assert not any(p.requires_grad for teacher in run.teachers for p in teacher.parameters())
+    loss, _ = run.loss(model, batch)
+    loss.backward()
+    assert loss.isfinite() and model.lm_head.weight.grad.any()
+
+
+def test_a_teacher_is_named_for_every_environment(tmp_path):
+    folder = saved(small_model(), tmp_path)
+    with pytest.raises(ValueError, match="^--teachers names 1 runs, --envs 2 environments$"):
+        objective(teachers=folder)
+    with pytest.raises(ValueError, match="^--group_size=1 .*--teachers$"):
+        objective(group_size=1)
+
+
+def test_a_clipped_correction_takes_the_sampler_for_the_old_policy(monkeypatch):
+    rule_rewards(monkeypatch, 1, 0, 0.5)
+    model, run = writer(), objective(correction="clip", sampler_every=3, temperature=0.7)
+    batch = run.batch(model, 2)
+    assert batch["old_logprob"] is not None and torch.equal(batch["old_logprob"], batch["behaviour_logprob"])
+    assert run.loss(model, batch)[1]["ratio"].item() == pytest.approx(1, abs=1e-4)
+    change(model)
+    batch = run.batch(model, 3)
+    mask, logprob = batch["mask"], model.logprobs(batch["ids"], batch["mask"], 0.7)[0]
+    ratio = (logprob - batch["behaviour_logprob"]).exp()[mask].mean().item()
+    assert run.loss(model, batch)[1]["ratio"].item() == pytest.approx(ratio, rel=1e-3) and abs(ratio - 1) > 0.1
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_answers_are_those_of_the_copy_until_it_is_renewed(every):
+    """Every step has weights of its own; those of step 2 are copied, and those of step 5."""
+    model, run = writer(2), objective(sampler_every=every, correction="tis")
+    for step in range(2, 7):
+        change(model, step)
+        batch = run.batch(model, step)
+        sampler = writer(step if every == 1 else step - (step - 2) % 3)
+        logprob = sampler.logprobs(batch["ids"], batch["mask"])[0]
+        assert close(batch["behaviour_logprob"], logprob.detach(), 1e-4), step
+        assert close(batch["old_logprob"], model.logprobs(batch["ids"], batch["mask"])[0].detach(), 1e-4)
+
+
+def test_the_reference_is_the_policy_after_the_warm_start():
+    model, run = writer(), objective(kl_coef=0.1, temperature=0.7)
+    run.batch(model, 1)
+    change(model, 1)  # by the warm start's last step
+    for step in (2, 3, 4):
+        batch = run.batch(model, step)
+        reference = writer(1).logprobs(batch["ids"], batch["mask"], 0.7)[0]
+        assert close(batch["ref_logprob"], reference.detach(), 1e-4)
+        _, metrics = run.loss(model, batch)
+        assert (metrics["kl_ref"] > 0.01) == (step > 2)
+        change(model, step)
+
+
+def test_at_temperature_0_an_answer_is_the_likeliest_for_every_generator():
+    model, tokenizer, prompts = writer(), Tokenizer("bytes"), ["s123=", "c3,5>8=", "s3="]
+    found = [
+        grpo.sample_answers(model, tokenizer, prompts, 9, 0, torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    ]
+    assert found[0].texts == found[1].texts and torch.equal(found[0].ids, found[1].ids)
+    for ids, mask in zip(found[0].ids, found[0].mask):
+        likeliest = model(ids[None, :-1])[0].argmax(-1)
+        assert torch.equal(likeliest[mask], ids[1:][mask])
+    assert not found[0].logprob.any()
+
+
+def test_an_evaluation_has_its_own_temperature_prompts_and_mean(monkeypatch):
+    rule_rewards(monkeypatch, 1, 0.5, 0.25, "it raised")
+    run = objective(temperature=0.7, eval_temperature=1.3, low_effort=1.0)
+    (model, sampled), tasks = (writer(), spy(monkeypatch, grpo, "sample_answers")), run.tasks(0, 20, held_out=True)
+    model.train()
+    found = run.evaluate(model, n=10)
+    ((asked, answers),) = sampled
+    assert asked.temperature == 1.3 and asked.prompts == [task.prompt for task in tasks] and model.training
+    rewards = torch.tensor([1, 0.5, 0.25, 0] * 5) * answers.finished
+    sort, countdown = rewards[::2].mean().item(), rewards[1::2].mean().item()
+    assert sort != countdown and found == pytest.approx(
+        {"reward_sort:3": sort, "reward_countdown": countdown, "reward": (sort + countdown) / 2}
+    )
+    run.batch(model, 2)
+    assert sampled[1][0].temperature == 0.7
+    objective(eval_temperature=0.0).evaluate(model, n=5)
+    assert sampled[2][0].temperature == 0
+
+
+def test_an_objective_goes_on_where_its_state_was_saved(tmp_path):
+    settings = dict(updates=2, curriculum=8, sampler_every=6, kl_coef=0.1)
+    model, run = writer(), objective(**settings)
+    run.batch(model, 2)
+    torch.save(run.state_dict(), tmp_path / "state.pt")
+    again = objective(**settings)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [c.left.sum() for c in again.curricula] == [14, 14]  # two of sixteen were drawn
+    for step in (3, 4, 5, 6):  # the rest of a batch; one from a copy of old weights, with tasks that are left
+        change(model, step)
+        expected, got = run.batch(model, step), again.batch(model, step)
+        for name in expected:
+            same = torch.equal if name != "numbers" else lambda a, b: a["train_reward"] == b["train_reward"]
+            assert same(expected[name], got[name]), (step, name)
+    old = writer(0).logprobs(got["ids"], got["mask"])[0]
+    assert close(got["behaviour_logprob"], old.detach(), 1e-4)
+
+
+def test_a_state_that_was_saved_is_not_written_on():
+    model, run = writer(), objective(curriculum=8)
+    run.batch(model, 2)
+    state = run.state_dict()
+    again = objective(curriculum=8)
+    again.load_state_dict(state)
+    again.batch(model, 3)
+    assert state["left"][0].sum() == 14 and run.curricula[0].left.sum() == 14
+
+
+@pytest.mark.parametrize("name, low, high", grpo.LIMITS)
+def test_settings_out_of_their_limits_are_refused(name, low, high):
+    whole = isinstance(grpo.GRPOConfig.__dataclass_fields__[name].default, int)
+    wrong = [low - 1] if whole else [low - 1e-3, -math.inf, math.inf, math.nan]
+    for value in wrong + [high + 0.5] * (high == 1):
+        with pytest.raises(ValueError, match=f"^--{name}={value} must be [^\n]*$"):
+            grpo.GRPOConfig(**{name: value})
+    extra = dict(teachers="a") if name == "group_size" else {}
+    assert getattr(grpo.GRPOConfig(**{name: low} | extra), name) == low
+    if high <= 1:
+        assert getattr(grpo.GRPOConfig(**{name: high}), name) == high
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(surrogate="ppo"), "surrogate='ppo', expected one of grpo, gspo, cispo"),
+    (dict(aggregate="mean"), "aggregate='mean', expected one of token, sequence, constant"),
+    (dict(overlong="keep"), "overlong='keep', expected one of zero, filter"),
+    (dict(correction="no"), "correction='no', expected one of , clip, tis, mask, sequence"),
+    (dict(cut_thoughts=0.6, no_thoughts=0.5), "--cut_thoughts and --no_thoughts .*at most 1"),
+])  # fmt: skip
+def test_settings_that_contradict_are_refused_in_a_line(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+        grpo.GRPOConfig(**settings)
+    assert grpo.GRPOConfig(cut_thoughts=0.5, no_thoughts=0.5)
+
+
+def test_parts_of_different_width_are_joined():
+    joined = grpo.joined([torch.ones(1, 2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)], 7)
+    assert joined.tolist() == [[1, 1, 7], [0, 0, 0], [0, 0, 0]]
+    assert grpo.joined([torch.ones(1), torch.zeros(2)]).tolist() == [1, 0, 0]

@@ -15,6 +15,7 @@ from decoding import DraftStats, ThinkingBudget
 from nano_hybrid import (
     CG_STEPS,
     PRESETS,
+    Cache,
     Hybrid,
     HybridConfig,
     PasskeyStudy,
@@ -833,3 +834,48 @@ def test_a_prompt_without_rows_is_refused():
 def test_a_tiny_temperature_is_greedy():
     model, ids = build(), draw_ids(1, 4)
     assert torch.equal(*(torch.stack(list(model.generate(ids, 9, t))) for t in (0, 1e-40)))
+
+
+# ---- a batch that shrinks
+
+
+def early_and_late(n=80):
+    """Returns (a model, n prompts of 1 to 9 tokens, tokens to stop at): most rows end within a few steps."""
+    prompts = [draw_ids(1, 1 + i % 9, seed=i)[0].tolist() for i in range(n)]
+    return build(torch.float64), prompts, list(range(32, 60))
+
+
+@pytest.mark.parametrize("smallest", [32, 2])
+@pytest.mark.parametrize("budget", [None, ThinkingBudget(3, [61, 62], [5, 6, 7], grace=4)], ids=["free", "budget"])
+def test_a_batch_that_shrinks_writes_what_each_row_writes_alone(monkeypatch, smallest, budget):
+    (model, prompts, stop), sizes, select = early_and_late(), [], Cache.select
+    monkeypatch.setattr("nano_hybrid.SMALLEST_CUT", smallest)
+    monkeypatch.setattr(Cache, "select", lambda cache, rows: (sizes.append(len(rows)), select(cache, rows)))
+    options = dict(temperature=0, stop=stop, budget=budget)
+    rows = run(model, prompts, 16, **options)
+    assert sizes[0] <= 40 and all(2 * b <= a for a, b in zip(sizes, sizes[1:])) and (len(sizes) > 1) == (smallest == 2)
+    cuts = len(sizes)
+    for row, prompt in zip(rows, prompts):
+        alone = run(model, [prompt], 16, **options)[0]
+        assert row == alone + [-1] * (len(row) - len(alone))
+    assert len(sizes) == cuts and len({row.index(-1) if -1 in row else 16 for row in rows}) > 4
+
+
+def test_the_log_probabilities_of_a_batch_that_shrinks():
+    (model, prompts, stop), logprobs = early_and_late(), []
+    options = dict(temperature=0.8, generator=torch.Generator().manual_seed(0), logprobs=logprobs, stop=stop)
+    tokens = torch.stack(list(model.generate(prompts, 16, **options)), 1)  # [80, 16]
+    assert {tuple(found.shape) for found in logprobs} == {(80,)}
+    found, size, dropped = torch.stack(logprobs[: tokens.shape[1]], 1), 80, torch.zeros(80, dtype=torch.bool)
+    n_left = 80
+    for t in range(tokens.shape[1]):
+        assert torch.equal(found[:, t] == 0, dropped), t
+        on = (tokens[:, t] >= 0) & ~torch.isin(tokens[:, t], torch.tensor(stop))
+        if size >= 32 and n_left <= size / 2:  # as counted a step before: a GPU is not waited for
+            dropped, size = ~on, int(on.sum())
+        n_left = on.sum()
+    assert 0 < size <= 40 and dropped.any()
+    for prompt, row, got in zip(prompts, tokens.tolist(), found):
+        new = [token for token in row if token >= 0]
+        expected, _ = model.logprobs(torch.tensor([prompt + new]), temperature=0.8)
+        assert (got[: len(new)] - expected[0, len(prompt) - 1 :]).abs().max() < 1e-4
