@@ -21,39 +21,42 @@ Symbols  code               paper         meaning
          clip               eps_lo, hi    the ratio r counts inside [1 - lo, 1 + hi]
          mask               m             1 where the policy wrote the token, stop token included; 0 elsewhere
 
-Which flags give which algorithm: those of `train.py --recipe=grpo`, and in brackets what only the
-functions take; clip is clip_low, clip_high.
+Which flags give which algorithm: those of `train.py --recipe=grpo`, with --entropy_coef=0, which none of them has; in
+brackets what only the functions take; clip is clip_low, clip_high.
 
     algorithm             --advantage  --surrogate  --clip_...  --aggregate  further
     GRPO                  grpo         grpo         .2, .2      sequence     --kl_coef=.04
     DAPO                  grpo         grpo         .2, .28     token        --dynamic_sampling=4 [overlong_penalty]
     Dr. GRPO              dr           grpo         .2, .2      constant
-    RLOO                  rloo         grpo         inert       constant     --updates=1 [divisor B: max_tokens=1]
+    RLOO                  rloo         grpo         inert       constant     --updates=1 [denominator=B]
     GSPO                  grpo         gspo         3e-4, 4e-4  sequence
-    CISPO                 grpo         cispo        1, 4        token        lo = 1: no lower bound; w up to 5
+    CISPO                 grpo         cispo        1, 4        token        lo = 1: no lower bound; r up to 5
     dual clip (verl)      any          grpo         .2, .2      any          [dual_clip=3]
     naive PPO             any          grpo         .2, .2      any          --correction=clip
-    decoupled PPO, AReaL  batch        grpo         .2, .2      token        --correction=tis, mask [bounds=(0, 5)]
+    decoupled PPO, AReaL  batch        grpo         .2, .2      token        --correction=tis --updates=4 [(0, 5)]
     TIS                   any          any          any         any          --correction=tis
     IcePop                any          any          any         any          --correction=mask
     Nemotron 3 Nano       nemotron     grpo         .2, .28     token        --correction=sequence --overlong=filter
     Nemotron 3 Super      nemotron     grpo         .2, .28     token        --correction=tis [(0, 5), A in +-50]
     Nemotron 3 Ultra      nemotron     grpo         .2, .28     token        --correction=tis [(.2, 5), A in +-20]
-    MOPD (Ultra)          no matter    grpo         .2, .28     token        --correction=mask --teachers=...
+    MOPD (Ultra)          any          grpo         .2, .28     token        --teachers=... --group_size=1, as IcePop
 
     Nano, Super and Ultra update once per batch: r = 1, the clip is inert, w is all there is. Nano and Super drop rows
     that are not `faithful`. Super and Ultra set A := -5 on the tokens of malformed messages: one more reason that A may
     be [BG, T].
 
 Read     The table above, 1, 2; then 4 and 5, where an answer is sampled, judged and learnt from. `python grpo.py`
-         compares five losses; `python train.py --recipe=grpo` learns several tasks at once.
+         compares five losses, `python grpo.py bench` times answers on a GPU; `python train.py --recipe=grpo` learns
+         several tasks at once; grpo_studies.py puts Nemotron's claims to the test.
 Limits   Equal rewards give advantages of exactly 0; the first update of a batch has the same gradient under grpo, gspo
          and cispo; behaviour = old is PPO; one token and one teacher make MOPD the reverse KL: see tests/test_grpo.py.
 Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVIDIA's eps of 1e-6, and groups without
          spread are set to 0 rather than left to it. CISPO's upper bound is 1 + hi, as in the paper; TRL's is hi. Length
-         control is the paper's, not the released server's: see its docstring. Nemotron's reports say masked weights;
-         the table follows the released configurations: a sequence mask (Nano), TIS (Super, Ultra). No value of k3 is
-         capped (verl: at 10), because an exploding estimate is what the metric is for.
+         control is the paper's, not the released server's; the recipe adds it to advantages, not to rewards, of right
+         answers only: else in a group of equal rewards its coefficient cancels, and the shortest wrong answer wins.
+         Dynamic sampling fills a batch from all environments: those solved, or hopeless, lose their share of it.
+         Nemotron's reports say masked weights; the table follows the released configurations: a sequence mask (Nano),
+         TIS (Super, Ultra). k3 is capped at e^20, not at 10 (verl): an exploding estimate is what the metric is for.
 """
 
 import copy
@@ -195,11 +198,11 @@ def kl_estimate(logprob, ref_logprob, kind="k3"):
     """
     choose("kind", kind, KL_KINDS)
     x = at_least_float32(ref_logprob) - at_least_float32(logprob)
+    far = x.clamp(max=20)  # e^89 is inf
     if kind == "k1":
         return -x
     k2 = x.square() / 2
-    # expm1: at x = 1e-4, e^x - 1 - x in float32 is nothing but rounding. clamp: e^89 is inf.
-    k3 = torch.expm1(x.clamp(max=20)) - x
+    k3 = torch.expm1(far) - far  # at x = 1e-4, e^x - 1 - x in float32 would be nothing but rounding
     return {"k2": k2, "k3": k3, "k3+": k2 - k2.detach() + k3.detach()}[kind]
 
 
@@ -386,6 +389,8 @@ def loss_metrics(ratio, advantages, mask, kind, clip, logprob, old_logprob, beha
 
 
 # ---- 3. rewards, tasks and teachers -------------------------------------------------------------------------------
+#
+# `overlong_penalty`, `circular_scores` and `dpo_loss` are building blocks: the objective in 5 does without them.
 
 
 def overlong_penalty(lengths, max_tokens, cache):
@@ -444,8 +449,8 @@ class Curriculum:
 
     pass_rates [n], of the model before training; tasks of pass rate 1 are dropped, those of 0 too if drop_unsolved.
     The weight N(p; mu, sigma) is divided by the number of tasks left in the same of `bins` bins, or the mean of a batch
-    would follow the pool and not mu. Without replacement: when fewer than a batch are left, all are put back. `left`,
-    bool [n], is its whole state. Use one for each environment, each with a fixed quota in the batch; at a plateau make
+    would follow the pool and not mu. Without replacement: a bin begins anew when it is used up. `left`, bool [n], is
+    its whole state. Use one for each environment, each with a fixed quota in the batch; at a plateau make
     another from new pass rates. Source: Nemotron 3 Nano, section 3.2.2 and Figure 6 (.7 to .4 in 600 steps), which
     gives no sigma and no bins.
     """
@@ -467,9 +472,11 @@ class Curriculum:
         """Returns int64 [n], indices of tasks, no two alike. generator: of torch, on the CPU."""
         if n > self.usable.sum():
             raise ValueError(f"n={n} tasks for a batch, but only {int(self.usable.sum())} of pass rate below 1")
+        count = torch.bincount(self.bin[self.left], minlength=int(self.bin.max()) + 1)
+        self.left |= self.usable & (count[self.bin] == 0)
         if n > self.left.sum():
             self.left = self.usable.clone()
-        density = torch.bincount(self.bin[self.left], minlength=int(self.bin.max()) + 1).clamp(min=1)
+        density = torch.bincount(self.bin[self.left], minlength=len(count)).clamp(min=1)
         log_weight = -(((self.pass_rates - self.mean(step)) / self.sigma) ** 2) / 2 - density[self.bin].log()
         # Gumbel noise and the n best is drawing without replacement, and far tasks do not underflow to a weight of 0
         gumbel = -torch.empty_like(log_weight).exponential_(generator=generator).log()
@@ -581,9 +588,9 @@ class GRPOConfig:
     aggregate: str = "token"  # token, sequence or constant: see denominator
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
     clip_high: float = 0.28  # and up to 1 + clip_high
-    entropy_coef: float = 0.04  # bonus for a nat of entropy: with less, small models settle on one answer for all
+    entropy_coef: float = 0.02  # bonus for a nat of entropy: with less, small models settle on one answer for all
     kl_coef: float = 0.0  # weight of the KL to the policy after the warm start
-    sampler_every: int = 1  # steps between copies of the weights to the sampler; more is asynchronous RL, emulated
+    sampler_every: int = 1  # k: its weights are copied every k steps, and so are 0 to k - 1 steps old (asynchronous RL)
     correction: str = ""  # of a sampler that is another policy: tis, mask, sequence, or clip (its ratio, clipped)
     overlong: str = "zero"  # an answer without an end is worth zero; filter: and has no gradient
     dynamic_sampling: int = 0  # further draws, at most, in place of prompts whose answers are all worth the same
@@ -601,12 +608,20 @@ class GRPOConfig:
         choose("overlong", self.overlong, ("zero", "filter"))
         for name, low, high in LIMITS:
             if not low <= getattr(self, name) <= high:
-                span = f"from {low} to {high}" if math.isfinite(high) else f"at least {low}, and finite"
+                span = (
+                    f"from {low} to {high}"
+                    if high < LARGEST
+                    else f"at least {low}" + ", and finite" * (high == LARGEST)
+                )
                 raise ValueError(f"--{name}={getattr(self, name)} must be {span}")
-        if self.group_size < 2 and not self.teachers:
+        if self.group_size < 2 and not self.teachers.strip(", "):
             raise ValueError("--group_size=1 leaves nothing to compare an answer with; it takes --teachers")
         if self.cut_thoughts + self.no_thoughts > 1:
             raise ValueError("--cut_thoughts and --no_thoughts are shares of the same demos: at most 1 together")
+        if self.teachers and (self.length_coef or self.low_effort or self.dynamic_sampling):
+            raise ValueError(
+                "--teachers take the place of rewards: leave out length_coef, low_effort, dynamic_sampling"
+            )
 
 
 LARGEST = sys.float_info.max
@@ -626,14 +641,14 @@ class GRPO:
 
     train_reward      mean of what the verifiers gave           train_reward_<env>   of the answers of one environment
     informative       share of the drawn groups whose answers differ in reward: the others teach nothing
-    pass_rate         with a curriculum: mean pass rate, before training, of the tasks drawn
+    pass_rate         mean pass rate, before rewards, of the tasks that curricula drew
     entropy           of the policy, nats a token: falls as it decides; collapse means no more exploration
     length            tokens of an answer                       truncated      share that wrote no end of text
     problems          answers whose verifier raised, hung, or gave no number in [0, 1]
     tokens            that were learnt from                     rollout_tokens_per_s   answers' tokens / time to sample
 
     What a run needs to go on, beside weights and step, is in `kept`: answers that updates are still to come for, copies
-    of the weights, pass rates. The bonus for entropy goes to silent groups, too: it is what keeps them exploring. A
+    of the weights, pass rates. Silent groups have the bonus for entropy, which keeps them exploring, and the KL. A
     mixture of experts is balanced by its bias alone, as in Nemotron's RL; its router is trained, where theirs is not.
     """
 
@@ -649,11 +664,17 @@ class GRPO:
                 f"group_size={config.group_size} times updates={config.updates}"
             )
         self.example = self.envs[0].sample(np.random.default_rng(seed)).prompt  # a prompt to try it with
-        self.kept, self.models, self.curricula = {}, {}, []
+        self.kept, self.models, self.curricula, self.drawn_rates = {}, {}, [], []
+        if config.cut_thoughts or config.no_thoughts or config.low_effort:
+            if not any(env.sample(np.random.default_rng(seed)).thinks for env in self.envs):
+                raise ValueError(f"--envs={config.envs} has none that thinks, as chain or add:5:on does")
+        names = list(dict.fromkeys(env.name for env in self.envs))
         folders = [folder.strip() for folder in config.teachers.split(",") if folder.strip()]
-        if folders and len(folders) != len(self.envs):
-            raise ValueError(f"--teachers names {len(folders)} runs, --envs {len(self.envs)} environments")
-        self.teachers = [Hybrid.from_pretrained(Path(folder)).requires_grad_(False) for folder in folders]
+        if folders and len(folders) != len(names):
+            raise ValueError(f"--teachers names {len(folders)} runs, --envs {len(names)} environments")
+        self.teachers = {
+            name: Hybrid.from_pretrained(Path(folder)).requires_grad_(False) for name, folder in zip(names, folders)
+        }
 
     def about(self):
         """Returns a line about the data."""
@@ -670,6 +691,7 @@ class GRPO:
 
     def load_state_dict(self, state):
         """Takes back what `state_dict` returned."""
+        self.models, self.curricula = {}, []
         self.kept = {name: value for name, value in state.items() if name != "left"}
         if "pass_rates" in self.kept:
             self.make_curricula()
@@ -685,8 +707,9 @@ class GRPO:
         """
         rng = np.random.default_rng((self.seed, step, self.rank, held_out, again))
         if self.curricula and not held_out:
-            return self.ordered(step, n, rng)
-        tasks = [sample_task(self.envs[i % len(self.envs)], rng, held_out) for i in range(n)]
+            tasks = self.ordered(step, n, rng)
+        else:
+            tasks = [sample_task(self.envs[i % len(self.envs)], rng, held_out) for i in range(n)]
         marked = rng.random(n) < (0 if held_out else self.config.low_effort)
         return [replace(t, prompt=LOW_EFFORT + t.prompt) if m and t.thinks else t for t, m in zip(tasks, marked)]
 
@@ -716,7 +739,7 @@ class GRPO:
     def ordered(self, step, n, rng):
         """Returns n tasks by the curricula, as many of each environment; fresh ones of one with too few unsolved."""
         generator, columns = torch.Generator().manual_seed(int(rng.integers(2**62))), []
-        quota, self.drawn_rates = -(-n // len(self.envs)), []
+        quota = -(-n // len(self.envs))
         for env, pool, curriculum in zip(self.envs, self.pools, self.curricula):
             if curriculum.usable.sum() < quota:
                 columns.append([sample_task(env, rng) for _ in range(quota)])
@@ -733,8 +756,7 @@ class GRPO:
         c, share = self.config, self.batch_size // self.config.updates
         if step < c.warm_start:
             return self.demos(model, self.tasks(step, self.batch_size), np.random.default_rng((self.seed, step, 1)))
-        if step == c.warm_start:
-            self.begin_rewards(model)
+        self.begin_rewards(model)
         part = (step - c.warm_start) % c.updates
         if part == 0:
             self.kept["judged"], self.kept["numbers"] = self.judge(model, step)
@@ -746,16 +768,17 @@ class GRPO:
         """Returns {"ids", "targets"} [B, T]: end of text, prompt, demo, end of text; targets are demo and end.
 
         Of those that think, shares are cut short or not thought at all. Of a thought cut short the closing tag is no
-        target: who reads it learns to answer from half a thought, not to stop at half (Nemotron 3 Ultra).
+        target: who reads it learns to answer from half a thought, not to stop at half (Nemotron 3 Ultra). Of one that
+        is to be short, by LOW_EFFORT, it is.
         """
         end, device, rows = self.tokenizer.end_of_text, next(model.parameters()).device, []
         encode, tag, c = self.tokenizer.encode, len(self.tokenizer.encode(THINK_END)), self.config
-        for task, kind in zip(tasks, rng.random(len(tasks))):
-            cut = task.thinks and (kind < c.cut_thoughts or task.prompt.startswith(LOW_EFFORT))
-            if task.thinks and not cut and kind < c.cut_thoughts + c.no_thoughts:
+        for task, chance in zip(tasks, rng.random(len(tasks))):
+            little, lines = task.prompt.startswith(LOW_EFFORT), task.demo.count("\n")
+            cut = task.thinks and not little and chance < c.cut_thoughts
+            if task.thinks and not little and not cut and chance < c.cut_thoughts + c.no_thoughts:
                 task = without_thought(task)
-            lines = task.demo.count("\n")
-            demo = cut_trace(task.demo, int(rng.integers(lines))) if cut and lines else task.demo
+            demo = cut_trace(task.demo, int(rng.integers(lines))) if (cut or little) and lines else task.demo
             prompt, targets = encode(task.prompt), [*encode(demo), end]
             if cut:
                 closes = len(encode(thought_and_answer(task, demo)[0]))
@@ -767,10 +790,10 @@ class GRPO:
         return dict(ids=ids, targets=targets)
 
     def begin_rewards(self, model):
-        """Keeps what is to be remembered of the model after its warm start."""
-        if self.config.kl_coef:
+        """Keeps what is to be remembered of the model after its warm start, unless it is kept already."""
+        if self.config.kl_coef and "reference" not in self.kept:
             self.keep_weights("reference", model)
-        if self.config.curriculum:
+        if self.config.curriculum and not self.curricula:
             self.find_pass_rates(model)
             self.make_curricula()
 
@@ -791,42 +814,56 @@ class GRPO:
         prompts, temperature = [task.prompt for task in tasks], self.config.temperature
         return sample_answers(model, self.tokenizer, prompts, self.max_new_tokens, temperature, generator)
 
+    def sampler(self, model, step):
+        """Returns the model that samples: the one in training, or a copy of it that is some steps old."""
+        c, since = self.config, step - self.config.warm_start
+        if c.sampler_every == 1:
+            return model
+        if "sampler" not in self.kept or since % c.sampler_every < c.updates:
+            self.keep_weights("sampler", model)
+        return self.copy_of("sampler", model)
+
     def judge(self, model, step):
         """Returns (what `policy_loss` needs of a batch of fresh answers, a row each; the batch's numbers)."""
         c, G, device = self.config, self.config.group_size, next(model.parameters()).device
-        sampler, n = model, self.batch_size // G
-        if c.sampler_every > 1:
-            if (step - c.warm_start) % c.sampler_every < c.updates:
-                self.keep_weights("sampler", model)
-            sampler = self.copy_of("sampler", model)
+        sampler, n = self.sampler(model, step), self.batch_size // G
         generator = torch.Generator(device).manual_seed(hash((self.seed, step, self.rank)) % 2**63)
-        drawn, seconds = [], 0.0  # of each draw: tasks, Answers, (reward, problem) of each, and what rewards became
+        tasks, parts, found, rewards, seconds = [], [], [], [], 0.0
+        self.drawn_rates = []
 
         def draw(n):
+            """Returns n groups, by their place among all that were drawn, and their rewards [n, G]."""
             nonlocal seconds
-            tasks = [task for task in self.tasks(step, n, again=len(drawn)) for _ in range(G)]
+            new = [task for task in self.tasks(step, n, again=len(parts)) for _ in range(G)]
             began = time.perf_counter()
-            answers = self.answer(sampler, tasks, generator)
+            parts.append(self.answer(sampler, new, generator))
             seconds += time.perf_counter() - began
-            found = judged_answers(tasks, answers)
-            rewards = torch.tensor([reward for reward, _ in found]).view(-1, G)
-            drawn.append((tasks, answers, found, self.shaped(rewards, tasks, answers.texts)))
-            return range(len(drawn) * n - n, len(drawn) * n), drawn[-1][3]
+            found.extend(judged_answers(new, parts[-1]))
+            tasks.extend(new)
+            rewards.append(torch.tensor([reward for reward, _ in found[-n * G :]]).view(-1, G))
+            return range(len(tasks) // G - n, len(tasks) // G), rewards[-1]
 
         groups, accepted = dynamic_sampling(draw, n, c.dynamic_sampling)
-        silent = sorted(set(range(len(drawn) * n)) - set(groups))  # they fill up what is missing
-        chosen = torch.tensor(sorted([*groups, *silent][:n]))
-        tasks, answers, found, rewards = (list(column) for column in zip(*drawn))
-        numbers = self.numbers_of(sum(tasks, []), answers, sum(found, []))
-        numbers |= dict(informative=accepted, rollout_tokens_per_s=sum(a.mask.sum().item() for a in answers) / seconds)
+        others = [i for i in range(len(tasks) // G) if i not in set(groups)]  # they fill up what is missing
+        groups = torch.tensor(sorted((groups + others)[:n]))
+        numbers = self.numbers_of(tasks, parts, found) | dict(informative=accepted)
+        numbers["rollout_tokens_per_s"] = sum(part.mask.sum().item() for part in parts) / seconds
 
-        rows = (chosen[:, None] * G + torch.arange(G)).flatten().to(device)  # [B]
-        names = dict(ids=self.tokenizer.end_of_text, mask=False, logprob=0.0, finished=False)
-        a = {name: joined([getattr(part, name) for part in answers], fill)[rows] for name, fill in names.items()}
-        A = advantages(torch.cat(rewards)[chosen], c.advantage).flatten().to(device)  # [B]
-        mask = keep_only(a["mask"], a["finished"]) if c.overlong == "filter" else a["mask"]
-        judged = dict(ids=a["ids"], mask=mask, behaviour_logprob=a["logprob"], advantages=A)
-        self.look_back(model, judged, [sum(tasks, [])[i] for i in rows.tolist()])
+        rows = (groups[:, None] * G + torch.arange(G)).flatten()  # [B], of all the answers
+        ids, mask, logprob, finished = (
+            joined([getattr(part, name) for part in parts], fill)[rows.to(device)]
+            for name, fill in (
+                ("ids", self.tokenizer.end_of_text),
+                ("mask", False),
+                ("logprob", 0.0),
+                ("finished", False),
+            )
+        )
+        texts = [text for part in parts for text in part.texts]
+        A = self.advantages(torch.cat(rewards)[groups], [tasks[i] for i in rows], [texts[i] for i in rows]).to(device)
+        mask = keep_only(mask, finished) if c.overlong == "filter" else mask
+        judged = dict(ids=ids, mask=mask, behaviour_logprob=logprob, advantages=A)
+        self.add_other_logprobs(model, judged, [tasks[i] for i in rows])
         return judged, numbers
 
     def numbers_of(self, tasks, answers, found):
@@ -836,29 +873,33 @@ class GRPO:
         numbers |= {f"train_reward_{env.name}": rewards[names == env.name].mean() for env in self.envs}
         numbers["length"] = torch.cat([part.mask.sum(1) for part in answers]).float().mean().item()
         numbers["truncated"] = (~torch.cat([part.finished for part in answers])).float().mean().item()
-        if self.curricula:
-            numbers["pass_rate"] = float(np.mean(self.drawn_rates or [1.0]))
+        if self.drawn_rates:
+            numbers["pass_rate"] = np.mean(self.drawn_rates)
         return {name: float(value) for name, value in numbers.items()}
 
-    def shaped(self, rewards, tasks, texts):
-        """Returns rewards [n, G] with what length control and low effort make of them."""
+    def advantages(self, rewards, tasks, texts):
+        """Returns A [B] of answers with rewards [n, G], with what low effort and length control make of it.
+
+        Brevity counts for right answers alone: to it, a wrong one is as long as the longest of its group.
+        """
         c, G = self.config, self.config.group_size
         if not (c.length_coef or c.low_effort):
-            return rewards
+            return advantages(rewards, c.advantage).flatten()
         parts = [thought_and_answer(task, text) for task, text in zip(tasks, texts)]
-        thought, answer = (
-            torch.tensor([len(self.tokenizer.encode(part[i])) for part in parts]).view(-1, G) for i in (0, 1)
-        )
+        lengths = [torch.tensor([len(self.tokenizer.encode(p[i])) for p in parts]).view(-1, G) for i in (0, 1)]
+        right, shaped = rewards > 0, rewards
         if c.low_effort:
             marked = torch.tensor([task.prompt.startswith(LOW_EFFORT) for task in tasks[::G]])[:, None]
-            rewards = torch.where(marked, low_effort_reward(rewards, thought, c.low_effort_tokens), rewards)
-        if c.length_coef:  # no bonus: of 0 and 1 there is often no best fifth
-            rewards = rewards + sum(length_control(rewards, part, c.length_coef, bonus=0) for part in (thought, answer))
-        return rewards
+            shaped = torch.where(marked, low_effort_reward(rewards, lengths[0], c.low_effort_tokens), rewards)
+        A = advantages(shaped, c.advantage)
+        for length in lengths:
+            length = torch.where(right, length, length.amax(1, keepdim=True))
+            A = A + length_control(rewards, length, c.length_coef, bonus=0)
+        return A.flatten()
 
     @torch.no_grad()
-    def look_back(self, model, judged, tasks):
-        """Adds what other policies than the one in training make of the answers, where a setting asks for it."""
+    def add_other_logprobs(self, model, judged, tasks):
+        """Adds to a batch what other policies than the one in training make of it, where a setting asks for them."""
         c, ids, mask = self.config, judged["ids"], judged["mask"]
         if c.correction == "clip":
             judged["old_logprob"] = judged["behaviour_logprob"]
@@ -868,8 +909,8 @@ class GRPO:
             judged["ref_logprob"] = self.copy_of("reference", model).logprobs(ids, mask, c.temperature)[0]
         if self.teachers:
             of_teacher = torch.zeros_like(judged["old_logprob"])
-            for env, teacher in zip(self.envs, self.teachers):
-                rows = torch.tensor([task.env == env.name for task in tasks], device=ids.device)
+            for name, teacher in self.teachers.items():
+                rows = torch.tensor([task.env == name for task in tasks], device=ids.device)
                 teacher = teacher.to(ids.device)
                 of_teacher[rows] = teacher.logprobs(ids[rows], mask[rows], c.temperature)[0].to(of_teacher.dtype)
             judged["advantages"] = mopd_advantages(of_teacher, judged["old_logprob"])  # [B, T-1]
@@ -957,7 +998,10 @@ def demo(env="sort", steps=60, batch_size=128, seeds=(0, 1)):
         for name, settings in ALGORITHMS.items():
             model.load_state_dict(weights)
             run = GRPO(
-                GRPOConfig(envs=env, warm_start=0, updates=2, entropy_coef=0.0, **settings), tokenizer, batch_size, seed
+                GRPOConfig(envs=env, warm_start=0, updates=2, entropy_coef=0.0, **settings),
+                tokenizer,
+                batch_size,
+                seed + 100,
             )
             curves[name].append([row["train_reward"] for row in learn(model, run, steps, 4e-4, f"{name}, seed {seed}")])
             scores[name].append(run.evaluate(model)["reward"])
@@ -984,8 +1028,10 @@ def plot_rewards(curves, scores, path, env):
         axes.plot(np.arange(len(mean)) + 10, mean, color=color, label=f"{name}: {np.mean(scores[name]):.2f} held out")
     axes.axhline(np.mean(scores["warm start"]), color="#999999", linestyle="--", linewidth=1)
     axes.set(xlabel="step", ylabel=f"reward of the batch ({env}), mean of 10 steps")
-    best = max(np.mean(found) for found in scores.values())
-    axes.set_title(f"From {np.mean(scores['warm start']):.2f} after the warm start to {best:.2f} by rewards alone")
+    low, *_, high = sorted(np.mean(found) for name, found in scores.items() if name in curves)
+    axes.set_title(
+        f"From {np.mean(scores['warm start']):.2f} after the warm start to {low:.2f} ... {high:.2f} by rewards"
+    )
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     path.parent.mkdir(exist_ok=True)

@@ -1,15 +1,18 @@
-"""What Nemotron 3 says of reinforcement learning, each claim as a study of minutes: many small runs, three seeds.
+"""What Nemotron says of reinforcement learning, each claim put to a test of minutes: many small runs, three seeds.
 
 Papers   Nemotron Nano 2, arXiv:2508.14444, Figure 5 (budgets); Nemotron 3 Nano, 2512.20848, sections 3.2 (all at once,
          curriculum) and 3.3 (length control); Nemotron 3 Super, 2604.12374 (stale samplers and their correction).
-Run      python grpo_studies.py               all studies, and draws out/grpo_studies.png
+Run      python grpo_studies.py               all studies; draws out/grpo_studies.png
          python grpo_studies.py joint budget  these
          Several runs share a GPU: each is too small to fill it. On a CPU this takes hours.
-Studies  joint       training on one task makes a model forget the others; training on all at once does not
-         curriculum  from easy to hard is better than in random order, on the hard ones
-         staleness   a sampler that is k steps behind is as good as a fresh one, if its weights are corrected
+Claims   joint       training on one task makes a model forget the others; training on all at once does not
+         curriculum  from easy to hard is better than the same tasks in random order
+         staleness   a sampler that is some steps behind is as good as a fresh one, if its weights are corrected
          length      length control makes thoughts shorter by a third at no loss in accuracy
-         budget      who has seen thoughts cut short answers well, and in form, when its own are cut short
+         budget      who has seen thoughts cut short answers better when its own are cut short (no rewards in this one)
+Limits   joint: who trains on one task gets four times the answers to it that "all" gets, so only the other columns are
+         for comparison. length: the demos repeat half of their lines, so a third of each thought is there to be cut.
+         staleness: one update for each batch, so the bounds of decoupled PPO's ratio have nothing to do.
 Read     A study is a function from (variant, seed) to numbers; VARIANTS says which. The table is all there is to it.
 """
 
@@ -36,6 +39,8 @@ BATCH = 256  # answers: 32 prompts times 8
 RUNS_AT_ONCE = 12  # on one GPU
 RL = dict(warm_start=0, entropy_coef=0.01)  # settings after the warm start, and their learning rate
 RL_LR = 2e-4
+BUDGETS, STALE = (0, 6, 12, 18, 24), (2, 16)  # tokens of thought, a line of it has 6; steps between copies
+CORRECTIONS = ("none", "clip", "tis", "mask", "sequence")
 TOKENIZER = Tokenizer("bytes")
 
 # ---- 1. a run -----------------------------------------------------------------------------------------------------
@@ -65,6 +70,14 @@ def warm_start(envs, seed, steps, **settings):
     model = new_model(seed)
     learn(model, objective(envs, seed, warm_start=steps, **settings), steps, 2e-3)
     return model
+
+
+def reinforce(model, envs, seed, steps, lr=RL_LR, prepare=None, **settings):
+    """Trains the model by rewards, on prompts that its demos did not have; returns the metrics of each step."""
+    run = objective(envs, seed + 1000, **RL, **settings)
+    if prepare:
+        prepare(run)
+    return learn(model, run, steps, lr)
 
 
 def rewards(model, envs, seed, n=512):
@@ -129,42 +142,44 @@ def joint(variant, seed):
     model = warm_start(envs, seed, 250)
     trained = {"warm start": None, "all": envs}.get(variant, variant)
     if trained:
-        learn(model, objective(trained, seed, **RL), 250, RL_LR)
+        reinforce(model, trained, seed, 250)
     found = rewards(model, envs, seed)
     return found | dict(mean=float(np.mean(list(found.values()))))
 
 
 def curriculum(variant, seed):
-    """Rewards by number of digits, after prompts in random order or from easy to hard, of as many answers."""
-    steps = 250
+    """Rewards by number of digits, and pass rates, before any rewards, of the first and the last prompts."""
+    steps, found = 250, {}
     model = warm_start("sort-any", seed, 150)
-    settings = dict(curriculum=steps) if variant == "easy to hard" else {}
-    found = {}
+
+    def shuffle(run):  # the same tasks, of which none is always solved, in random order
+        run.begin_rewards(model)
+        for order in run.curricula:
+            order.sigma, order.bin = 1e9, torch.zeros_like(order.bin)
+
     if variant != "warm start":
-        rows = learn(model, objective("sort-any", seed, **RL, **settings), steps, RL_LR)
-        third = steps // 3
-        for part, first in (("reward at first", 0), ("reward at last", steps - third)):
-            found[part] = float(np.mean([row["train_reward"] for row in rows[first : first + third]]))
+        prepare = shuffle if variant == "in random order" else None
+        rows = reinforce(model, "sort-any", seed, steps, prepare=prepare, curriculum=steps)
+        for name, part in (("first", rows[:50]), ("last", rows[-50:])):
+            found[f"{name} prompts"] = float(np.mean([row["pass_rate"] for row in part]))
     return rewards(model, "sort:4,sort:8,sort:12,sort:16", seed) | found
 
 
 def staleness(variant, seed):
-    """Reward after as many steps with a sampler whose weights are copied every so many steps."""
+    """Reward after as many steps with a sampler whose weights are copied every so many; share of tokens out of bounds."""
     every, correction = variant
     model = warm_start("sort:8", seed, 120)
-    settings = dict(sampler_every=every, correction=correction.replace("none", ""))
-    rows = learn(model, objective("sort:8", seed, **RL, **settings), 160, 4e-4)
-    last = rows[len(rows) // 2 :]
-    return rewards(model, "sort:8", seed) | {
-        name: float(np.mean([row[name] for row in last])) for name in ("gen_kl", "weight", "entropy")
-    }
+    correction = "" if correction == "none" else correction
+    rows = reinforce(model, "sort:8", seed, 160, lr=2 * RL_LR, sampler_every=every, correction=correction)
+    found = {name: float(np.mean([row[name] for row in rows])) for name in ("weight_out", "entropy")}
+    return rewards(model, "sort:8", seed) | found
 
 
 def length(variant, seed):
     """Accuracy and length of thought, with and without length control, from demos that say half of it twice."""
     model = warm_start("wordy", seed, 400)
     if variant != "warm start":
-        learn(model, objective("wordy", seed, **RL, length_coef=variant), 200, RL_LR)
+        reinforce(model, "wordy", seed, 200, length_coef=variant)
     tasks, answers = answers_to(model, "wordy", seed)
     thoughts = [len(thought_and_answer(task, text)[0]) for task, text in zip(tasks, answers.texts)]
     right = [reward for reward, _ in judged_answers(tasks, answers)]
@@ -177,7 +192,7 @@ def budget(variant, seed):
     model = warm_start(env, seed, 1000, cut_thoughts=variant)
     end = TOKENIZER.encode(THINK_END)
     for tokens in BUDGETS:
-        limit = ThinkingBudget(tokens, end, TOKENIZER.encode("\n"), grace=6)
+        limit = ThinkingBudget(tokens, end, TOKENIZER.encode("\n"), grace=6 if tokens else 0)
         tasks, answers = answers_to(model, env, seed, budget=limit)
         found[f"accuracy at {tokens}"] = float(np.mean([reward for reward, _ in judged_answers(tasks, answers)]))
         found[f"in form at {tokens}"] = float(np.mean([
@@ -186,11 +201,10 @@ def budget(variant, seed):
     return found
 
 
-BUDGETS, STALE = (0, 6, 12, 18, 24), (8, 32)  # tokens of thought; steps between copies
 VARIANTS = {
     joint: ["warm start", *TOGETHER, "all"],
     curriculum: ["warm start", "in random order", "easy to hard"],
-    staleness: [(1, "none"), *((k, c) for k in STALE for c in ("none", "clip", "tis", "mask", "sequence"))],
+    staleness: [(1, "none"), *((k, c) for k in STALE for c in CORRECTIONS)],
     length: ["warm start", 0.0, 0.03, 0.1, 0.3],
     budget: [0.0, 0.5],
 }
@@ -261,7 +275,7 @@ def plot(results, path):
                 axes.plot([int(m[5:]) for m in sizes], [row[m] for m in sizes], marker="o", label=variant)
             axes.set(title="order of prompts", xlabel="digits to sort", ylabel="reward")
         elif name == "staleness":
-            for correction in ("none", "clip", "tis", "mask", "sequence"):
+            for correction in CORRECTIONS:
                 points = [(1, mean["(1, 'none')"]["sort:8"])]
                 points += [(k, mean[f"({k}, '{correction}')"]["sort:8"]) for k in STALE]
                 axes.plot(*zip(*points), marker="o", label=correction)
@@ -288,7 +302,7 @@ def plot(results, path):
 
 
 def main(names):
-    """Runs the studies by these names, or all; prints tables and writes assets/bench/grpo_studies.json."""
+    """Runs the studies by these names, or all; prints tables; on a GPU writes assets/bench/grpo_studies.json."""
     known = {study.__name__: study for study in VARIANTS}
     if unknown := set(names) - set(known):
         raise SystemExit(f"unknown study {min(unknown)!r}; usage: python grpo_studies.py [{'] ['.join(known)}]")
@@ -298,10 +312,11 @@ def main(names):
     for study in studies:
         print_table(study, results[study.__name__])
     print(f"\n{time.perf_counter() - began:.0f} s")
-    plot(results, Path("out/grpo_studies.png"))
+    path = Path(__file__).parent / "assets" / "bench" / "grpo_studies.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    earlier = {name: record[name]["found"] for name in known if name in record}
+    plot(earlier | results, Path("out/grpo_studies.png"))
     if torch.cuda.is_available():
-        path = Path(__file__).parent / "assets" / "bench" / "grpo_studies.json"
-        record = json.loads(path.read_text()) if path.exists() else {}
         machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
         for name, found in results.items():
             record[name] = dict(command=f"python grpo_studies.py {name}", machine=machine, seeds=SEEDS, found=found)

@@ -131,8 +131,8 @@ RECIPES = {
     "grpo": Recipe(
         GRPO,
         cpu=dict(preset="grpo-tiny", **_GRPO, batch_size=256, steps=420, eval_every=70),
-        gpu=dict(preset="grpo", **_GRPO | dict(lr=1e-3, warmup=100), batch_size=1280, steps=2000, eval_every=200),
-        objective_gpu=dict(envs=EVERYTHING, warm_start=800, rl_lr=2e-4, entropy_coef=0.02),
+        gpu=dict(preset="grpo", **_GRPO | dict(lr=1e-3, warmup=100), batch_size=1280, steps=1700, eval_every=100),
+        objective_gpu=dict(envs=EVERYTHING, warm_start=700, rl_lr=2e-4, entropy_coef=0.01),
     ),
 }
 
@@ -265,6 +265,13 @@ def make_objective(config, given, rl, saved, rank, world_size):
             )
         on_gpu = pick_device(config.device).type == "cuda"
         begun = saved["objective"] if saved else RECIPES["grpo"].objective_gpu if on_gpu else {}
+        fixed = {"envs", "updates", "group_size", "curriculum"} & set(rl) if saved else set()
+        if changed := [name for name in sorted(fixed) if rl[name] != begun[name]]:
+            raise ValueError(
+                f"--{changed[0]}={rl[changed[0]]}: the run was begun with {begun[changed[0]]}; start a new run"
+            )
+        if saved and config.batch_size != saved["config"]["batch_size"]:
+            raise ValueError(f"--batch_size: the run was begun with {saved['config']['batch_size']}; start a new run")
         rl = GRPOConfig(**(begun | rl))
         if rl.warm_start >= config.steps:
             raise ValueError(f"--warm_start={rl.warm_start} leaves none of --steps={config.steps} for rewards")

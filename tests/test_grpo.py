@@ -12,7 +12,7 @@ import torch
 
 import grpo
 from conftest import scramble
-from data import Tokenizer, environment, is_held_out
+from data import THINK_END, Tokenizer, environment, is_held_out
 from nano_hybrid import Hybrid, HybridConfig
 
 
@@ -523,17 +523,28 @@ def test_the_curriculum_s_batches_follow_its_mean():
     assert (sum(aims) - float(sum(plain))) / 21 > 0.024
 
 
-def test_the_curriculum_draws_each_task_once():
-    rates = torch.tensor([0.0, 1.0, 0.2, 0.4, 0.6, 0.8])
+def test_the_curriculum_uses_a_bin_up_before_it_begins_anew():
+    rates = torch.tensor([0.0, 1.0, 0.2, 0.4, 0.6, 0.8]).repeat_interleave(2)
     curriculum = grpo.Curriculum(rates, steps=10)
-    drawn = torch.cat([curriculum.draw(2, 0), curriculum.draw(3, 5)])
-    assert sorted(drawn.tolist()) == [0, 2, 3, 4, 5]  # all but the one always solved
-    assert len(set(curriculum.draw(5, 5).tolist())) == 5  # put back
-    assert 0 not in grpo.Curriculum(rates, steps=10, drop_unsolved=True).draw(4, 10)
-    with pytest.raises(ValueError, match="n=6.*only 5"):
-        curriculum.draw(6, 0)
+    drawn = [curriculum.draw(1, 5, torch.Generator().manual_seed(i)).item() for i in range(40)]
+    for pair in [(0, 1), (4, 5), (6, 7), (8, 9), (10, 11)]:
+        mine = [i for i in drawn if i in pair]
+        assert all(set(mine[i : i + 2]) == set(pair) for i in range(0, len(mine) - 1, 2))
+    assert not {2, 3} & set(drawn)  # always solved
+    assert len(set(curriculum.draw(10, 5).tolist())) == 10
+    assert not {0, 1} & set(grpo.Curriculum(rates, steps=10, drop_unsolved=True).draw(8, 10).tolist())
+    with pytest.raises(ValueError, match="n=11.*only 10"):
+        curriculum.draw(11, 0)
     with pytest.raises(ValueError, match="from 0 to 1"):
         grpo.Curriculum([0.5, 1.5], steps=10)
+
+
+def test_a_pool_that_is_too_small_does_not_bend_the_curriculum():
+    rates = (torch.arange(2048) + 0.5) / 2048
+    curriculum, generator = grpo.Curriculum(rates, steps=250), torch.Generator().manual_seed(0)
+    means = torch.stack([rates[curriculum.draw(32, step, generator)].mean() for step in range(250)])
+    aims = torch.tensor([curriculum.mean(step) for step in range(250)])
+    assert (means.view(25, 10).mean(1) - aims.view(25, 10).mean(1)).abs().max() < 0.06
 
 
 def test_the_curriculum_repeats_with_its_generator_and_state():
@@ -1124,7 +1135,7 @@ def test_an_environment_with_too_few_unsolved_tasks_gets_fresh_ones(monkeypatch)
         assert [task.env for task in tasks] == ["sort:3", "countdown"] * 2
         assert {task.prompt for task in tasks[1::2]} == {pools[1][1], pools[1][3]}
         fresh |= {task.prompt for task in tasks[::2]}
-        assert not any(map(is_held_out, tasks)) and run.drawn_rates == [0.5, 0.5]
+        assert not any(map(is_held_out, tasks)) and set(run.drawn_rates) == {0.5}
     assert len(fresh) == 6 and not fresh & set(pools[0]) and [len(pool) for pool in pools] == [4, 4]
 
 
@@ -1141,27 +1152,26 @@ def test_the_parts_of_an_answer():
     assert grpo.thought_and_answer(plain, "123") == ("", "123")
 
 
-def test_short_thoughts_and_answers_gain_what_long_ones_lose():
+def test_right_answers_gain_by_being_short_and_wrong_ones_do_not():
     run, (thinks, plain) = think_on(2, length_coef=0.5)
-    tasks = [thinks] * 4 + [plain] * 4
-    texts = ["12</think>5", "123456</think>5", "1234</think>555", "123456"] + ["1", "12", "123", "12345"]
-    rewards = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]])
-    thought, answer = (
-        torch.tensor([[1, 0, 0.5, 0], [0, 0, 0, 0]]),
-        torch.tensor([[2 / 3, 2 / 3, 0, 1], [1, 0.75, 0.5, 0]]),
-    )
-    expected = rewards + sum(0.5 * (u - u.mean(1, keepdim=True)) for u in (thought, answer))
-    shaped = run.shaped(rewards, tasks, texts)
-    assert close(shaped, expected, 1e-6) and close(shaped.sum(1), rewards.sum(1), 1e-5)
-    assert shaped[0, 0] > shaped[0, 1] and torch.equal(objective().shaped(rewards, tasks, texts), rewards)
+    tasks = [thinks] * 4 + [plain] * 4 + [thinks] * 4
+    texts = ["12</think>5", "123456</think>5", "</think>555", "123456"] + ["1", "12", "123", "12345"]
+    texts += ["</think>5", "12</think>5", "12</think>5", "1234</think>5"]
+    rewards = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    base = grpo.advantages(rewards, run.config.advantage)
+    A = run.advantages(rewards, tasks, texts).view(3, 4)
+    thought, answer = torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0])  # a wrong one is as long as the longest
+    assert close(A[0] - base[0], sum(0.5 * (u - u.float().mean()) for u in (thought, answer)), 1e-5)
+    assert not A[1].any() and close(A[2], [0.25, 0, 0, -0.25], 1e-6)  # equal rewards: the coefficient, and no more
+    assert torch.equal(objective().advantages(rewards, tasks, texts), base.flatten())
 
 
-def test_rewards_that_are_shaped_are_learnt_from_and_not_reported(monkeypatch):
+def test_length_control_is_learnt_from_and_not_reported(monkeypatch):
     rule_draws(monkeypatch, [[1] * 4] * 4)
-    model, run = writer(), objective(length_coef=0.5, dynamic_sampling=0)
+    model, run = writer(), objective(length_coef=0.5)
     batch = run.batch(model, 2)
     lengths = batch["mask"].sum(1).view(4, 4)
-    assert batch["numbers"]["train_reward"] == 1 and batch["numbers"]["informative"] == 1
+    assert batch["numbers"]["train_reward"] == 1 and batch["numbers"]["informative"] == 0
     for A, length in zip(batch["advantages"].view(4, 4), lengths):
         assert length[A.argmax()] == length.min() and length[A.argmin()] >= length[A.argmax()]
 
@@ -1178,11 +1188,12 @@ def test_low_effort_marks_prompts_that_think():
 
 
 def test_low_effort_changes_the_rewards_of_marked_prompts_only():
-    run, (marked, plain) = think_on(2, low_effort=1.0, low_effort_tokens=4)
+    run, (marked, plain) = think_on(2, low_effort=1.0, low_effort_tokens=4, advantage="dr")
     other = replace(marked, prompt=marked.prompt[1:])
     texts, rewards = ["</think>5", "12</think>5", "12345678</think>5", "1234"] * 3, torch.tensor([[1.0, 1, 1, 0]] * 3)
-    shaped = run.shaped(rewards, [marked] * 4 + [plain] * 4 + [other] * 4, texts)
-    assert close(shaped, [[1.1, 1.05, 0.9, 0], [1, 1, 1, 0], [1, 1, 1, 0]], 1e-6)
+    A = run.advantages(rewards, [marked] * 4 + [plain] * 4 + [other] * 4, texts).view(3, 4)
+    shaped = torch.tensor([[1.1, 1.05, 0.9, 0], [1, 1, 1, 0], [1, 1, 1, 0]])
+    assert close(A, shaped - shaped.mean(1, keepdim=True), 1e-6)
 
 
 def demos_of(run, tasks):
@@ -1212,7 +1223,7 @@ def test_a_demo_is_shown_whole():
 
 
 @pytest.mark.parametrize("settings, mark", [(dict(cut_thoughts=1.0), ""), (dict(low_effort=1.0), "~")])
-def test_thoughts_are_cut_at_whole_lines_and_their_closing_is_no_target(settings, mark):
+def test_thoughts_are_cut_at_whole_lines_and_only_low_effort_learns_to_close_them(settings, mark):
     run, tasks = think_on(60, envs="chain:3,sort:3", **settings)
     kept = []
     for task, (prompt, written, shown) in zip(tasks, demos_of(run, tasks)):
@@ -1223,7 +1234,8 @@ def test_thoughts_are_cut_at_whole_lines_and_their_closing_is_no_target(settings
         left = written.removesuffix("</think>" + answer)
         kept.append(left.count("\n"))
         assert prompt == task.prompt and prompt.startswith(mark) and thought.startswith(left) and left != thought
-        assert left == "".join(thought.splitlines(keepends=True)[: kept[-1]]) and shown == f"{left}........{answer}"
+        assert left == "".join(thought.splitlines(keepends=True)[: kept[-1]])
+        assert shown == left + (THINK_END if mark else "........") + answer
     assert len(kept) == 30 and set(kept) == {0, 1, 2}
 
 
@@ -1275,7 +1287,7 @@ def test_advantages_of_teachers_are_by_token_from_the_teacher_of_the_task(tmp_pa
     expected = expected[whose, torch.arange(16)]
     assert close(batch["advantages"], expected.detach(), 1e-4) and batch["advantages"].min() == -20
     assert close(batch["old_logprob"], student.detach(), 1e-4)
-    assert not any(p.requires_grad for teacher in run.teachers for p in teacher.parameters())
+    assert not any(p.requires_grad for teacher in run.teachers.values() for p in teacher.parameters())
     loss, _ = run.loss(model, batch)
     loss.backward()
     assert loss.isfinite() and model.lm_head.weight.grad.any()
@@ -1342,7 +1354,7 @@ def test_at_temperature_0_an_answer_is_the_likeliest_for_every_generator():
 
 def test_an_evaluation_has_its_own_temperature_prompts_and_mean(monkeypatch):
     rule_rewards(monkeypatch, 1, 0.5, 0.25, "it raised")
-    run = objective(temperature=0.7, eval_temperature=1.3, low_effort=1.0)
+    run = objective(temperature=0.7, eval_temperature=1.3)
     (model, sampled), tasks = (writer(), spy(monkeypatch, grpo, "sample_answers")), run.tasks(0, 20, held_out=True)
     model.train()
     found = run.evaluate(model, n=10)
