@@ -555,8 +555,7 @@ class Countdown:
 
     It has + - * / and parentheses, no sign before a number, and exact fractions on the way. The demo is any expression
     over the numbers: it shows the form, and never looks at the target, so that hitting it is left to discover.
-    Numbers go to 9, two of them to 20: pairs of digits ask so few questions that held-out ones cannot be told from the
-    others (a model that imitates right answers to those gets 0.36 of the held-out ones; to 20, 0.79).
+    Numbers go to 9, two of them to 20: of digits there are so few pairs that no held-out one follows from the rest.
     """
 
     name, sizes = "countdown", range(2, 7)

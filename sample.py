@@ -2,6 +2,7 @@
 
     python sample.py --prompt='def '                  the newest run in out/
     python sample.py --run=hybrid-2 --num_samples=3 --temperature=0.8 --top_p=0.95
+    python sample.py --run=brief --think=20 --prompt=$'m3+5*2-4=<think>\\n'     thinks for 20 tokens, then answers
     python sample.py --run=super3 --draft=3           guesses three tokens ahead: the same text, in fewer forwards
     python sample.py --run=path/to/Nemotron           a released checkpoint, with its tokenizer.json
 
@@ -17,8 +18,8 @@ from pathlib import Path
 import torch
 
 from cli import fail, parse, pick_device, pick_dtype
-from data import ReleasedTokenizer, Tokenizer
-from decoding import DraftStats
+from data import THINK_END, ReleasedTokenizer, Tokenizer
+from decoding import DraftStats, ThinkingBudget
 from nano_hybrid import Hybrid, read_config
 
 OUT = Path("out")
@@ -38,6 +39,7 @@ class SampleConfig:
     num_samples: int = 1  # texts to make from the prompt
     stream: bool | None = None  # print one sample as it comes, not when it is done; default: on a terminal
     draft: int = 0  # tokens to guess ahead, by a model trained for that (--recipe=super3)
+    think: int | None = None  # tokens to think for at most: then </think> is written for the model, at a line's end
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
@@ -102,6 +104,16 @@ def load_tokenizer(folder):
     return ReleasedTokenizer(path, stop[0]), config.get("bos_token_id", 1), stop
 
 
+def thinking_budget(config, tokenizer):
+    """Returns the ThinkingBudget asked for, or None. With --think=0 the thought is closed before it begins."""
+    if config.think is None:
+        return None
+    if config.think < 0:
+        raise ValueError(f"--think={config.think} must be at least 0")
+    grace = ThinkingBudget.grace if config.think else 0
+    return ThinkingBudget(config.think, tokenizer.encode(THINK_END), tokenizer.encode("\n"), grace)
+
+
 def main(argv=None):
     """Prints the samples; speed goes to stderr. Returns the exit status: 0 done, 2 a mistake, 130 interrupted."""
     config = SampleConfig(
@@ -109,10 +121,11 @@ def main(argv=None):
     )
     try:
         model, tokenizer, prompt, stop = load(config)
+        budget = thinking_budget(config, tokenizer)
         generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
         steps = model.generate(
             [prompt] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-            stop=stop, generator=generator, draft=config.draft, drafts=(drafts := DraftStats()),
+            stop=stop, generator=generator, budget=budget, draft=config.draft, drafts=(drafts := DraftStats()),
         )  # fmt: skip
         write(config, tokenizer, prompt, steps, stop)
         if drafts.forwards:

@@ -37,6 +37,15 @@ def test_a_stream_is_the_same_text(run, capsys):
     assert make(capsys, "--prompt=é", "--stream") == make(capsys, "--prompt=é", "--stream=false")
 
 
+def test_a_thought_is_closed_for_who_thinks_too_long(run, capsys):
+    for budget in (0, 3):  # no line ends in so few tokens: 3, and all of the grace
+        text = make(capsys, "--prompt=m3=<think>\n", f"--think={budget}", "--max_new_tokens=600", "--stream=false")
+        thought, closed, _ = text.removeprefix("m3=<think>\n").partition("</think>")
+        assert closed and (thought == "" if budget == 0 else 0 < len(thought.encode()) and "\n" not in thought[3:-1])
+    assert sample.main(["--prompt=x", "--think=-1", "--device=cpu"]) == 2
+    assert "--think=-1 must be at least 0" in capsys.readouterr().err
+
+
 def test_local_linear_attention_writes(run, capsys):
     changes = dict(vocab_size=320, hybrid_override_pattern="ML-L")
     scramble(Hybrid(HybridConfig(**(TINY | changes)))).save_pretrained(run, nanopapers={"tokenizer": "bytes"})

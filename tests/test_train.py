@@ -279,6 +279,17 @@ def test_reinforcement_learning_stopped_and_resumed_is_the_run(monkeypatch, sett
     assert all(torch.equal(weights("whole")[name], weights("half")[name]) for name in weights("whole"))
 
 
+def test_what_a_resumed_run_of_rewards_may_change(capsys):
+    assert train.main([*RL, "--steps=5", "--run=a"]) == 0
+    for change in ("--envs=sort:2", "--group_size=2", "--updates=2", "--curriculum=3", "--batch_size=32"):
+        assert train.main(["--resume", "--run=a", "--steps=7", change]) == 2
+        assert f"{change.split('=')[0]}" in capsys.readouterr().err
+    changes = ["--kl_coef=0.1", "--sampler_every=2", "--correction=tis"]  # need weights that nobody has kept yet
+    assert train.main(["--resume", "--run=a", "--steps=7", *changes]) == 0
+    assert "changed: --kl_coef=0.1, until now 0.0" in capsys.readouterr().out
+    assert "kl_ref" in rows("a")[-1] and "kl_ref" not in rows("a")[4]
+
+
 # ---- many processes ----
 
 
