@@ -608,11 +608,7 @@ class GRPOConfig:
         choose("overlong", self.overlong, ("zero", "filter"))
         for name, low, high in LIMITS:
             if not low <= getattr(self, name) <= high:
-                span = (
-                    f"from {low} to {high}"
-                    if high < LARGEST
-                    else f"at least {low}" + ", and finite" * (high == LARGEST)
-                )
+                span = f"from {low} to {high}" if high < LARGEST else f"at least {low}, and finite"
                 raise ValueError(f"--{name}={getattr(self, name)} must be {span}")
         if self.group_size < 2 and not self.teachers.strip(", "):
             raise ValueError("--group_size=1 leaves nothing to compare an answer with; it takes --teachers")
@@ -850,14 +846,9 @@ class GRPO:
         numbers["rollout_tokens_per_s"] = sum(part.mask.sum().item() for part in parts) / seconds
 
         rows = (groups[:, None] * G + torch.arange(G)).flatten()  # [B], of all the answers
+        fills = dict(ids=self.tokenizer.end_of_text, mask=False, logprob=0.0, finished=False)
         ids, mask, logprob, finished = (
-            joined([getattr(part, name) for part in parts], fill)[rows.to(device)]
-            for name, fill in (
-                ("ids", self.tokenizer.end_of_text),
-                ("mask", False),
-                ("logprob", 0.0),
-                ("finished", False),
-            )
+            joined([getattr(part, name) for part in parts], fill)[rows.to(device)] for name, fill in fills.items()
         )
         texts = [text for part in parts for text in part.texts]
         A = self.advantages(torch.cat(rewards)[groups], [tasks[i] for i in rows], [texts[i] for i in rows]).to(device)

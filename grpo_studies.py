@@ -258,8 +258,12 @@ def plot(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4), dpi=130, layout="constrained")
-    for axes, (name, found) in zip(np.atleast_1d(panels), results.items()):
+    rows, columns = (1, len(results)) if len(results) < 4 else (2, 3)
+    figure, panels = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.8 * rows), dpi=130, layout="constrained")
+    panels = np.atleast_1d(panels).flatten()
+    for empty in panels[len(results) :]:
+        empty.remove()
+    for axes, (name, found) in zip(panels, results.items()):
         mean = {variant: {m: np.mean(v) for m, v in row.items()} for variant, row in found.items()}
         if name == "joint":
             names = [metric for metric in next(iter(mean.values())) if metric != "mean"]
@@ -282,13 +286,12 @@ def plot(results, path):
                 points += [(k, mean[f"({k}, '{correction}')"]["sort:8"]) for k in STALE]
                 axes.plot(*zip(*points), marker="o", label=correction)
             axes.set(title="stale samplers", xlabel="steps between copies", ylabel="reward", xscale="log")
+            axes.set_xticks([1, *STALE], [1, *STALE])
+            axes.minorticks_off()
         elif name == "length":
-            for variant, row in mean.items():
-                axes.scatter(row["thought"], row["accuracy"])
-                axes.annotate(f" {variant}", (row["thought"], row["accuracy"]))
-            axes.set(
-                title="length control, by coefficient", xlabel="characters of thought", ylabel="accuracy", ylim=(0, 1)
-            )
+            bars = axes.bar(list(mean), [row["thought"] for row in mean.values()])
+            axes.bar_label(bars, [f"{row['accuracy']:.0%} right" for row in mean.values()], fontsize=8)
+            axes.set(title="length control", xlabel="coefficient", ylabel="characters of thought")
         else:
             for variant, row in mean.items():
                 label = f"{float(variant):.0%} of demos cut"
