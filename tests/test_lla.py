@@ -248,10 +248,11 @@ def test_a_row_does_not_depend_on_its_tile_mates():
     q, k, v = (t.float().to(DEVICE) for t in qkv(B=1, H=1, Hkv=1, T=32, D=32))
     used = torch.zeros(2, 2, 1, 1, 32, dtype=torch.int32, device=DEVICE)
     many = lla.lla_triton(q, k, v, 0.5, used=used[0])
-    q[:, :, 20:] *= 0.1
-    k[:, :, 20:] *= 0.1
+    q[:, :, 20:] *= 0.01
+    k[:, :, 20:] *= 0.01
     few = lla.lla_triton(q, k, v, 0.5, used=used[1])
-    assert used[1, 0].max() < used[0, 0].max()
+    mates = used[:, 0, 0, 0, 20:].sum(-1)
+    assert mates[1] < 0.9 * mates[0]
     assert torch.equal(many[:, :, :20], few[:, :, :20])
 
 
