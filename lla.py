@@ -1241,13 +1241,8 @@ def print_row(name, claim, runs):
 def demo():
     """Prints the paper's experiments (on a CPU two of them), draws out/lla.png; on a GPU writes assets/bench, too."""
     device, began = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
-    record = dict(
-        machine=torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        command="python lla.py",
-        seeds=SEEDS,
-        settings=[],
-        rows=[],
-    )
+    machine = f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}"
+    record = dict(machine=machine, command="python lla.py", seeds=SEEDS, settings=[], rows=[])
 
     def note(row):
         record["rows"].append(row)
