@@ -486,6 +486,11 @@ class Task:
         """Whether the prompt opens a thought, which the completion has to close."""
         return self.prompt.endswith(THINKING[True])
 
+    def parts(self, text):
+        """Returns (thought, answer) of a completion. A thought that was never closed is all of it."""
+        thought, closed, answer = text.rpartition(THINK_END)
+        return (text, "") if self.thinks and not closed else (thought, answer)
+
     def verify(self, text):
         """Returns a reward in [0, 1] for any text; it raises only if a `check` of your own does.
 
@@ -893,7 +898,7 @@ def score_all(tasks, texts, timeout=10.0):
 def without_thought(task):
     """Returns a thinking Task with its thinking turned off: it asks for the answer at once."""
     prompt = task.prompt.removesuffix(THINKING[True]) + THINKING[False]
-    return replace(task, prompt=prompt, demo=task.demo.rpartition(THINK_END)[2])
+    return replace(task, prompt=prompt, demo=task.parts(task.demo)[1])
 
 
 def cut_trace(demo, lines):

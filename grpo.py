@@ -558,12 +558,6 @@ def judged_answers(tasks, answers):
     return [(reward * end, problem) for (reward, problem), end in zip(found, answers.finished.tolist())]
 
 
-def thought_and_answer(task, text):
-    """Returns the two parts of a completion. A thought that was never closed is all of it."""
-    thought, closed, answer = text.rpartition(THINK_END)
-    return (text, "") if task.thinks and not closed else (thought, answer)
-
-
 # ---- 5. the objective ---------------------------------------------------------------------------------------------
 
 LOW_EFFORT = "~"  # before a prompt, it asks for little thought
@@ -777,7 +771,7 @@ class GRPO:
             demo = cut_trace(task.demo, int(rng.integers(lines))) if (cut or little) and lines else task.demo
             prompt, targets = encode(task.prompt), [*encode(demo), end]
             if cut:
-                closes = len(encode(thought_and_answer(task, demo)[0]))
+                closes = len(encode(task.parts(demo)[0]))
                 targets[closes : closes + tag] = [-100] * tag
             rows.append(([end, *prompt, *encode(demo)], [-100] * len(prompt) + targets))
         T = max(len(ids) for ids, _ in rows)
@@ -876,7 +870,7 @@ class GRPO:
         c, G = self.config, self.config.group_size
         if not (c.length_coef or c.low_effort):
             return advantages(rewards, c.advantage).flatten()
-        parts = [thought_and_answer(task, text) for task, text in zip(tasks, texts)]
+        parts = [task.parts(text) for task, text in zip(tasks, texts)]
         lengths = [torch.tensor([len(self.tokenizer.encode(p[i])) for p in parts]).view(-1, G) for i in (0, 1)]
         right, shaped = rewards > 0, rewards
         if c.low_effort:

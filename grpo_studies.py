@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from data import THINK_END, Chain, Sort, Tokenizer
 from decoding import ThinkingBudget
-from grpo import GRPO, GRPOConfig, judged_answers, learn, sample_answers, thought_and_answer
+from grpo import GRPO, GRPOConfig, judged_answers, learn, sample_answers
 from nano_hybrid import PRESETS, Hybrid
 
 SEEDS = (0, 1, 2)
@@ -128,7 +128,7 @@ class WordyChain(Chain):
     def sample(self, rng):
         """Returns a Task."""
         task = super().sample(rng)
-        thought, answer = thought_and_answer(task, task.demo)
+        thought, answer = task.parts(task.demo)
         lines = "".join(line * int(rng.integers(1, 3)) for line in thought.splitlines(keepends=True))
         return replace(task, demo=lines + THINK_END + answer)
 
@@ -183,7 +183,7 @@ def length(variant, seed):
     if variant != "warm start":
         reinforce(model, "wordy", seed, 200, length_coef=variant)
     tasks, answers = answers_to(model, "wordy", seed)
-    thoughts = [len(thought_and_answer(task, text)[0]) for task, text in zip(tasks, answers.texts)]
+    thoughts = [len(task.parts(text)[0]) for task, text in zip(tasks, answers.texts)]
     right = [reward for reward, _ in judged_answers(tasks, answers)]
     return dict(accuracy=float(np.mean(right)), thought=float(np.mean(thoughts)))
 

@@ -597,9 +597,9 @@ def mixer_of(config, letter, index):
 # What a layer adds to the residual stream comes from these.
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 CG_STEPS = 8  # that a solve of local linear attention is counted with: about what q and k with norms need at ridge 1
-# A batch is made smaller when half of its rows have stopped, if it has so many rows and, on a GPU, has gone on for so
-# many steps: recording a step anew costs about thirty, and half a batch saves half of each.
-SMALLEST_CUT, CUT_AFTER = 32, 64
+# A batch is made smaller when half of its rows have stopped, if it has so many rows and, on a GPU, where a step has to
+# be recorded anew, has gone on for so many steps.
+SMALLEST_CUT, CUT_AFTER = 32, 24
 ROOM = 1024  # tokens that `generate` makes room for at once, or as many as the prompt has
 
 

@@ -1146,10 +1146,10 @@ def think_on(n, envs="chain:2,sort:3", **settings):
 
 def test_the_parts_of_an_answer():
     _, (thinks, plain) = think_on(2)
-    assert grpo.thought_and_answer(thinks, "3+5=1\n</think>5") == ("3+5=1\n", "5")
-    assert grpo.thought_and_answer(thinks, "3+</think>5=1\n</think>5") == ("3+</think>5=1\n", "5")
-    assert grpo.thought_and_answer(thinks, "3+5=1\n5") == ("3+5=1\n5", "")  # never closed
-    assert grpo.thought_and_answer(plain, "123") == ("", "123")
+    assert thinks.parts("3+5=1\n</think>5") == ("3+5=1\n", "5")
+    assert thinks.parts("3+</think>5=1\n</think>5") == ("3+</think>5=1\n", "5")
+    assert thinks.parts("3+5=1\n5") == ("3+5=1\n5", "")  # never closed
+    assert plain.parts("123") == ("", "123")
 
 
 def test_right_answers_gain_by_being_short_and_wrong_ones_do_not():
