@@ -57,6 +57,7 @@ Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVID
          Dynamic sampling fills a batch from all environments: those solved, or hopeless, lose their share of it.
          Nemotron's reports say masked weights; the table follows the released configurations: a sequence mask (Nano),
          TIS (Super, Ultra). k3 is capped at e^20, not at 10 (verl): an exploding estimate is what the metric is for.
+         The recipe's KL is k3+: under k3, whose gradient is that of the forward KL, a run fell apart at kl_coef .05.
 """
 
 import copy
@@ -74,7 +75,7 @@ from tqdm import tqdm
 
 from data import THINK_END, Tokenizer, cut_trace, environment, sample_task, score_all, without_thought
 from kernels import at_least_float32, expect
-from nano_hybrid import PRESETS, Hybrid
+from nano_hybrid import PRESETS, Hybrid, Works
 
 # ---- 1. advantages ------------------------------------------------------------------------------------------------
 #
@@ -522,19 +523,21 @@ class Answers:
 
 
 @torch.no_grad()
-def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, generator=None, budget=None):
+def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, generator=None, budget=None, works=None):
     """Returns the Answers of a model to N prompts (text), sampled together. An end of text stands before each prompt.
 
     Temperature only: where top_k or top_p cut tokens off, the sampler is another policy than the one in training.
     budget: a ThinkingBudget. With one, or at temperature 0, there is nothing to learn from: all of logprob is 0.
+    works: `Works` that calls of the same shape, with the same generator, share: on a GPU that is several times faster.
     """
     training, end, logprobs = model.training, tokenizer.end_of_text, None if budget or temperature == 0 else []
     known = {prompt: [end, *tokenizer.encode(prompt)] for prompt in set(prompts)}
     starts = [known[prompt] for prompt in prompts]
     model.eval()
     steps = model.generate(
-        starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget, logprobs=logprobs
-    )
+        starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget, logprobs=logprobs,
+        works=works,
+    )  # fmt: skip
     tokens = torch.stack(list(steps), 1)  # [N, new], -1 behind the end
     model.train(training)
     N, new = tokens.shape
@@ -548,8 +551,10 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, g
     mask = F.pad(wrote, (before, 0)).gather(1, turn)[:, 1:]
     logprob = F.pad(logprob.where(wrote, 0), (before, 0)).gather(1, turn)[:, 1:]
     T = int((lengths + wrote.sum(1)).max())
-    texts = [tokenizer.decode([t for t in row if t not in (-1, end)]) for row in tokens.tolist()]
-    return Answers(ids[:, :T], mask[:, : T - 1], logprob[:, : T - 1], texts, (tokens == end).any(1))
+    finished = (tokens == end).any(1)
+    n_text = (wrote.sum(1) - finished.long()).tolist()  # a row stops at its end of text
+    texts = [tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), n_text)]
+    return Answers(ids[:, :T], mask[:, : T - 1], logprob[:, : T - 1], texts, finished)
 
 
 def judged_answers(tasks, answers):
@@ -570,6 +575,7 @@ class GRPOConfig:
 
     envs: str = "sort,countdown"  # of every batch, by commas: data.ENVIRONMENTS, sort:10 for size 10; twice is twice
     warm_start: int = 70  # steps of supervised learning on the environments' demos, before the first answer
+    warm_batch: int = 0  # demos of each of those steps; 0: as many as batch_size
     cut_thoughts: float = 0.0  # share of demos whose thought stops early: they teach to answer under a budget
     no_thoughts: float = 0.0  # share of demos whose thinking is turned off
     rl_lr: float = 4e-4  # peak learning rate after the warm start
@@ -583,11 +589,12 @@ class GRPOConfig:
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
     clip_high: float = 0.28  # and up to 1 + clip_high
     entropy_coef: float = 0.02  # bonus for a nat of entropy: with less, small models settle on one answer for all
-    kl_coef: float = 0.0  # weight of the KL to the policy after the warm start
+    kl_coef: float = 0.0  # weight of KL(policy || policy after the warm start): it keeps what it knew, and exploring
     sampler_every: int = 1  # k: its weights are copied every k steps, and so are 0 to k - 1 steps old (asynchronous RL)
     correction: str = ""  # of a sampler that is another policy: tis, mask, sequence, or clip (its ratio, clipped)
     overlong: str = "zero"  # an answer without an end is worth zero; filter: and has no gradient
     dynamic_sampling: int = 0  # further draws, at most, in place of prompts whose answers are all worth the same
+    focus: float = 0.0  # share of the prompts that goes to environments by how many of their groups are informative
     curriculum: int = 0  # steps over which prompts go from easy to hard, by the warm start's pass rate; 0: at random
     length_coef: float = 0.0  # reward for thoughts and answers that are short in their group: see length_control
     low_effort: float = 0.0  # share of the prompts to think on that are marked ~, for little thought
@@ -616,11 +623,12 @@ class GRPOConfig:
 
 LARGEST = sys.float_info.max
 LIMITS = [  # (setting, lowest, highest)
-    ("warm_start", 0, math.inf), ("group_size", 1, math.inf), ("updates", 1, math.inf), ("sampler_every", 1, math.inf),
+    ("warm_start", 0, math.inf), ("warm_batch", 0, math.inf),
+    ("group_size", 1, math.inf), ("updates", 1, math.inf), ("sampler_every", 1, math.inf),
     ("rl_lr", 1e-12, LARGEST), ("temperature", 1e-3, LARGEST), ("eval_temperature", 0, LARGEST),
     ("clip_low", 0, 1), ("clip_high", 0, LARGEST), ("entropy_coef", 0, LARGEST), ("kl_coef", 0, LARGEST),
     ("cut_thoughts", 0, 1), ("no_thoughts", 0, 1), ("low_effort", 0, 1), ("low_effort_tokens", 1, math.inf),
-    ("dynamic_sampling", 0, math.inf), ("curriculum", 0, math.inf), ("length_coef", 0, LARGEST),
+    ("dynamic_sampling", 0, math.inf), ("focus", 0, 1), ("curriculum", 0, math.inf), ("length_coef", 0, LARGEST),
 ]  # fmt: skip
 
 
@@ -655,6 +663,7 @@ class GRPO:
             )
         self.example = self.envs[0].sample(np.random.default_rng(seed)).prompt  # a prompt to try it with
         self.kept, self.models, self.curricula, self.drawn_rates = {}, {}, [], []
+        self.works, self.generator = Works(), None
         if config.cut_thoughts or config.no_thoughts or config.low_effort:
             if not any(env.sample(np.random.default_rng(seed)).thinks for env in self.envs):
                 raise ValueError(f"--envs={config.envs} has none that thinks, as chain or add:5:on does")
@@ -693,13 +702,19 @@ class GRPO:
     def tasks(self, step, n, held_out=False, again=0):
         """Returns n tasks, the environments taking turns: a function of (seed, step, rank) and the number of the draw.
 
-        With a curriculum also of what it has drawn before.
+        With a curriculum also of what it has drawn before, and with `focus` of how many groups were informative: then
+        every environment has one prompt in each round, and what is left goes where there is most to learn.
         """
         rng = np.random.default_rng((self.seed, step, self.rank, held_out, again))
         if self.curricula and not held_out:
             tasks = self.ordered(step, n, rng)
         else:
-            tasks = [sample_task(self.envs[i % len(self.envs)], rng, held_out) for i in range(n)]
+            envs = [self.envs[i % len(self.envs)] for i in range(n)]
+            if "teaches" in self.kept and not held_out:
+                fixed, weight = max(len(self.envs), round(n * (1 - self.config.focus))), self.kept["teaches"].numpy()
+                drawn = rng.choice(len(self.envs), max(0, n - fixed), p=weight / weight.sum())
+                envs[fixed:] = [self.envs[i] for i in drawn]
+            tasks = [sample_task(env, rng, held_out) for env in envs]
         marked = rng.random(n) < (0 if held_out else self.config.low_effort)
         return [replace(t, prompt=LOW_EFFORT + t.prompt) if m and t.thinks else t for t, m in zip(tasks, marked)]
 
@@ -745,7 +760,8 @@ class GRPO:
         """Returns demos to imitate, {"ids", "targets"}, or after the warm start the next share of judged answers."""
         c, share = self.config, self.batch_size // self.config.updates
         if step < c.warm_start:
-            return self.demos(model, self.tasks(step, self.batch_size), np.random.default_rng((self.seed, step, 1)))
+            tasks = self.tasks(step, c.warm_batch or self.batch_size)
+            return self.demos(model, tasks, np.random.default_rng((self.seed, step, 1)))
         self.begin_rewards(model)
         part = (step - c.warm_start) % c.updates
         if part == 0:
@@ -802,7 +818,9 @@ class GRPO:
     def answer(self, model, tasks, generator):
         """Returns the model's Answers to tasks."""
         prompts, temperature = [task.prompt for task in tasks], self.config.temperature
-        return sample_answers(model, self.tokenizer, prompts, self.max_new_tokens, temperature, generator)
+        return sample_answers(
+            model, self.tokenizer, prompts, self.max_new_tokens, temperature, generator, works=self.works
+        )
 
     def sampler(self, model, step):
         """Returns the model that samples: the one in training, or a copy of it that is some steps old."""
@@ -817,7 +835,8 @@ class GRPO:
         """Returns (what `policy_loss` needs of a batch of fresh answers, a row each; the batch's numbers)."""
         c, G, device = self.config, self.config.group_size, next(model.parameters()).device
         sampler, n = self.sampler(model, step), self.batch_size // G
-        generator = torch.Generator(device).manual_seed(hash((self.seed, step, self.rank)) % 2**63)
+        self.generator = self.generator or torch.Generator(device)  # the same for all: a CUDA graph knows it
+        generator = self.generator.manual_seed(hash((self.seed, step, self.rank)) % 2**63)
         tasks, parts, found, rewards, seconds = [], [], [], [], 0.0
         self.drawn_rates = []
 
@@ -837,6 +856,8 @@ class GRPO:
         others = [i for i in range(len(tasks) // G) if i not in set(groups)]  # they fill up what is missing
         groups = torch.tensor(sorted((groups + others)[:n]))
         numbers = self.numbers_of(tasks, parts, found) | dict(informative=accepted)
+        if c.focus:
+            self.look_for_what_teaches(tasks[::G], informative(torch.cat(rewards)))
         numbers["rollout_tokens_per_s"] = sum(part.mask.sum().item() for part in parts) / seconds
 
         rows = (groups[:, None] * G + torch.arange(G)).flatten()  # [B], of all the answers
@@ -850,6 +871,17 @@ class GRPO:
         judged = dict(ids=ids, mask=mask, behaviour_logprob=logprob, advantages=A)
         self.add_other_logprobs(model, judged, [tasks[i] for i in rows])
         return judged, numbers
+
+    def look_for_what_teaches(self, tasks, taught):
+        """Keeps for each environment the share of informative groups, averaged over some twenty steps.
+
+        tasks: one for each group; taught: bool, whether its answers differ in reward.
+        """
+        mean = self.kept.setdefault("teaches", torch.ones(len(self.envs), dtype=torch.float64))
+        for i, env in enumerate(self.envs):
+            groups = torch.tensor([task.env == env.name for task in tasks])
+            mean[i] += 0.05 * (taught[groups].double().mean() - mean[i])
+        mean.clamp_(min=1e-3)  # a weight of 0 everywhere would be none
 
     def numbers_of(self, tasks, answers, found):
         """Returns the metrics of all the answers of a step."""
@@ -912,7 +944,7 @@ class GRPO:
             logprob, batch.get("old_logprob", logprob), batch["advantages"], mask, c.surrogate,
             (c.clip_low, c.clip_high), aggregate=c.aggregate, denominator=divisor,
             behaviour_logprob=batch["behaviour_logprob"], correction=c.correction if c.correction in BOUNDS else None,
-            ref_logprob=batch.get("ref_logprob"), kl_coef=c.kl_coef,
+            ref_logprob=batch.get("ref_logprob"), kl_coef=c.kl_coef, kl_kind="k3+",
         )  # fmt: skip
         bonus = c.entropy_coef * aggregate_tokens(entropy, mask, c.aggregate, divisor)
         entropy = entropy.detach().sum() / mask.sum().clamp(min=1)
@@ -1039,12 +1071,12 @@ def bench(prompts=128, G=8, repeats=5):
     texts = [sample_task(environment("tool"), rng).prompt for _ in range(prompts) for _ in range(G)]
     print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(texts)} answers, bfloat16; all of `sample_answers`")
     for new in (16, 48, 128, 512):
-        rates = []
+        rates, works = [], Works()
         for _ in range(repeats + 1):  # the first compiles
             torch.cuda.synchronize()
             began = time.perf_counter()
             with torch.autocast("cuda", torch.bfloat16):
-                answers = sample_answers(model, tokenizer, texts, new)
+                answers = sample_answers(model, tokenizer, texts, new, works=works)
             rates.append(answers.mask.sum().item() / (time.perf_counter() - began))
         rows.append(dict(max_new_tokens=new, tokens_per_s=sorted(rates[1:])[repeats // 2]))
         print(f"up to {new:4} tokens: {rows[-1]['tokens_per_s']:12,.0f} tokens/s")

@@ -38,6 +38,7 @@ Differs  From `transformers` 5: dt is not clamped below at time_step_min (neithe
          of `nano3`.
 """
 
+import copy
 import itertools
 import json
 import math
@@ -47,6 +48,7 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -375,13 +377,43 @@ class Cache:
         self.found = {}
 
     def select(self, rows):
-        """Forgets every row of the batch but these, int64 [n], of a fixed cache: they become rows 0 ... n - 1."""
+        """Forgets every row of the batch but these, int64 [n], of a fixed cache: they move to its front."""
+        n = len(rows)
         for index, state in enumerate(self.layers):
             if isinstance(state, KVState):
-                self.layers[index] = KVState(state.k[rows], state.v[rows], state.length)
+                k, v = (buffer[:n].copy_(buffer[rows]) for buffer in (state.k, state.v))
+                self.layers[index] = KVState(k, v, state.length)
             elif isinstance(state, MambaState):
-                self.layers[index] = MambaState(state.conv[rows], state.ssm[rows])
-        self.pad = self.pad[rows] if self.pad is not None else None
+                self.layers[index] = MambaState(*(buffer[:n].copy_(buffer[rows]) for buffer in (state.conv, state.ssm)))
+        self.pad = None if self.pad is None else self.pad[:n].copy_(self.pad[rows])
+
+    def spread(self, rows, room, into=None):
+        """Returns a fixed cache whose row i goes on from row rows[i], int64 [n], of this one, which is not fixed.
+
+        into: a cache that an earlier call returned for as many rows and as much room, to be written over.
+        """
+        n, device = len(rows), rows.device
+        if into is None:
+            into = Cache([None] * len(self.layers), position=torch.zeros((), dtype=torch.int64, device=device))
+            into.pad = None if self.pad is None else torch.zeros(n, dtype=torch.int64, device=device)
+            for index, state in enumerate(self.layers):
+                if isinstance(state, KVState):  # what is not filled counts 0 times, which must not be NaN
+                    shape = (n, state.k.shape[1], room, state.k.shape[3])
+                    into.layers[index] = KVState(state.k.new_zeros(shape), state.v.new_zeros(shape), room)
+                elif isinstance(state, MambaState):
+                    shapes = [(n, *t.shape[1:]) for t in (state.conv, state.ssm)]
+                    into.layers[index] = MambaState(state.conv.new_empty(shapes[0]), state.ssm.new_empty(shapes[1]))
+        for mine, state in zip(into.layers, self.layers):
+            if isinstance(state, KVState):
+                for buffer, read in zip((mine.k, mine.v), state.filled()):
+                    buffer[:, :, : self.length] = read[rows]
+            elif isinstance(state, MambaState):
+                mine.conv.copy_(state.conv[rows])
+                mine.ssm.copy_(state.ssm[rows])
+        into.position.fill_(self.length)
+        if self.pad is not None:
+            into.pad.copy_(self.pad[rows])
+        return into
 
     def keep(self, last):
         """Ends a trial: its tokens up to number `last`, a tensor [], were read; those after it never were."""
@@ -598,7 +630,7 @@ def mixer_of(config, letter, index):
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 CG_STEPS = 8  # that a solve of local linear attention is counted with: about what q and k with norms need at ridge 1
 # A batch is made smaller when half of its rows have stopped, if it has so many rows and, on a GPU, where a step has to
-# be recorded anew, has gone on for so many steps.
+# be recorded anew, has gone on for so many steps. Works that serve many calls do so already when a quarter has stopped.
 SMALLEST_CUT, CUT_AFTER = 32, 24
 ROOM = 1024  # tokens that `generate` makes room for at once, or as many as the prompt has
 
@@ -686,6 +718,89 @@ class MultiTokenPredictor(nn.Module):
         if cache:
             cache.finish(g.shape[1])
         return last.final_layernorm(g)
+
+
+class Works:
+    """What `generate` writes with: a fixed cache, the last token of each row, a step for each size of the batch.
+
+    On a GPU a step is a CUDA graph, which takes a hundred steps' time to record and knows its tensors by their address.
+    So with the same Works, calls of one shape use the same tensors, and graphs recorded in the first serve the rest.
+    """
+
+    def __init__(self):
+        self.shape, self.room, self.copied, self.copy = None, 0, None, None
+
+    def model_like(self, model):
+        """Returns a model with the weights that `model` has now, in the type that autocast would cast them to."""
+        kind = model.lm_head.weight.device.type
+        if not torch.is_autocast_enabled(kind):
+            return model
+        dtype = torch.get_autocast_dtype(kind)
+        if self.copied != (model, dtype):
+            self.copied, self.copy = (model, dtype), copy.deepcopy(model).requires_grad_(False)
+            for module in self.copy.modules():
+                if isinstance(module, nn.Linear) and module.weight is not self.copy.model.embeddings.weight:
+                    module.to(dtype)
+        torch._foreach_copy_(*(list(itertools.chain(m.parameters(), m.buffers())) for m in (self.copy, model)))
+        return self.copy
+
+    def begin(self, model, cache, rows, room, choose, wants_logprobs):
+        """Goes on from a cache: row i of the batch, int64 [B], from row rows[i] of it."""
+        shape = (model, len(rows), cache.pad is None, choose, wants_logprobs)
+        if shape == self.shape and room <= self.room:
+            cache.spread(rows, self.room, self.whole)
+        else:
+            self.shape, self.room, self.repeated = shape, room, {}
+            if len(rows) > 1:
+                self.whole = cache.spread(rows, room)
+            else:  # a text by itself may be long: no copy of what is remembered of it
+                cache.fix(room, rows.device)
+                self.whole = cache
+            self.tokens = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+            self.logprobs = torch.empty(len(rows), device=rows.device) if wants_logprobs else None
+        self.model, self.choose, self.size = model, choose, len(rows)
+        self.cache = replace(self.whole, layers=list(self.whole.layers))
+
+    @property
+    def token(self):
+        """The last token of each row of the batch, [b]."""
+        return self.tokens[: self.size]
+
+    @property
+    def logprob(self):
+        """Its log-probability, [b]."""
+        return self.logprobs[: self.size]
+
+    def choose_from(self, hidden):
+        """Draws the next token of each row from what the model made of the last, hidden [b, T, C]."""
+        drawn, probs = self.choose(self.model._logits(hidden[:, -1]))  # [b], [b, V]; only the last position is needed
+        self.token.copy_(drawn)
+        if self.logprobs is not None:
+            self.logprob.copy_(probs.gather(1, drawn[:, None])[:, 0].log())
+
+    def step(self):
+        """Reads the last token of each row, and draws the next."""
+        if self.size not in self.repeated:
+            me = weakref.proxy(self)  # or what is no longer used would wait for the garbage collector
+            self.repeated[self.size] = Repeated(
+                lambda: me.choose_from(me.model.model(me.token[:, None], me.cache)),
+                self.tokens.device, self.model.lm_head.weight.dtype, self.choose.generator,
+            )  # fmt: skip
+        self.repeated[self.size]()
+
+    def select(self, rows):
+        """Goes on with these rows only, int64 [n]: they become rows 0 ... n - 1."""
+        self.cache.select(rows)
+        for buffer in (self.tokens, self.logprobs):
+            if buffer is not None:
+                buffer[: len(rows)] = buffer[rows]
+        self.size = len(rows)
+
+    def grow(self):
+        """Makes twice the room; what was recorded is of no more use."""
+        self.room *= 2
+        self.cache.fix(self.room, self.tokens.device)
+        self.shape, self.repeated = None, {}
 
 
 class Hybrid(nn.Module):
@@ -877,7 +992,7 @@ class Hybrid(nn.Module):
     @torch.inference_mode()
     def generate(
         self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None,
-        budget=None, draft=0, drafts=None, logprobs=None, prefill_size=8192,
+        budget=None, draft=0, drafts=None, logprobs=None, prefill_size=8192, works=None,
     ):  # fmt: skip
         """Yields one int64 tensor [B] per step: the next token of every row, -1 for a row that has stopped.
 
@@ -889,7 +1004,8 @@ class Hybrid(nn.Module):
         budget: a ThinkingBudget. draft: tokens to guess ahead by multi-token prediction, for one row: the text is the
         same (sampled: equally distributed), in fewer forwards; drafts: a DraftStats to count in. logprobs: a list to
         which the log-probability [B] of each step's tokens, as they were drawn, is added. prefill_size: tokens of the
-        prompt to read at a time, which bounds the memory that takes.
+        prompt to read at a time, which bounds the memory that takes; prompts that are alike are read once. works: a
+        Works, the same in calls that should share their memory and CUDA graphs, with one generator for all.
 
         Raises ValueError for an empty prompt, a setting out of range, or drafts where there can be none.
         """
@@ -926,14 +1042,15 @@ class Hybrid(nn.Module):
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
         choose = Chooser(temperature, top_k, top_p, generator)
         room = T + min(max_new_tokens, max(T, ROOM)) + 2 * (draft + 1)  # two steps: see _steps_with_drafts
-        cut = []
+        cut, keeps = [], works is not None
         if draft:
             drafts = DraftStats() if drafts is None else drafts
             steps = self._steps_with_drafts(ids, draft, choose, drafts, prefill_size, room)
         else:
-            steps = self._steps(ids, pad, choose, budget, prefill_size, room, logprobs, cut)
+            works = Works() if works is None else works
+            steps = self._steps(ids, pad, choose, budget, prefill_size, room, logprobs, cut, works, keeps)
         done, left = torch.zeros(len(ids), dtype=torch.bool, device=device), None
-        size, since = len(ids), 0  # of the batch in the works; steps since it was made that small
+        rows, since = torch.arange(len(ids), device=device), 0  # in the works; steps since they became so few
         for token in itertools.islice(steps, max_new_tokens):
             n_left = left() if left else len(ids)  # asked only now that a GPU has the next step to work on
             if n_left == 0:
@@ -941,60 +1058,51 @@ class Hybrid(nn.Module):
             yield torch.where(done, -1, token)
             if len(stop):
                 done |= torch.isin(token, stop)
-                left, since = to_host((~done).sum()), since + 1
-                if size >= SMALLEST_CUT and n_left <= size / 2 and (since >= CUT_AFTER or device.type != "cuda"):
-                    cut.append((~done).nonzero()[:, 0])
-                    size, since = len(cut[0]), 0
+                left, since, on_gpu = to_host((~done).sum()), since + 1, device.type == "cuda"
+                fewer = len(rows) * 3 // 4 if keeps and on_gpu else len(rows) // 2
+                if len(rows) >= SMALLEST_CUT and n_left <= fewer and (since >= CUT_AFTER or keeps or not on_gpu):
+                    stopped = done[rows]  # a GPU goes on with so many, whoever they are: it has a graph for that
+                    cut.append(stopped.argsort(stable=True)[:fewer] if on_gpu else (~stopped).nonzero()[:, 0])
+                    rows, since = rows[cut[0]], 0
 
-    def _steps(self, ids, pad, choose, budget, prefill_size, room, logprobs, cut):
+    def _steps(self, ids, pad, choose, budget, prefill_size, room, logprobs, cut, works, keeps):
         """Yields the next token [B] of every row, without end.
 
         logprobs: None, or a list that their log-probabilities go to. cut: a list; when there is an int64 tensor in it,
-        the rows it names are all that go on, and the tokens of the others are -1 from then on.
+        those of the rows that go on are all that still do, and the tokens of the others are -1 from then on.
+        works: a Works; keeps: whether it is to serve another call.
         """
-        B, device = len(ids), ids.device
-        cache = self.new_cache(pad, room)
+        B = len(ids)
+        model = works.model_like(self) if keeps else self
         control = budget and BudgetControl(budget, ids)
-        token, logprob = (torch.empty(B, dtype=t, device=device) for t in (torch.int64, torch.float32))
-        rows = torch.arange(B, device=device)  # those that go on
-
-        def choose_from(hidden):
-            drawn, probs = choose(self._logits(hidden[:, -1]))  # [b], [b, V]; only the last position needs logits
-            token.copy_(drawn)
-            if logprobs is not None:
-                logprob.copy_(probs.gather(1, drawn[:, None])[:, 0].log())
-
-        def step():
-            choose_from(self.model(token[:, None], cache))
+        rows = torch.arange(B, device=ids.device)  # those that go on
+        texts, which = torch.cat([pad[:, None], ids], dim=1), rows
+        if B > 1:
+            texts, which = texts.unique(dim=0, return_inverse=True)
+        cache = model.new_cache(texts[:, 0], room if B == 1 else 0)
 
         def of_all(values, others):
             return values.new_full((B,), others).index_copy_(0, rows, values)
 
-        for part in ids.split(prefill_size, dim=1):
-            hidden = self.model(part, cache)
-        choose_from(hidden)
-        cache.fix(room, device)
-
-        repeated = Repeated(step, device, self.lm_head.weight.dtype, choose.generator)
+        for part in texts[:, 1:].split(prefill_size, dim=1):
+            hidden = model.model(part, cache)
+        works.begin(model, cache, which, -(-room // 64) * 64 if keeps else room, choose, logprobs is not None)
+        works.choose_from(hidden[which])
         for length in itertools.count(ids.shape[1] + 1):
             if control:
-                token.copy_(control(token))
+                works.token.copy_(control(works.token))
             if logprobs is not None:
-                logprobs.append(of_all(logprob, 0.0))
-            yield of_all(token, -1)
+                logprobs.append(of_all(works.logprob, 0.0))
+            yield of_all(works.token, -1)
             if cut and len(cut[0]):
-                at, rows = torch.searchsorted(rows, cut[0]), cut[0]
-                cache.select(at)
-                token, logprob = token[at], logprob[at]
+                rows = rows[cut[0]]
+                works.select(cut[0])
                 if control:
-                    control.select(at)
-                repeated.forget()
+                    control.select(cut[0])
             cut.clear()
-            if length > room:
-                room *= 2
-                cache.fix(room, device)
-                repeated.forget()
-            repeated()
+            if length > works.room:
+                works.grow()
+            works.step()
 
     def _logits(self, hidden):
         """Returns the logits of hidden states of a step, in the model's dtype."""

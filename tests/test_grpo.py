@@ -889,7 +889,7 @@ def test_every_setting_reaches_the_loss(monkeypatch, settings, expected):
     run.loss(model, batch)
     ((got, _),) = calls
     assert {name: getattr(got, name) for name in DEFAULTS} == DEFAULTS | expected
-    assert (got.dual_clip, got.bounds, got.kl_kind, got.kl_ratio) == (None, None, "k3", False)
+    assert (got.dual_clip, got.bounds, got.kl_kind, got.kl_ratio) == (None, None, "k3+", False)
     tokens, rows = batch["mask"].sum(), batch["mask"].any(1).sum()
     longest = 20 if "envs" in settings else 11
     assert got.denominator == dict(token=tokens, sequence=rows, constant=16 * longest)[got.aggregate]
@@ -924,7 +924,7 @@ def test_the_loss_of_a_batch_is_its_equation(monkeypatch, aggregate):
     log_p = (model(ids[:, :-1]) / 0.7).log_softmax(-1)
     logprob = log_p.gather(2, ids[:, 1:, None])[..., 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
-    options = dict(aggregate=aggregate, ref_logprob=batch["ref_logprob"], kl_coef=0.5)
+    options = dict(aggregate=aggregate, ref_logprob=batch["ref_logprob"], kl_coef=0.5, kl_kind="k3+")
     divisor = grpo.denominator(mask, aggregate, 11)
     expected, _ = grpo.policy_loss(
         logprob, batch["old_logprob"], batch["advantages"], mask, denominator=divisor, **options
