@@ -1429,3 +1429,69 @@ def test_parts_of_different_width_are_joined():
     joined = grpo.joined([torch.ones(1, 2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)], 7)
     assert joined.tolist() == [[1, 1, 7], [0, 0, 0], [0, 0, 0]]
     assert grpo.joined([torch.ones(1), torch.zeros(2)]).tolist() == [1, 0, 0]
+
+
+# ---- works that several calls share, and where the prompts go
+
+
+def test_calls_that_share_their_works_answer_as_calls_that_do_not():
+    """Also after other weights, other prompts, a cut of the batch, and a call that needs more room."""
+    model, tokenizer, works, generator = writer(), Tokenizer("bytes"), grpo.Works(), torch.Generator()
+    calls = [(["s1="] * 30 + ["c3,5>8="] * 40, 9), (["s3141592="] * 70, 9), (["c3,5>8=", "s1="] * 35, 60)]
+    for seed, (prompts, longest) in enumerate(calls):
+        change(model, seed)
+        a = grpo.sample_answers(model, tokenizer, prompts, longest, 1.0, generator.manual_seed(seed), works=works)
+        alone = torch.Generator().manual_seed(seed)
+        b = grpo.sample_answers(model, tokenizer, prompts, longest, 1.0, alone)
+        assert torch.equal(a.ids, b.ids) and torch.allclose(a.logprob, b.logprob, atol=1e-6) and a.texts == b.texts
+        again, _ = model.logprobs(a.ids, a.mask)
+        assert (again - a.logprob).abs().max() < 1e-4 and len(set(a.mask.sum(1).tolist())) > 3
+
+
+def test_works_under_autocast_have_the_weights_of_now_in_16_bits():
+    model, tokenizer, works = writer(), Tokenizer("bytes"), grpo.Works()
+    for seed in (0, 1):
+        change(model, seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            a = grpo.sample_answers(
+                model, tokenizer, ["s1="] * 8, 9, 1.0, torch.Generator().manual_seed(0), works=works
+            )
+            again, _ = model.logprobs(a.ids, a.mask)
+        assert (again - a.logprob).abs().max() < 0.05
+        for name, weight in model.named_parameters():
+            theirs = works.copy.get_parameter(name)
+            assert torch.equal(theirs, weight.to(theirs.dtype)) and not theirs.requires_grad
+        assert works.copy.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+        assert works.copy.model.embeddings.weight.dtype == torch.float32
+
+
+def test_alike_prompts_are_read_once():
+    model, read = writer(), []
+    model.model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
+    list(model.generate([[1, 2, 3]] * 5 + [[4, 5]] * 3, 2, generator=torch.Generator().manual_seed(0)))
+    assert read == [(2, 3), (8, 1)]
+
+
+def test_focus_gives_prompts_to_what_still_teaches(monkeypatch):
+    """sort is always solved, so of 64 prompts countdown gets its own eighth and nearly all of what is free."""
+    right = lambda tasks, answers: [(float(t.env == "sort:3" or i % 2), None) for i, t in enumerate(tasks)]  # noqa: E731
+    monkeypatch.setattr(grpo, "judged_answers", right)
+    model, run = writer(), objective(256, focus=0.75, warm_start=0)
+    shares = []
+    for step in range(60):
+        tasks = run.tasks(step, 64)
+        shares.append(sum(task.env == "countdown" for task in tasks) / 64)
+        assert [task.env for task in tasks[:16]] == ["sort:3", "countdown"] * 8
+        run.look_for_what_teaches(tasks, torch.tensor([task.env == "countdown" for task in tasks]))
+    assert shares[0] == 0.5 and 0.8 < np.mean(shares[-10:]) <= 0.875
+    held_out = run.tasks(0, 64, held_out=True)
+    assert sum(task.env == "countdown" for task in held_out) == 32
+    run.batch(model, 60)
+    other = objective(256, focus=0.75, warm_start=0)
+    other.load_state_dict(run.state_dict())
+    assert [task.prompt for task in other.tasks(61, 64)] == [task.prompt for task in run.tasks(61, 64)]
+
+
+def test_the_warm_start_has_batches_of_its_own():
+    run = objective(16, warm_batch=6)
+    assert len(run.batch(writer(), 0)["ids"]) == 6 and len(run.batch(writer(), 2)["ids"]) == 16
