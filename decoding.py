@@ -236,92 +236,130 @@ def linear_step_ref(
 ):
     """Returns [..., N]: residual + activation(normed(x) weight^T + bias), each part where it is asked for.
 
-    x [..., C]; weight [N, C]; norm [C], the weight of an RMSNorm before the product, over groups of group_size channels
-    (None: all); what goes into the norm may be float32 beside 16-bit weights. relu2: the activation is relu(.)^2.
-    residual [..., N]. backend: that of the norm, for batches that the kernel below does not take.
+    x [..., C]; weight [N, C], or up to three of them, for a tuple of results (no bias, no residual then); norm [C], the
+    weight of an RMSNorm before the product, over groups of group_size channels (None: all); what goes into the norm may
+    be float32 beside 16-bit weights. relu2: the activation is relu(.)^2. residual [..., N]. backend: that of the norm,
+    for batches that the kernel below does not take.
     """
+    weights = weight if isinstance(weight, tuple) else (weight,)
     if norm is not None:
         group = group_size or x.shape[-1]
         if pick_backend(backend, x.device, x.dtype) == "triton":
             x = norm_forward(x, None, norm, group, eps)
         else:
             x = rms_norm_ref(x.unflatten(-1, (-1, group)), norm.view(-1, group), eps).flatten(-2)
-        x = x.to(weight.dtype)
-    y = F.linear(x, weight, bias)
+        x = x.to(weights[0].dtype)
+    ys = tuple(F.linear(x, w, bias) for w in weights)
     if relu2:
-        y = F.relu(y).square()
-    return y if residual is None else residual + y
+        ys = tuple(F.relu(y).square() for y in ys)
+    if isinstance(weight, tuple):
+        return ys
+    return ys[0] if residual is None else residual + ys[0]
 
 
-# The kernel. A program owns BLOCK_N columns of the result: it fetches their rows of the weight whole, which nothing
-# before it can have changed, and only then waits for the kernel that makes x. While one kernel computes, the weights of
-# the next are therefore already on their way (programmatic dependent launch, Hopper; elsewhere kernels take turns).
-# Each program computes the norm again: x is 2 C bytes, in the L2 cache, its share of the weight 2 C BLOCK_N.
+# The kernel. A program of four warps owns a few columns of the result, some for each warp: it fetches their rows of
+# the weight whole, which nothing before it can have changed, and only then waits for the kernel that makes x. While one
+# kernel computes, the weights of the next are therefore already on their way (programmatic dependent launch, Hopper;
+# elsewhere kernels take turns). Each warp reads x and computes the norm for itself: x is 2 C bytes, in the L2 cache.
+# Warps that talk to each other wait for each other, and one kernel must end before the next can begin: what counts is
+# how soon a program is done once x is there.
 #
 #       weight [N, C]  row n:  |-- chunk --|-- chunk --|-- chunk --|    8 numbers of a chunk for a thread, few chunks:
-#       x      [1, C]          |-- chunk --|-- chunk --|-- chunk --|    all of them are loaded at once; with groups, a
-#                                                                       chunk is a group of the norm
+#       x      [1, C]          |-- chunk --|-- chunk --|-- chunk --|    all of them are loaded at once; a long row is
+#                                                                       cut among several warps, a norm's groups, too
 #
 # Bytes: 2 N C in bf16, once for all the rows; FLOPs 2 S N C, in float32 without matrix units: enough for FEW rows.
 
 
 @jit
-def _linear_step_kernel(x_ptr, norm_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, N, C, eps, stride_x, stride_residual,
-                        S: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPED: tl.constexpr,
-                        RELU2: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK: tl.constexpr):  # fmt: skip
-    n, i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK)
-    rows = w_ptr + n.to(tl.int64)[:, None] * C
-    w, scale = (), ()
-    for c in tl.static_range(CHUNKS):
-        inside = i < tl.minimum(C - c * CHUNK, CHUNK)
-        w += (tl.load(rows + (c * CHUNK + i)[None, :], mask=(n < N)[:, None] & inside[None, :], other=0.0),)
-        if norm_ptr is not None:
-            scale += (tl.load(norm_ptr + c * CHUNK + i, mask=inside, other=0.0),)
-    bias = tl.zeros([BLOCK_N], tl.float32)
-    if bias_ptr is not None:
-        bias += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+def _linear_step_kernel(x_ptr, norm_ptr, w_ptr, w2_ptr, w3_ptr, bias_ptr, residual_ptr, out_ptr,
+                        N, N1, N2, C, SIZE, eps, stride_x, stride_residual,
+                        S: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr, RELU2: tl.constexpr,
+                        BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+                        PDL: tl.constexpr):  # fmt: skip
+    # Tiles are [BLOCK_N, GROUPS, BLOCK]: columns of the result; groups of the norm, SIZE channels each; a chunk.
+    r, g, i = tl.arange(0, BLOCK_N), tl.arange(0, GROUPS), tl.arange(0, BLOCK)
+    r, g, i = r[:, None, None], g[None, :, None], i[None, None, :]
+    first = tl.program_id(0) * TILES * BLOCK_N
+    w, bias, scale = (), (), ()
+    for tile in tl.static_range(TILES):
+        n = first + tile * BLOCK_N + r
+        row = w_ptr + n.to(tl.int64) * C
+        if w2_ptr is not None:
+            row = tl.where(n < N1, row, w2_ptr + (n - N1).to(tl.int64) * C)
+        if w3_ptr is not None:
+            row = tl.where(n < N1 + N2, row, w3_ptr + (n - N1 - N2).to(tl.int64) * C)
+        for c in tl.static_range(CHUNKS):
+            inside = (g * SIZE < C) & (c * BLOCK + i < SIZE)
+            w += (tl.load(row + g * SIZE + c * BLOCK + i, mask=(n < N) & inside, other=0.0),)
+        if bias_ptr is not None:
+            bias += (tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32),)
+    same = g * SIZE + i + 0 * r  # every row reads the same x
+    if norm_ptr is not None:
+        for c in tl.static_range(CHUNKS):
+            inside = (g * SIZE < C) & (c * BLOCK + i + 0 * r < SIZE)
+            scale += (tl.load(norm_ptr + c * BLOCK + same, mask=inside, other=0.0),)
     wait_for_the_kernel_before(PDL)
     for s in tl.static_range(S):
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + s * stride_residual + n, mask=n < N, other=0.0).to(tl.float32)
-        squares, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK_N, BLOCK], tl.float32)
+        x, residual = (), ()
         for c in tl.static_range(CHUNKS):
-            inside = i < tl.minimum(C - c * CHUNK, CHUNK)
-            x = tl.load(x_ptr + s * stride_x + c * CHUNK + i, mask=inside, other=0.0).to(tl.float32)
-            if norm_ptr is not None:
-                squares += x * x
-                if GROUPED:
-                    x *= tl.rsqrt(tl.sum(x * x, 0) / CHUNK + eps)
-                x *= scale[c].to(tl.float32)
-            total += w[c].to(tl.float32) * x[None, :]
-        y = tl.sum(total, 1)  # [BLOCK_N]
-        if norm_ptr is not None and not GROUPED:
-            y *= tl.rsqrt(tl.sum(squares, 0) / C + eps)
-        y += bias
-        if RELU2:
-            y = tl.where(y < 0, 0.0, y * y)  # NaN stays
+            inside = (g * SIZE < C) & (c * BLOCK + i + 0 * r < SIZE)
+            x += (tl.load(x_ptr + s * stride_x + c * BLOCK + same, mask=inside, other=0.0).to(tl.float32),)
         if residual_ptr is not None:
-            y += residual
-        tl.store(out_ptr + s * N + n, y, mask=n < N)
+            for tile in tl.static_range(TILES):
+                n = first + tile * BLOCK_N + r
+                residual += (tl.load(residual_ptr + s * stride_residual + n, mask=n < N, other=0.0).to(tl.float32),)
+        normed = x
+        if norm_ptr is not None:
+            squares, normed = tl.zeros([BLOCK_N, GROUPS, BLOCK], tl.float32), ()
+            for c in tl.static_range(CHUNKS):
+                squares += x[c] * x[c]
+                normed += (x[c] * scale[c].to(tl.float32),)
+            rms = tl.rsqrt(tl.sum(squares, 2, keep_dims=True) / SIZE + eps)  # [BLOCK_N, GROUPS, 1]
+        for tile in tl.static_range(TILES):
+            n = first + tile * BLOCK_N + r
+            total = tl.zeros([BLOCK_N, GROUPS, BLOCK], tl.float32)
+            for c in tl.static_range(CHUNKS):
+                total += w[tile * CHUNKS + c].to(tl.float32) * normed[c]
+            y = tl.sum(total, 2, keep_dims=True)
+            if norm_ptr is not None:
+                y *= rms
+            y = tl.sum(y, 1, keep_dims=True)  # [BLOCK_N, 1, 1]
+            if bias_ptr is not None:
+                y += bias[tile]
+            if RELU2:
+                y = tl.where(y < 0, 0.0, y * y)  # NaN stays
+            if residual_ptr is not None:
+                y += residual[tile]
+            tl.store(out_ptr + s * N + n, y, mask=n < N)
+
+
+def _linear_tiles(N, size, groups):
+    """Returns the shape of the kernel's work for N rows of `groups` groups of `size`: a warp is 256 numbers wide."""
+    warps, GROUPS, BLOCK = 4, triton.next_power_of_2(groups), 256
+    while BLOCK * 4 < size and BLOCK * GROUPS < 256 * warps:
+        BLOCK *= 2
+    CHUNKS, BLOCK_N = triton.cdiv(size, BLOCK), max(1, 256 * warps // (BLOCK * GROUPS))
+    held = CHUNKS * max(1, BLOCK * GROUPS // (256 * warps))  # 16-byte loads of a thread for one tile
+    TILES = max(1, min(6 // held, triton.cdiv(N, 264 * BLOCK_N)))  # two programs for a multiprocessor, or more
+    return dict(CHUNKS=CHUNKS, TILES=TILES, BLOCK_N=BLOCK_N, GROUPS=GROUPS, BLOCK=BLOCK, num_warps=warps)
 
 
 def linear_step_triton(x, weight, bias=None, norm=None, group_size=None, eps=1e-5, relu2=False, residual=None):
-    """Returns `linear_step_ref(...)`, computed by one kernel that reads the weight once. It has no backward."""
-    (N, C), shape = weight.shape, x.shape[:-1]
+    """Returns `linear_step_ref(...)`, computed by one kernel that reads the weights once. It has no backward."""
+    weights = weight if isinstance(weight, tuple) else (weight,)
+    sizes, C, shape = [len(w) for w in weights], weights[0].shape[1], x.shape[:-1]
     x, residual = (v if v is None else tail_contiguous(v.reshape(-1, v.shape[-1])) for v in (x, residual))
-    grouped = norm is not None and group_size not in (None, C)
-    CHUNK = group_size if grouped else min(1024, max(256, triton.next_power_of_2(triton.cdiv(C, 4))))
-    CHUNKS, BLOCK, BLOCK_N = triton.cdiv(C, CHUNK), max(32, triton.next_power_of_2(CHUNK)), 4
-    while BLOCK_N * CHUNKS > 16 and BLOCK_N > 1:  # what a thread can hold
-        BLOCK_N //= 2
-    out = torch.empty(len(x), N, dtype=weight.dtype, device=x.device)
-    _linear_step_kernel[(triton.cdiv(N, BLOCK_N),)](
-        x, norm, weight, bias, residual, out, N, C, eps, x.stride(0),
-        0 if residual is None else residual.stride(0), S=len(x), CHUNK=CHUNK, CHUNKS=CHUNKS, GROUPED=grouped,
-        RELU2=relu2, BLOCK_N=BLOCK_N, BLOCK=BLOCK, num_warps=min(8, max(1, BLOCK // 256)), **early_launch(),
+    size, N = C if norm is None else group_size or C, sum(sizes)
+    out = torch.empty(len(x), N, dtype=weights[0].dtype, device=x.device)
+    tiles = _linear_tiles(N, size, C // size)
+    _linear_step_kernel[(triton.cdiv(N, tiles["TILES"] * tiles["BLOCK_N"]),)](
+        x, norm, *weights, *[None] * (3 - len(weights)), bias, residual, out, N, sizes[0], sum(sizes[1:2]), C, size,
+        eps, x.stride(0), 0 if residual is None else residual.stride(0), S=len(x), RELU2=relu2, **tiles,
+        **early_launch(),
     )  # fmt: skip
-    return out.view(*shape, N)
+    out = out.view(*shape, N)
+    return out.split(sizes, -1) if isinstance(weight, tuple) else out
 
 
 def linear_step(x, weight, bias=None, norm=None, group_size=None, eps=1e-5, relu2=False, residual=None, backend="auto"):
@@ -329,17 +367,21 @@ def linear_step(x, weight, bias=None, norm=None, group_size=None, eps=1e-5, relu
 
     Raises ValueError if shapes do not match.
     """
-    (N, C), rows = weight.shape, x.shape[:-1]
+    weights = weight if isinstance(weight, tuple) else (weight,)
+    (N, C), rows = weights[0].shape, x.shape[:-1]
     for name, tensor, expected in (
         ("x", x, (*rows, C)), ("bias", bias, (N,)), ("norm", norm, (C,)), ("residual", residual, (*rows, N)),
+        *(("weight", w, (len(w), C)) for w in weights),
     ):  # fmt: skip
         expect(name, tensor, *expected)
     if group_size is not None and (group_size < 1 or C % group_size):
         raise ValueError(f"group_size={group_size} does not divide {C} channels")
+    if isinstance(weight, tuple) and (len(weight) > 3 or bias is not None or residual is not None):
+        raise ValueError(f"{len(weight)} weights; up to three go together, without bias and residual")
     in_triton = pick_backend(backend, x.device, x.dtype) == "triton"
     few = 0 < x.numel() <= FEW * C and not torch.is_autocast_enabled(x.device.type)
-    whole = all(t is None or t.is_contiguous() for t in (weight, norm, bias))  # no copy that is still being made
-    if in_triton and few and whole and (x.dtype == weight.dtype or norm is not None):
+    whole = all(t is None or t.is_contiguous() for t in (*weights, norm, bias))  # no copy that is still being made
+    if in_triton and few and whole and (x.dtype == weights[0].dtype or norm is not None):
         return linear_step_triton(x, weight, bias, norm, group_size, eps, relu2, residual)
     return linear_step_ref(x, weight, bias, norm, group_size, eps, relu2, residual, backend)
 
@@ -376,7 +418,61 @@ def _argmax_kernel(x_ptr, places_ptr, values_ptr, out_ptr, V, stride_x, BLOCK: t
         tl.store(values_ptr + row * blocks + block, value)
 
 
-# ---- 4. attention on what is remembered ---------------------------------------------------------------------------
+# ---- 4. where a step begins and ends --------------------------------------------------------------------------------
+
+
+def embed(ids, weight):
+    """Returns weight[ids], the rows of weight [V, C] that ids [B, T] int64 name: [B, T, C]. It drops gradients.
+
+    Its kernel begins when everything before has ended, and lets the next begin at once: what was written before a step
+    is settled for all kernels of the step, however early they begin.
+    """
+    if pick_backend("auto", weight.device, weight.dtype) == "torch":
+        return F.embedding(ids, weight)
+    out = torch.empty(*ids.shape, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    _embed_kernel[(ids.numel(),)](
+        ids.contiguous(), weight.contiguous(), out, weight.shape[1], PDL=early_launch()["PDL"],
+        BLOCK=triton.next_power_of_2(weight.shape[1]),
+    )  # fmt: skip
+    return out
+
+
+@jit
+def _embed_kernel(ids_ptr, weight_ptr, out_ptr, C, PDL: tl.constexpr, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wait_for_the_kernel_before(PDL)
+    at = tl.load(ids_ptr + row).to(tl.int64) * C
+    tl.store(out_ptr + row * C + i, tl.load(weight_ptr + at + i, mask=i < C), mask=i < C)
+
+
+def advance(position, T, olds=(), news=()):
+    """Adds T to `position`, an int64 tensor [], and puts each of the tensors `news` in place of its old: one launch."""
+    if pick_backend("auto", position.device) == "torch":
+        if olds:
+            torch._foreach_copy_(list(olds), list(news))
+        position += T
+        return
+    sizes = {t.numel() for t in (*olds, *news)} or {1}
+    assert len(sizes) == 1 and all(t.is_contiguous() for t in (*olds, *news))
+    size, BLOCK = sizes.pop(), 1024
+    _advance_kernel[(triton.cdiv(size, BLOCK), max(1, len(olds)))](
+        position, tuple(olds), tuple(news), size, T, PAIRS=len(olds), BLOCK=BLOCK, **early_launch()
+    )
+
+
+@jit
+def _advance_kernel(position_ptr, olds, news, size, T, PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    block, pair = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    wait_for_the_kernel_before(PDL)
+    for j in tl.static_range(PAIRS):
+        if pair == j:
+            tl.store(olds[j] + i, tl.load(news[j] + i, mask=i < size), mask=i < size)
+    if (block == 0) & (pair == 0):
+        tl.store(position_ptr, tl.load(position_ptr) + T)
+
+
+# ---- 5. attention on what is remembered ---------------------------------------------------------------------------
 
 
 def append(k_cache, v_cache, k, v, position, backend="auto"):
@@ -414,18 +510,19 @@ def _append_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, T, D, r
     tl.store(v_cache_ptr + batch * stride_vcb + head * stride_vch + at, v, mask=inside)
 
 
-def cached_attention_ref(q, k, v, length, pad=None):
-    """Returns attention [B, Hq, T, D] of the last T tokens of a text on all its keys and values up to their own.
+def cached_attention_ref(q, k, v, k_cache, v_cache, position, pad=None, settled=False):
+    """Returns attention [B, Hq, T, D] of T new tokens on a text's keys and values, up to each token's own.
 
-    q [B, Hq, T, D]; k, v [B, Hkv, room, D], of which the first `length` positions are filled, the new tokens' too: a
-    number, or an int64 tensor [] where it is only known on the GPU. pad [B] int64 or None: positions at the start of
-    each row that nobody looks at. Softmax in float32, scaled by 1 / sqrt(D).
+    q [B, Hq, T, D]; k, v [B, Hkv, T, D], of the new tokens too, are put into k_cache, v_cache [B, Hkv, room, D] from
+    `position` on, an int64 tensor []: what was there before is what was filled. pad [B] int64 or None: positions at the
+    start of each row that nobody looks at. settled: that no kernel of the last few wrote the caches, position or pad,
+    so that they may be read early. Softmax in float32, scaled by 1 / sqrt(D).
     """
-    T, room = q.shape[2], k.shape[2]
-    if torch.is_tensor(length) and length.device.type == "cpu":
-        length = int(length)
-    if not torch.is_tensor(length):
-        k, v, room = k[:, :, :length], v[:, :, :length], length
+    append(k_cache, v_cache, k, v, position, backend="torch")
+    (T, room), length = (q.shape[2], k_cache.shape[2]), position + q.shape[2]
+    if position.device.type == "cpu":
+        length = room = int(length)
+    k, v = k_cache[:, :, :room], v_cache[:, :, :room]
     rows = length - T + torch.arange(T, device=q.device)[:, None]  # [T, 1]
     columns = torch.arange(room, device=q.device)[None, :]
     mask = columns <= rows  # [T, room]
@@ -438,51 +535,83 @@ def cached_attention_ref(q, k, v, length, pad=None):
 # a key head are the rows of one small tile, so that they share the reading; and where there are few texts, each text's
 # keys are split among several programs, whose results a second kernel puts together (Flash-Decoding):
 #
-#       keys of one head   |-- split 0 --|-- split 1 --|-- split 2 --|       each: m = max score, l = sum exp(score - m)
-#                              m, l, o       m, l, o       m, l, o                 o = sum exp(score - m) v / l
+#       keys of one head   |-- split 0 --|-- split 1 --|-- split 2 --|new|   each: m = max score, l = sum exp(score - m)
+#                              m, l, o       m, l, o        m, l, o                 o = sum exp(score - m) v / l
 #       out = sum_i w_i o_i / sum_i w_i,   w_i = l_i exp(m_i - max m)
 #
-# How many keys there are is read from memory, so that the same launch serves a text as it grows, in a CUDA graph.
+# The last split takes the new keys and values too, as the projections made them, and puts them into the cache. How many
+# old ones there are is read from memory, so that the same launch serves a text as it grows, in a CUDA graph. A
+# program's first old ones, all it has in a short text, are fetched while the kernel before is at work, if settled.
 # Bytes: 4 D for each position and key head in bf16; FLOPs 4 D for each query head.
 
 
 @jit
-def _cached_attention_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, o_ptr, stats_ptr, T, GROUP, D, scale,
-                             stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_vb, stride_vh,
-                             SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _attend(q, k, v, seen, scale, best, total, out, PRECISION: tl.constexpr):
+    """Returns best, total [M] and out [M, D] with keys and values k, v [N, D] added where `seen` [M, N]."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [M, N]
+    scores = tl.where(seen, scores, -float("inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    weights, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
+    out = tl.dot(weights.to(v.dtype), v, acc=out * shrink[:, None], input_precision=PRECISION)
+    return higher, total * shrink + tl.sum(weights, 1), out
+
+
+@jit
+def _old_keys(k_cache_ptr, v_cache_ptr, at, last, d, D):
+    """Returns keys and values [N, D] of these positions [N], before `last`."""
+    here, inside = at[:, None].to(tl.int64) * D + d[None, :], (at[:, None] < last) & (d[None, :] < D)
+    return tl.load(k_cache_ptr + here, mask=inside, other=0.0), tl.load(v_cache_ptr + here, mask=inside, other=0.0)
+
+
+@jit
+def _cached_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, pad_ptr, o_ptr, stats_ptr,
+                             T, GROUP, D, room, scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+                             stride_vb, stride_vh, stride_vt, stride_kcb, stride_kch, stride_vcb, stride_vch,
+                             SPLITS: tl.constexpr, SETTLED: tl.constexpr, PRECISION: tl.constexpr,
+                             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+                             BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks = tl.cdiv(T * GROUP, BLOCK_M)
-    kv_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    kv_head, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     m, n, d = tl.arange(0, BLOCK_M) + block * BLOCK_M, tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     head, t = kv_head * GROUP + m % GROUP, m // GROUP  # of each row
     in_q = (t[:, None] < T) & (d[None, :] < D)
-    wait_for_the_kernel_before(PDL)
-    length = tl.load(length_ptr).to(tl.int32)
-    pad = 0
+    k_cache_ptr += batch * stride_kcb + kv_head * stride_kch
+    v_cache_ptr += batch * stride_vcb + kv_head * stride_vch
+    if not SETTLED:
+        wait_for_the_kernel_before(PDL)
+    position, pad = tl.load(position_ptr).to(tl.int32), 0
     if pad_ptr is not None:
         pad = tl.load(pad_ptr + batch).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(position, BLOCK_N), SPLITS) * BLOCK_N  # old positions of one split
+    first, last = split * share, tl.minimum(split * share + share, position)
+    k, v = _old_keys(k_cache_ptr, v_cache_ptr, first + n, last, d, D)
+    if SETTLED:
+        wait_for_the_kernel_before(PDL)
     q = tl.load(q_ptr + batch * stride_qb + head[:, None] * stride_qh + t[:, None] * stride_qt + d[None, :],
                 mask=in_q, other=0.0)  # [M, D]  # fmt: skip
-    k_ptr += batch * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v_ptr += batch * stride_vb + kv_head.to(tl.int64) * stride_vh
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N  # positions of one split
-    last = length - T + t  # the newest position each row may look at
     best, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in tl.range(split * share, tl.minimum(split * share + share, length), BLOCK_N):
-        at = first + n
-        inside = (at[:, None] < length) & (d[None, :] < D)
-        here = at[:, None].to(tl.int64) * D + d[None, :]
-        k = tl.load(k_ptr + here, mask=inside, other=0.0)  # [N, D]
-        v = tl.load(v_ptr + here, mask=inside, other=0.0)  # [N, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [M, N]
-        scores = tl.where((at[None, :] <= last[:, None]) & (at[None, :] >= pad), scores, -float("inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        weights, shrink = tl.exp(scores - higher[:, None]), tl.exp(best - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(weights.to(v.dtype), v, acc=out * shrink[:, None], input_precision=PRECISION)
-        best = higher
+    seen = ((first + n < last) & (first + n >= pad))[None, :] & (t[:, None] < T)
+    best, total, out = _attend(q, k, v, seen, scale, best, total, out, PRECISION)
+    for start in tl.range(first + BLOCK_N, last, BLOCK_N):
+        k, v = _old_keys(k_cache_ptr, v_cache_ptr, start + n, last, d, D)
+        seen = ((start + n < last) & (start + n >= pad))[None, :] & (t[:, None] < T)
+        best, total, out = _attend(q, k, v, seen, scale, best, total, out, PRECISION)
+    if split == SPLITS - 1:
+        for new_start in tl.range(0, T, BLOCK_T, num_stages=1):
+            new = new_start + tl.arange(0, BLOCK_T)
+            inside, at = (new[:, None] < T) & (d[None, :] < D), position + new
+            new_k = tl.load(k_ptr + batch * stride_kb + kv_head * stride_kh + new[:, None] * stride_kt + d[None, :],
+                            mask=inside, other=0.0)  # [T, D]  # fmt: skip
+            new_v = tl.load(v_ptr + batch * stride_vb + kv_head * stride_vh + new[:, None] * stride_vt + d[None, :],
+                            mask=inside, other=0.0)  # [T, D]  # fmt: skip
+            here = at[:, None].to(tl.int64) * D + d[None, :]
+            inside &= at[:, None] < tl.where(block == 0, room, 0)
+            tl.store(k_cache_ptr + here, new_k, mask=inside)
+            tl.store(v_cache_ptr + here, new_v, mask=inside)
+            causal = (new[None, :] <= t[:, None]) & (at >= pad)[None, :] & (t[:, None] < T)
+            best, total, out = _attend(q, new_k, new_v, causal, scale, best, total, out, PRECISION)
     out = out / tl.where(total > 0, total, 1.0)[:, None]
     row = ((batch * SPLITS + split) * (tl.num_programs(0) // blocks * GROUP) + head) * T + t  # [B, splits, Hq, T]
     tl.store(o_ptr + row[:, None] * D + d[None, :], out, mask=in_q)
@@ -504,13 +633,10 @@ def _merge_splits_kernel(parts_ptr, stats_ptr, o_ptr, rows, D, SPLITS: tl.conste
     tl.store(o_ptr + (batch * rows + row) * D + d, out, mask=d < D)
 
 
-def cached_attention_triton(q, k, v, length, pad=None):
+def cached_attention_triton(q, k, v, k_cache, v_cache, position, pad=None, settled=False):
     """Returns `cached_attention_ref(...)`, computed by one kernel, or two where a text is split. It has no backward."""
-    (B, Hq, T, D), (Hkv, room) = q.shape, k.shape[1:3]
-    q = tail_contiguous(q)
-    k, v = tail_contiguous(k, 2), tail_contiguous(v, 2)
-    if not torch.is_tensor(length):
-        length = torch.tensor(length, device=q.device)
+    (B, Hq, T, D), (Hkv, room) = q.shape, k_cache.shape[1:3]
+    q, k, v = tail_contiguous(q), tail_contiguous(k), tail_contiguous(v)
     group, BLOCK_N = Hq // Hkv, 64 if D <= 128 else 32
     BLOCK_M = min(64, block_of(T * group))
     programs, splits = B * Hkv * triton.cdiv(T * group, BLOCK_M), 1
@@ -520,9 +646,10 @@ def cached_attention_triton(q, k, v, length, pad=None):
     parts = torch.empty(shape, dtype=q.dtype if splits == 1 else torch.float32, device=q.device)
     stats = None if splits == 1 else torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
     _cached_attention_kernel[(programs // B, splits, B)](
-        q, k, v, length, pad, parts, stats, T, group, D, D**-0.5, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2],
-        SPLITS=splits, PRECISION=dot_precision(), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=block_of(D), num_warps=4,
-        **early_launch(),
+        q, k, v, k_cache, v_cache, position, pad, parts, stats, T, group, D, room, D**-0.5,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2],
+        SPLITS=splits, SETTLED=settled, PRECISION=dot_precision(), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        BLOCK_T=min(64, block_of(T)), BLOCK_D=block_of(D), num_warps=4, **early_launch(),
     )  # fmt: skip
     if splits == 1:
         return parts[:, 0]
@@ -533,22 +660,27 @@ def cached_attention_triton(q, k, v, length, pad=None):
     return out
 
 
-def cached_attention(q, k, v, length, pad=None, backend="auto"):
+def cached_attention(q, k, v, k_cache, v_cache, position, pad=None, settled=False, backend="auto"):
     """Returns `cached_attention_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad.
 
-    Raises ValueError if shapes do not match.
+    What does not fit the room is left out of the cache. Raises ValueError if shapes do not match.
     """
-    (B, Hq, _, D), Hkv = q.shape, k.shape[1]
-    expect("k", k, B, Hkv, k.shape[2], D)
-    expect("v", v, *k.shape)
+    (B, Hq, T, D), (Hkv, room) = q.shape, k_cache.shape[1:3]
+    for name, tensor in (("k", k), ("v", v)):
+        expect(name, tensor, B, Hkv, T, D)
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        expect(name, tensor, B, Hkv, room, D)
+        if tail_contiguous(tensor, 2) is not tensor:
+            raise ValueError(f"{name} has strides {tensor.stride()}; its last two dimensions must be contiguous")
     expect("pad", pad, B)
     if Hq % Hkv:
         raise ValueError(f"{Hq} query heads do not divide into {Hkv} key heads")
     in_triton = pick_backend(backend, q.device, q.dtype) == "triton"
-    return (cached_attention_triton if in_triton else cached_attention_ref)(q, k, v, length, pad)
+    attend = cached_attention_triton if in_triton else cached_attention_ref
+    return attend(q, k, v, k_cache, v_cache, position, pad, settled)
 
 
-# ---- 5. python decoding.py: check the kernels, then time them -----------------------------------------------------
+# ---- 6. python decoding.py: check the kernels, then time them -----------------------------------------------------
 
 
 def _linear_inputs(randn, S, C, N, group_size=None, relu2=False):
@@ -557,8 +689,9 @@ def _linear_inputs(randn, S, C, N, group_size=None, relu2=False):
 
 def _attention_inputs(randn, B, Hq, Hkv, T, length, D, room=None):
     shape = (B, Hkv, room or length, D)
-    length = torch.tensor(length, device=randn.keywords["device"])
-    return [randn(B, Hq, T, D), randn(*shape), randn(*shape), length, torch.arange(B, device=length.device)]
+    position = torch.tensor(length - T, device=randn.keywords["device"])
+    new, pad = (B, Hkv, T, D), torch.arange(B, device=position.device)
+    return [randn(B, Hq, T, D), randn(*new), randn(*new), randn(*shape), randn(*shape), position, pad]
 
 
 BENCHES = [

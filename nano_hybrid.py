@@ -64,7 +64,18 @@ from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
-from decoding import BudgetControl, Chooser, DraftStats, Repeated, append, cached_attention, linear_step, to_host
+from decoding import (
+    BudgetControl,
+    Chooser,
+    DraftStats,
+    Repeated,
+    advance,
+    append,
+    cached_attention,
+    embed,
+    linear_step,
+    to_host,
+)
 from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
 from latent_moe import MLP, MoE, MoEConfig, Router
 from lla import MIN_RIDGE, LocalLinearAttention, lla, lla_step
@@ -312,7 +323,6 @@ class Cache:
     pad: torch.Tensor | None = None  # [B] int64, padded positions at the start of each row; None: no padding
     longest_pad: int = 0  # the largest of them
     position: torch.Tensor | None = None  # [] int64, positions read, once it is fixed
-    end: torch.Tensor | None = None  # [] int64, positions with the tokens that are being read
     trial: bool = False  # whether those tokens may be taken back
     found: dict = field(default_factory=dict)  # layer -> (inputs, states) of `mamba2_steps` for those tokens
 
@@ -352,29 +362,19 @@ class Cache:
         """Whether `fix` was called."""
         return self.position is not None
 
-    def begin(self, T):
-        """Notes that T positions are about to be read."""
-        if self.fixed:
-            self.end = self.position + T
-
     def finish(self, T):
         """Notes that they were read."""
         if not self.fixed:
             self.length += T
         elif not self.trial:
-            self._take(self.found)
-            self.position.copy_(self.end)
-
-    def _take(self, found):
-        """Puts the inputs and states of each Mamba layer in place of its own: one launch for all the layers."""
-        if found:
-            pairs = [(self.layers[i].conv, inputs) for i, (inputs, _) in found.items()]
-            torch._foreach_copy_(*zip(*pairs))
-            pairs = [(self.layers[i].ssm, states) for i, (_, states) in found.items()]
-            pairs = [(old, new) for old, new in pairs if old is not new]  # the kernel wrote them in place
+            pairs = [(self.layers[i].ssm, states) for i, (_, states) in self.found.items()]
+            pairs = [(old, new) for old, new in pairs if old is not new]  # a kernel wrote them in place
             if pairs:
                 torch._foreach_copy_(*zip(*pairs))
-        self.found = {}
+            advance(
+                self.position, T, [self.layers[i].conv for i in self.found], [new for new, _ in self.found.values()]
+            )
+            self.found = {}
 
     def select(self, rows):
         """Forgets every row of the batch but these, int64 [n], of a fixed cache: they move to its front."""
@@ -417,14 +417,15 @@ class Cache:
 
     def keep(self, last):
         """Ends a trial: its tokens up to number `last`, a tensor [], were read; those after it never were."""
-        window = None
+        pairs = []
         for index, (inputs, states) in self.found.items():
-            if window is None:
-                window = last + 1 + torch.arange(self.layers[index].conv.shape[-1], device=last.device)
-            self.found[index] = inputs.index_select(-1, window), states.index_select(1, last[None])[:, 0]
-        self._take(self.found)
+            conv, ssm = self.layers[index].conv, self.layers[index].ssm
+            window = last + 1 + torch.arange(conv.shape[-1], device=last.device)
+            pairs += [(conv, inputs.index_select(-1, window)), (ssm, states.index_select(1, last[None])[:, 0])]
+        if pairs:
+            torch._foreach_copy_(*zip(*pairs))
         self.position += last + 1  # keys and values of the others will be written over
-        self.trial = False
+        self.found, self.trial = {}, False
 
 
 # ---- 3. the mixers that remember ------------------------------------------------------------------------------
@@ -485,7 +486,7 @@ class Mamba2(nn.Module):
         projected = linear_step(x, self.in_proj.weight, self.in_proj.bias, norm=norm.weight, eps=norm.eps)
         y, *cache.found[self.index] = mamba2_steps(
             projected, state.conv, state.ssm, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
-            self.A_log, self.D, c.n_groups, every, overwrite=not every,
+            self.A_log, self.D, c.n_groups, every, overwrite=not every, settled=True,
         )  # fmt: skip
         return linear_step(
             y, self.out_proj.weight, self.out_proj.bias, norm=self.norm.weight,
@@ -527,9 +528,9 @@ class KeyValueMixer:
     def step(self, x, norm, cache):
         """Returns x + forward(norm(x)) [B, T, C] of a few tokens on a fixed cache."""
         state = cache.layers[self.index]
-        q, k, v = self.placed(lambda p: linear_step(x, p.weight, norm=norm.weight, eps=norm.eps), cache)
-        append(state.k, state.v, k, v, cache.position)
-        out = self.read_fixed(q, state.k, state.v, cache.end, cache.pad)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        products = linear_step(x, tuple(p.weight for p in projections), norm=norm.weight, eps=norm.eps)
+        out = self.read_fixed(*self.placed(dict(zip(projections, products)).get, cache), state, cache)
         return linear_step(out.transpose(1, 2).flatten(2), self.o_proj.weight, residual=x)
 
     def placed(self, product, cache):
@@ -573,9 +574,9 @@ class Attention(KeyValueMixer, nn.Module):
         is_causal = mask is None and T > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
 
-    def read_fixed(self, q, k, v, length, pad):
-        """Returns the same of the last T of `length` positions, a tensor []; k, v [B, Hkv, room, D]."""
-        return cached_attention(q, k, v, length, pad)
+    def read_fixed(self, q, k, v, state, cache):
+        """Returns the same of T new positions, whose keys and values k, v [B, Hkv, T, D] are put into the state."""
+        return cached_attention(q, k, v, state.k, state.v, cache.position, cache.pad, settled=True)
 
 
 class LocalLinear(KeyValueMixer, LocalLinearAttention):
@@ -605,13 +606,12 @@ class LocalLinear(KeyValueMixer, LocalLinearAttention):
                 out[one, :, first:] = lla(q[one, :, first:], k[one, :, n:], v[one, :, n:], self.ridge)
         return out
 
-    def read_fixed(self, q, k, v, length, pad):
-        """Returns the same of the last T of `length` positions, a tensor []; k, v [B, Hkv, room, D]."""
-        T = q.shape[2]
-        if T == 1:
-            return lla_step(q[:, :, 0], k, v, self.ridge, length, pad)[:, :, None]
-        one_by_one = zip(q.split(1, dim=2), reversed(range(T)))  # drafts: each looks no further than itself
-        return torch.cat([self.read_fixed(token, k, v, length - after, pad) for token, after in one_by_one], dim=2)
+    def read_fixed(self, q, k, v, state, cache):
+        """Returns the same of T new positions, whose keys and values k, v [B, Hkv, T, D] are put into the state."""
+        append(state.k, state.v, k, v, cache.position)
+        one_by_one = enumerate(q.unbind(2), 1)  # drafts: each looks no further than itself
+        out = [lla_step(one, state.k, state.v, self.ridge, cache.position + t, cache.pad) for t, one in one_by_one]
+        return torch.stack(out, dim=2)
 
 
 REMEMBERING = {"M": Mamba2, "*": Attention, "L": LocalLinear}  # an MLP and a mixture of experts (latent_moe.py) do not
@@ -675,16 +675,20 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.dropout = config.hidden_dropout
 
-    def forward(self, ids, cache=None):
-        """Returns hidden states [B, T, C] after the final norm, and brings `cache` up to date if there is one."""
-        x = F.dropout(self.embeddings(ids), self.dropout, self.training)  # [B, T, C]
-        if cache:
-            cache.begin(ids.shape[1])
+    def forward(self, ids, cache=None, normed=True):
+        """Returns hidden states [B, T, C] after the final norm, and brings `cache` up to date if there is one.
+
+        normed: False leaves that norm to whoever takes them.
+        """
+        if cache and cache.fixed:
+            x = embed(ids, self.embeddings.weight)  # [B, T, C]
+        else:
+            x = F.dropout(self.embeddings(ids), self.dropout, self.training)
         for layer in self.layers:
             x = layer(x, cache)
         if cache:
             cache.finish(ids.shape[1])
-        return self.norm_f(x)
+        return self.norm_f(x) if normed else x
 
 
 class MultiTokenPredictor(nn.Module):
@@ -711,8 +715,6 @@ class MultiTokenPredictor(nn.Module):
         """
         first, last = self.layers[0], self.layers[-1]
         g = first.eh_proj(torch.cat([first.enorm(embedded), first.hnorm(hidden)], dim=-1))  # [B, T, C]
-        if cache:
-            cache.begin(g.shape[1])
         for layer in self.layers:
             g = layer(g, cache)
         if cache:
@@ -771,9 +773,10 @@ class Works:
         """Its log-probability, [b]."""
         return self.logprobs[: self.size]
 
-    def choose_from(self, hidden):
-        """Draws the next token of each row from what the model made of the last, hidden [b, T, C]."""
-        drawn, probs = self.choose(self.model._logits(hidden[:, -1]))  # [b], [b, V]; only the last position is needed
+    def choose_from(self, hidden, normed=True):
+        """Draws the next token of each row from what the model made of the last, hidden [b, T, C], normed or not."""
+        last = hidden[:, -1]  # only the last position is needed
+        drawn, probs = self.choose(self.model._logits(last, normed))  # [b], [b, V]
         self.token.copy_(drawn)
         if self.logprobs is not None:
             self.logprob.copy_(probs.gather(1, drawn[:, None])[:, 0].log())
@@ -783,7 +786,7 @@ class Works:
         if self.size not in self.repeated:
             me = weakref.proxy(self)  # or what is no longer used would wait for the garbage collector
             self.repeated[self.size] = Repeated(
-                lambda: me.choose_from(me.model.model(me.token[:, None], me.cache)),
+                lambda: me.choose_from(me.model.model(me.token[:, None], me.cache, normed=False), normed=False),
                 self.tokens.device, self.model.lm_head.weight.dtype, self.choose.generator,
             )  # fmt: skip
         self.repeated[self.size]()
@@ -1104,9 +1107,10 @@ class Hybrid(nn.Module):
                 works.grow()
             works.step()
 
-    def _logits(self, hidden):
-        """Returns the logits of hidden states of a step, in the model's dtype."""
-        return linear_step(hidden, self.lm_head.weight)
+    def _logits(self, hidden, normed=True):
+        """Returns the logits of hidden states of a step, in the model's dtype. normed: whether after the final norm."""
+        norm = self.model.norm_f
+        return linear_step(hidden, self.lm_head.weight, norm=None if normed else norm.weight, eps=norm.eps)
 
     def _steps_with_drafts(self, ids, n, choose, stats, prefill_size, room):
         """Yields the next token [1], without end: several for each forward of the model, where its guesses are right.
@@ -1474,7 +1478,8 @@ def writing_speed(model, n_texts, length, n_tokens=32):
     token, choose = torch.zeros(n_texts, dtype=torch.int64, device=device), Chooser(temperature=0)
 
     def step():
-        token.copy_(choose(model._logits(model.model(token[:, None], cache)[:, -1]))[0])
+        hidden = model.model(token[:, None], cache, normed=False)
+        token.copy_(choose(model._logits(hidden[:, -1], normed=False))[0])
 
     step, wait = (
         Repeated(step, device, model.lm_head.weight.dtype),

@@ -863,26 +863,38 @@ def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_w
 # A few tokens, for writing: from the layer's in_proj to its last norm, which `decoding.linear_step` takes along with
 # out_proj. Operation by operation one token is some twenty launches of next to no work; here it is one: a program
 # owns up to 32 channels of a head, takes the convolution's steps for them and for its group's B and C, then the
-# recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens.
+# recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens. A state that is
+# settled is fetched while the kernel before is still at work, as the weights are.
 
 
 @jit
-def _conv_steps(x_ptr, state_ptr, weight_ptr, bias_ptr, inputs_ptr, channels, inside, keeps, stride_xt,
-                T: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr):  # fmt: skip
-    """Returns T times silu(convolution) of the channels, float32. Where `keeps`, writes the inputs from FIRST on."""
-    w, xs, out = (), (), ()
+def _conv_before(state_ptr, weight_ptr, bias_ptr, channels, inside, W: tl.constexpr):
+    """Returns what the convolution of these channels knows before the tokens: weights, bias, its last W - 1 inputs."""
+    w, xs = (), ()
     for j in tl.static_range(W):
         w += (tl.load(weight_ptr + channels * W + j, mask=inside, other=0.0).to(tl.float32),)
+    bias = tl.zeros_like(w[0])
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
     for j in tl.static_range(W - 1):
         xs += (tl.load(state_ptr + channels * (W - 1) + j, mask=inside, other=0.0),)
+    return w, bias, xs
+
+
+@jit
+def _conv_inputs(xs, x_ptr, channels, inside, stride_xt, T: tl.constexpr):
+    """Returns the last W - 1 inputs xs and those of the T tokens."""
     for t in tl.static_range(T):
         xs += (tl.load(x_ptr + t * stride_xt + channels, mask=inside, other=0.0),)
-    for j in tl.static_range(FIRST, W - 1 + T):
-        tl.store(inputs_ptr + channels * (W - 1 + T - FIRST) + j - FIRST, xs[j], mask=keeps)
+    return xs
+
+
+@jit
+def _conv_steps(w, bias, xs, T: tl.constexpr, W: tl.constexpr):
+    """Returns T times silu(convolution) of the channels, float32."""
+    out = ()
     for t in tl.static_range(T):
-        z = tl.zeros_like(w[0])
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+        z = bias
         for j in tl.static_range(W):
             z += w[j] * xs[t + j].to(tl.float32)
         out += (z * tl.sigmoid(z),)
@@ -890,11 +902,17 @@ def _conv_steps(x_ptr, state_ptr, weight_ptr, bias_ptr, inputs_ptr, channels, in
 
 
 @jit
+def _keep_inputs(inputs_ptr, xs, channels, keeps, FIRST: tl.constexpr, LAST: tl.constexpr):
+    for j in tl.static_range(FIRST, LAST):
+        tl.store(inputs_ptr + channels * (LAST - FIRST) + j - FIRST, xs[j], mask=keeps)
+
+
+@jit
 def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr,
                          A_log_ptr, D_ptr, y_ptr, inputs_ptr, new_state_ptr,
                          H, R, P, N, conv_size, stride_b, stride_t,
-                         T: tl.constexpr, W: tl.constexpr, EVERY: tl.constexpr, PDL: tl.constexpr,
-                         BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                         T: tl.constexpr, W: tl.constexpr, EVERY: tl.constexpr, SETTLED: tl.constexpr,
+                         PDL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(P, BLOCK_P)
     head, block, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1).to(tl.int64)
     FIRST: tl.constexpr = 0 if EVERY else T  # of the convolution's inputs, W - 1 old and T new, to write down
@@ -904,31 +922,43 @@ def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weig
     p, n = block * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     group = head // R
     keeps = n < tl.where((head % R == 0) & (block == 0), N, 0)  # B and C of a group are kept by its first program
-    b_at = H * P + group * N
+    x_at, b_at = head * P + p, H * P + group * N + n
     c_at = b_at + H // R * N
     A, D = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32)), tl.load(D_ptr + head).to(tl.float32)
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-    wait_for_the_kernel_before(PDL)
-    x = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, head * P + p, p < P, p < P, stride_t,
-                    T, W, FIRST)  # T times [P]  # fmt: skip
-    b = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, b_at + n, n < N, keeps, stride_t,
-                    T, W, FIRST)  # T times [N]  # fmt: skip
-    c = _conv_steps(xBC_ptr, conv_state_ptr, weight_ptr, bias_ptr, inputs_ptr, c_at + n, n < N, keeps, stride_t,
-                    T, W, FIRST)  # fmt: skip
     here = (row * H + head) * P * N + p[:, None] * N + n[None, :]
     inside = (p[:, None] < P) & (n[None, :] < N)
+    if not SETTLED:
+        wait_for_the_kernel_before(PDL)
     state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
+    wx, bias_x, xs = _conv_before(conv_state_ptr, weight_ptr, bias_ptr, x_at, p < P, W)
+    wb, bias_b, bs = _conv_before(conv_state_ptr, weight_ptr, bias_ptr, b_at, n < N, W)
+    wc, bias_c, cs = _conv_before(conv_state_ptr, weight_ptr, bias_ptr, c_at, n < N, W)
+    if SETTLED:
+        wait_for_the_kernel_before(PDL)
+    xs = _conv_inputs(xs, xBC_ptr, x_at, p < P, stride_t, T)  # all loads first: none waits for another, or for a store
+    bs = _conv_inputs(bs, xBC_ptr, b_at, n < N, stride_t, T)
+    cs = _conv_inputs(cs, xBC_ptr, c_at, n < N, stride_t, T)
+    zs, raws = (), ()
     for t in tl.static_range(T):
-        raw = tl.load(dt_ptr + row * stride_b + t * stride_t + head).to(tl.float32) + dt_bias
+        zs += (tl.load(z_ptr + row * stride_b + t * stride_t + x_at, mask=p < P, other=0.0).to(tl.float32),)
+        raws += (tl.load(dt_ptr + row * stride_b + t * stride_t + head).to(tl.float32) + dt_bias,)
+    x = _conv_steps(wx, bias_x, xs, T, W)  # T times [P]
+    b = _conv_steps(wb, bias_b, bs, T, W)  # T times [N]
+    c = _conv_steps(wc, bias_c, cs, T, W)
+    for t in tl.static_range(T):
+        raw = raws[t]
         e = tl.exp(tl.minimum(raw, 20.0))
         dt = tl.where(raw > 20, raw, tl.where(raw < -8, e - 0.5 * e * e, tl.log(1 + e)))  # softplus
         state = tl.exp(dt * A) * state + (dt * x[t])[:, None] * b[t][None, :]
         y = tl.sum(state * c[t][None, :], 1) + D * x[t]  # [P]
-        z = tl.load(z_ptr + row * stride_b + t * stride_t + head * P + p, mask=p < P, other=0.0).to(tl.float32)
-        y *= z * tl.sigmoid(z)
+        y *= zs[t] * tl.sigmoid(zs[t])
         tl.store(y_ptr + ((row * T + t) * H + head) * P + p, y, mask=p < P)
         if EVERY:
             tl.store(new_state_ptr + row * (T - 1) * H * P * N + t * H * P * N + here, state, mask=inside)
+    _keep_inputs(inputs_ptr, xs, x_at, p < P, FIRST, W - 1 + T)
+    _keep_inputs(inputs_ptr, bs, b_at, keeps, FIRST, W - 1 + T)
+    _keep_inputs(inputs_ptr, cs, c_at, keeps, FIRST, W - 1 + T)
     if not EVERY:
         tl.store(new_state_ptr + here, state, mask=inside)
 
@@ -939,15 +969,17 @@ def _gated_dtype(projected):
 
 
 def mamba2_steps_ref(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False, overwrite=False
-):
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
+    overwrite=False, settled=False,
+):  # fmt: skip
     """Returns (y [B, T, di], inputs, states) of a few tokens that go on from a state, one after the other.
 
     projected [B, T, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32;
     A = -exp(A_log). y is what the recurrence gives, gated, to be normalised. inputs, states: the next conv_state and
     ssm_state; with `every`, what they are after any of the tokens: inputs [B, di + 2 G N, W-1 + T], of which
     t+1 ... t+W-1 are the state after token t, and states [B, T, H, P, N]. overwrite: the last ssm_state may be put in
-    place of the one given (not with `every`).
+    place of the one given (not with `every`). settled: that no kernel of the last few wrote conv_state or ssm_state, so
+    that they may be read early.
     """
     H, P = ssm_state.shape[1:3]
     z, xBC, dt = _parts(projected, H * P, conv_weight.shape[0])
@@ -965,11 +997,13 @@ def mamba2_steps_ref(
 
 
 def mamba2_steps_triton(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False, overwrite=False
-):
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
+    overwrite=False, settled=False,
+):  # fmt: skip
     """Returns `mamba2_steps_ref(...)`, computed by one kernel. It has no backward."""
     projected, conv_weight = tail_contiguous(projected), conv_weight.contiguous()
-    conv_state, ssm_state = conv_state.contiguous(), ssm_state.float().contiguous()
+    given, (conv_state, ssm_state) = (conv_state, ssm_state), (conv_state.contiguous(), ssm_state.float().contiguous())
+    settled = settled and conv_state is given[0] and ssm_state is given[1]  # not copied just now
     (B, H, P, N), (conv_size, W), T = ssm_state.shape, conv_weight.shape, projected.shape[1]
     z, xBC, dt = _parts(projected, H * P, conv_size)
     empty = partial(torch.empty, dtype=projected.dtype, device=projected.device)
@@ -981,14 +1015,14 @@ def mamba2_steps_triton(
     _mamba2_steps_kernel[(H * triton.cdiv(P, BLOCK_P), B)](
         z, xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, y, inputs, states,
         H, H // n_groups, P, N, conv_size, projected.stride(0), projected.stride(1),
-        T, W, every, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N), **early_launch(),
+        T, W, every, settled, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N), **early_launch(),
     )  # fmt: skip
     return y, inputs, states
 
 
 def mamba2_steps(
     projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
-    overwrite=False, backend="auto",
+    overwrite=False, settled=False, backend="auto",
 ):  # fmt: skip
     """Returns `mamba2_steps_ref(...)` on the backend asked for. The kernel drops gradients: call it under no_grad.
 
@@ -1004,8 +1038,9 @@ def mamba2_steps(
         expect(name, tensor, *shape)
     in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
     return (mamba2_steps_triton if in_triton else mamba2_steps_ref)(
-        projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite
-    )
+        projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite,
+        settled,
+    )  # fmt: skip
 
 
 def mamba2_inner(

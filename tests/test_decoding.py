@@ -185,6 +185,40 @@ def test_what_does_not_fit_the_room_is_left_out():
 def test_attention_on_a_cache_is_causal_attention(backend):
     q, k, v = (rand(2, heads, 7, 8, seed=heads) for heads in (4, 2, 2))
     whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    room = [F.pad(t, (0, 0, 0, 5), value=float("nan")) for t in (k, v)]  # what is not filled is not looked at
-    got = decoding.cached_attention(q[:, :, 4:], *room, 7, backend=backend)
+    caches = [
+        F.pad(t[:, :, :4], (0, 0, 0, 8), value=float("nan")) for t in (k, v)
+    ]  # nobody looks where it is not filled
+    position = torch.tensor(4, device=DEVICE)
+    got = decoding.cached_attention(*(t[:, :, 4:] for t in (q, k, v)), *caches, position, backend=backend)
     assert torch.allclose(got, whole[:, :, 4:], atol=1e-5)
+    assert all(torch.equal(cache[:, :, :7], t) and cache[:, :, 7:].isnan().all() for cache, t in zip(caches, (k, v)))
+
+
+@pytest.mark.skipif(decoding.triton is None, reason="no triton")
+def test_keys_that_do_not_fit_the_room_are_left_out():
+    k = rand(1, 1, 3, 5)
+    caches = [torch.zeros(1, 2, 4, 5, device=DEVICE) for _ in range(2)]
+    position = torch.tensor(2, device=DEVICE)
+    decoding.cached_attention(k, k, k, *(c[:, :1] for c in caches), position, backend="triton")
+    assert all(torch.equal(c[:, :1, 2:], k[:, :, :2]) and not c[:, 1].any() for c in caches)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_weights_side_by_side_are_products_by_themselves(backend):
+    x, weights = rand(2, 1, 20), tuple(rand(n, 20, seed=n) for n in (7, 3, 9))
+    for got, weight in zip(linear_step(x, weights, backend=backend), weights, strict=True):
+        assert torch.allclose(got, x @ weight.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_end_of_a_step(backend, monkeypatch):
+    monkeypatch.setattr(kernels, "BACKEND", backend)
+    position = torch.tensor(4, device=DEVICE)
+    news = [rand(2, 700, 3, seed=s) for s in range(3)]
+    olds = [torch.zeros_like(new) for new in news]
+    decoding.advance(position, 2, olds, news)
+    decoding.advance(position, 1)
+    assert position == 7 and all(torch.equal(*pair) for pair in zip(olds, news))
+    ids, weight = torch.tensor([[3, 0], [1, 1]], device=DEVICE), rand(5, 6)
+    assert torch.equal(decoding.embed(ids, weight), weight[ids])
