@@ -336,12 +336,13 @@ def _linear_step_kernel(x_ptr, norm_ptr, w_ptr, w2_ptr, w3_ptr, bias_ptr, residu
 
 def _linear_tiles(N, size, groups):
     """Returns the shape of the kernel's work for N rows of `groups` groups of `size`: a warp is 256 numbers wide."""
-    warps, GROUPS, BLOCK = 4, triton.next_power_of_2(groups), 256
+    warps, GROUPS, BLOCK = 4, triton.next_power_of_2(groups), min(256, block_of(size))
     while BLOCK * 4 < size and BLOCK * GROUPS < 256 * warps:
         BLOCK *= 2
     CHUNKS, BLOCK_N = triton.cdiv(size, BLOCK), max(1, 256 * warps // (BLOCK * GROUPS))
-    held = CHUNKS * max(1, BLOCK * GROUPS // (256 * warps))  # 16-byte loads of a thread for one tile
-    TILES = max(1, min(6 // held, triton.cdiv(N, 264 * BLOCK_N)))  # two programs for a multiprocessor, or more
+    held = CHUNKS * max(1, BLOCK * GROUPS // (256 * warps))  # loads of 16 bytes by a thread for one tile
+    TILES = max(6 // held, 2 if held <= 8 else 1)  # more of them read x less often, but keep the next kernel waiting
+    TILES = min(TILES, triton.cdiv(N, 264 * BLOCK_N))  # two programs for each multiprocessor
     return dict(CHUNKS=CHUNKS, TILES=TILES, BLOCK_N=BLOCK_N, GROUPS=GROUPS, BLOCK=BLOCK, num_warps=warps)
 
 
