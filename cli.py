@@ -30,11 +30,17 @@ def fail(message):
     return 2
 
 
-def add_fields(group, config_class):
-    """Adds --name=value for every field of a dataclass: its type comes from the field, its help from the comment."""
+def add_fields(group, config_class, taken):
+    """Adds --name=value for every field of a dataclass: its type comes from the field, its help from the comment.
+
+    taken: a set of the names so far. What two dataclasses have is one flag for both, explained where it comes first.
+    """
     lines = [line.split("  # ") for line in inspect.getsource(config_class).splitlines() if "  # " in line]
     comments = {code.split(":")[0].strip(): comment for code, comment in lines}
     for f in fields(config_class):
+        if f.name in taken:
+            continue
+        taken.add(f.name)
         kind = next(t for t in get_args(f.type) or [f.type] if t is not type(None))
         shown = "" if f.default in (None, "") else f" (default: {f.default})"
         options = dict(type=kind, metavar=kind.__name__)
@@ -55,9 +61,9 @@ def parse_bool(text):
 
 def parse(*config_classes, prog, about, argv=None):
     """Returns a dict per dataclass of the flags given, without defaults: those can come from elsewhere."""
-    parser = Parser(prog=prog, description=about, allow_abbrev=False)
+    parser, taken = Parser(prog=prog, description=about, allow_abbrev=False), set()
     for config_class in config_classes:
-        add_fields(parser.add_argument_group(inspect.getdoc(config_class).split("\n")[0]), config_class)
+        add_fields(parser.add_argument_group(inspect.getdoc(config_class).split("\n")[0]), config_class, taken)
     given = vars(parser.parse_args(argv))
     parts = [{f.name: given[f.name] for f in fields(c) if f.name in given} for c in config_classes]
     return parts if len(parts) > 1 else parts[0]

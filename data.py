@@ -480,6 +480,7 @@ class Task:
     demo: str  # a completion for the supervised warm start: right, or (countdown) only well-formed
     check: Callable  # answer -> bool, or a float in [0, 1]; the answer is ASCII of at most LONGEST_ANSWER characters
     key: str = ""  # the same for all prompts that ask the same (3+5, 5+3), for the held-out split; "": the prompt
+    template: str = ""  # of a completion that is to be filled in: what is given of it, and BLANK for every other letter
 
     @property
     def thinks(self):
@@ -803,14 +804,80 @@ class Tool:
 ENVIRONMENTS = {c.name: c for c in (Sort, Countdown, Add, Chain, Brackets, Schema, Instruct, Lookup, Tool)}
 
 
-def environment(spec):
+# Two tasks to fill in, in any order, for models that can: mdlm_dultra.py. What is blank is ambiguous in both, and not
+# in the same way: in a sudoku everything hangs on everything, in the progressions a group on itself alone.
+
+BLANK = "_"
+
+
+@functools.cache
+def sudoku_grids():
+    """Returns the 288 sudokus of 4 x 4, each 16 digits, row by row: no digit twice in a row, a column or a quarter."""
+    units = [{4 * i + j for j in range(4)} for i in range(4)] + [{4 * j + i for j in range(4)} for i in range(4)]
+    units += [{8 * i + 2 * j + k for k in (0, 1, 4, 5)} for i in range(2) for j in range(2)]
+    peers = [set().union(*(unit for unit in units if cell in unit)) for cell in range(16)]
+    grids = [""]
+    for cell in range(16):
+        before = sorted(p for p in peers[cell] if p < cell)
+        grids = [g + d for g in grids for d in "1234" if d not in {g[p] for p in before}]
+    return grids
+
+
+class Sudoku:
+    """A sudoku of 4 x 4: `12__3_4_____21__` -> any that has these clues. size: clues."""
+
+    name, sizes = "sudoku", range(16)
+
+    def __init__(self, size=4):
+        self.size, self.grids = checked_size(self, size), frozenset(sudoku_grids())
+        self.max_new_tokens = 16
+
+    def sample(self, rng):
+        grid = sudoku_grids()[rng.integers(288)]
+        clues = set(rng.permutation(16)[: self.size].tolist())
+        template = "".join(digit if cell in clues else BLANK for cell, digit in enumerate(grid))
+        return Task(self.name, "", grid, self.grids.__contains__, template, template)
+
+
+class Progressions:
+    """For each digit s of the prompt a group a, a + s, a + 2s modulo 10, a free: `p37=` -> `036852`. size: groups.
+
+    Worth the share of the groups that are right. An ideal writer needs two steps, whatever the size: a digit of every
+    group, then all the others.
+    """
+
+    name, sizes = "progressions", range(1, 65)
+
+    def __init__(self, size=8):
+        self.size = checked_size(self, size)
+        self.max_new_tokens = 3 * size
+
+    def sample(self, rng):
+        steps, starts = rng.integers(10, size=(2, self.size))
+        groups = (starts[:, None] + steps[:, None] * np.arange(3)) % 10  # [size, 3]
+        answer = "".join(map(str, groups.flatten().tolist()))
+        prompt = f"p{''.join(map(str, steps.tolist()))}="
+        return Task(self.name, prompt, answer, partial(self.right, steps.tolist()), template=BLANK * len(answer))
+
+    @staticmethod
+    def right(steps, answer):
+        if not re.fullmatch(f"[0-9]{{{3 * len(steps)}}}", answer):
+            return False
+        groups = zip(steps, *(map(int, answer[i::3]) for i in range(3)))
+        return sum((b - a - s) % 10 == (c - b - s) % 10 == 0 for s, a, b, c in groups) / len(steps)
+
+
+FILL_INS = {c.name: c for c in (Sudoku, Progressions)}
+
+
+def environment(spec, known=ENVIRONMENTS):
     """Returns the environment that a text asks for: name, name:size, or with "on" or "off" for thinking, "chain:6:off".
 
     Raises ValueError for a name, size or option that is not there, and names those that are.
     """
     name, *options = spec.split(":")
-    if name not in ENVIRONMENTS:
-        raise ValueError(f"unknown environment {name!r}; known: {', '.join(ENVIRONMENTS)}")
+    if name not in known:
+        raise ValueError(f"unknown environment {name!r}; known: {', '.join(known)}")
     keywords = {}
     for option in options:
         if option in ("on", "off"):
@@ -819,9 +886,9 @@ def environment(spec):
             keywords["size"] = int(option)
         else:
             raise ValueError(f"environment {spec!r}: {option!r} is neither a size nor on or off; write {name}:4, say")
-    if "think" in keywords and "think" not in inspect.signature(ENVIRONMENTS[name]).parameters:
+    if "think" in keywords and "think" not in inspect.signature(known[name]).parameters:
         raise ValueError(f"environment {spec!r}: {name} has no thinking to turn on or off")
-    env = ENVIRONMENTS[name](**keywords)
+    env = known[name](**keywords)
     env.name = spec  # two sizes of one task are two columns
     return env
 

@@ -231,6 +231,18 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
         hybrid_override_pattern="M*-M*-M*-M*-", hidden_size=320, num_attention_heads=5, num_key_value_heads=5,
         head_dim=64, intermediate_size=1280, mamba_num_heads=10, mamba_head_dim=64, ssm_state_size=32, chunk_size=32,
     ),
+    # For mdlm_dultra.py, Transformers that look both ways: 1.9 M and 87 M for text, 0.2 M and 0.7 M for tasks.
+    "mdlm-tiny": HybridConfig(
+        hybrid_override_pattern="*-*-*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32, rotary_base=1e4
+    ),
+    "mdlm": HybridConfig(**_SMALL, hybrid_override_pattern="*-*-*-*-*-*-*-*-*-*-*-*-", rotary_base=1e4),
+    "dultra-tiny": HybridConfig(
+        hybrid_override_pattern="*-*-", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+        intermediate_size=256,
+    ),
+    "dultra": HybridConfig(
+        hybrid_override_pattern="*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+    ),
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
     "nano-12b-v2": HybridConfig(
         **_RELEASED, hidden_size=5120, intermediate_size=20480, initializer_range=0.0125,

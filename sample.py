@@ -5,11 +5,16 @@
     python sample.py --run=brief --think=20 --prompt=$'m3+5*2-4=<think>\\n'     thinks for 20 tokens, then answers
     python sample.py --run=super3 --draft=3           guesses three tokens ahead: the same text, in fewer forwards
     python sample.py --run=path/to/Nemotron           a released checkpoint, with its tokenizer.json
+    python sample.py --run=mdlm --rule=threshold:0.7  masked diffusion: many tokens a forward, in any order
+    python sample.py --run=dultra --prompt=12__3_4_____21__     fills in what is blank, by its planner
 
-One sample on a terminal (or with --stream) appears as it is made.
+One sample on a terminal (or with --stream) appears as it is made; that of a masked diffusion model in colours that say
+when a token was written (early ones blue, late ones red), and as a picture in its run's folder, order.png.
 """
 
 import itertools
+import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -18,11 +23,13 @@ from pathlib import Path
 import torch
 
 from cli import fail, parse, pick_device, pick_dtype
-from data import THINK_END, ReleasedTokenizer, Tokenizer
+from data import BLANK, THINK_END, ReleasedTokenizer, Tokenizer
 from decoding import DraftStats, ThinkingBudget
-from nano_hybrid import Hybrid, read_config
+from mdlm_dultra import MaskedDiffusionLM, decode, rule_of
+from nano_hybrid import Hybrid, read_config, replacing
 
 OUT = Path("out")
+NOT_OF_DIFFUSION = ("top_k", "top_p", "draft", "think")
 
 
 @dataclass
@@ -40,6 +47,8 @@ class SampleConfig:
     stream: bool | None = None  # print one sample as it comes, not when it is done; default: on a terminal
     draft: int = 0  # tokens to guess ahead, by a model trained for that (--recipe=super3)
     think: int | None = None  # tokens to think for at most: then </think> is written for the model, at a line's end
+    rule: str | None = None  # of masked diffusion: planner, threshold:0.9, top_k:2, ...; default: planner, or top_k
+    block_size: int | None = None  # of masked diffusion: tokens to finish before the next; default: any order
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
@@ -71,7 +80,13 @@ def load(config):
     tokenizer, start, stop = load_tokenizer(folder)
     device = pick_device(config.device)
     dtype, _ = pick_dtype(config.dtype, device)
-    model = Hybrid.from_pretrained(folder).to(device).eval()
+    diffusion = read_config(folder).get("architectures") == ["MaskedDiffusionLM"]
+    given = {name for name in NOT_OF_DIFFUSION if getattr(config, name)} if diffusion else set()
+    given |= set() if diffusion else {name for name in ("rule", "block_size") if getattr(config, name) is not None}
+    if given:
+        kind = "a masked diffusion model" if diffusion else "no masked diffusion model"
+        raise ValueError(f"--{min(given)} has no meaning here: {folder} is {kind}")
+    model = (MaskedDiffusionLM if diffusion else Hybrid).from_pretrained(folder).to(device).eval()
     for name, p in model.named_parameters():
         # A_log, D, dt_bias, norms and routers stay as they are: small, and states and choices hang on them
         if p.dim() > 1 and not name.endswith("gate.weight") or name.endswith("_proj.bias"):
@@ -121,6 +136,8 @@ def main(argv=None):
     )
     try:
         model, tokenizer, prompt, stop = load(config)
+        if isinstance(model, MaskedDiffusionLM):
+            return fill(config, model, tokenizer, prompt)
         budget = thinking_budget(config, tokenizer)
         generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
         steps = model.generate(
@@ -137,6 +154,125 @@ def main(argv=None):
     except KeyboardInterrupt:
         print()
         return 130
+
+
+# ---- masked diffusion ----------------------------------------------------------------------------------------------
+
+RAMP = (27, 33, 39, 44, 43, 42, 76, 148, 184, 214, 208, 202, 196)  # of a terminal's 256 colours: early to late
+MASKED = "\N{LIGHT SHADE}"
+
+
+def fill(config, model, tokenizer, prompt):
+    """Prints texts with their masks filled in, and draws when each token was written. Returns the exit status, 0.
+
+    A model of text goes on from the prompt; one of tasks (it has a planner) fills in the prompt's blanks, or the room
+    behind a prompt that has none.
+    """
+    ids, keys = prompt, None
+    if model.planner is not None:
+        ids = prompt[1:]  # tasks have no end of text in front
+        blank = tokenizer.encode(BLANK)[0]
+        if blank in ids:
+            ids = [model.mask_id if i == blank else i for i in ids]
+        elif len(ids) < len(model.positions.weight):
+            ids = ids + [model.mask_id] * (len(model.positions.weight) - len(ids))
+        if len(ids) > len(model.positions.weight):
+            raise ValueError(f"the prompt has {len(ids)} letters, the model {len(model.positions.weight)} positions")
+    else:
+        ids = ids + [model.mask_id] * config.max_new_tokens
+    ids = torch.tensor([ids] * config.num_samples, device=model.lm_head.weight.device)
+    if not (ids == model.mask_id).any():
+        raise ValueError(f"--prompt has nothing to fill in: write {BLANK} for what is open")
+    rule = rule_of(config.rule or ("planner" if model.planner is not None else "top_k:1"), model)
+    stream = sys.stdout.isatty() if config.stream is None else config.stream
+    screen = Screen(tokenizer, model.mask_id) if stream and config.num_samples == 1 else None
+
+    def shown(probs, eligible, step):
+        """The rule, and a look at the text before each step."""
+        if screen:
+            screen.show(step.ids[0])
+        return rule(probs, eligible, step)
+
+    shown.layers = getattr(rule, "layers", 0)
+    generator, began = torch.Generator(ids.device).manual_seed(config.seed), time.perf_counter()
+    decoded = decode(model, ids, shown, config.temperature, config.block_size, keys=keys, generator=generator)
+    seconds = time.perf_counter() - began
+    if screen:
+        screen.show(decoded.ids[0])
+    else:
+        texts = [tokenizer.decode([i for i in row if i < tokenizer.n_vocab]) for row in decoded.ids.tolist()]
+        print("\n---\n".join(texts))
+    path = find_checkpoint(config.run) / "order.png"
+    draw_order([piece(tokenizer, i) for i in decoded.ids[0].tolist()], decoded.order[0].tolist(), path)
+    nfe, rate = decoded.nfe.float().mean().item(), decoded.tokens_per_forward.float().mean().item()
+    speed = (decoded.order > 0).sum().item() / seconds
+    print(f"{nfe:.1f} forwards, {rate:.2f} tokens each; {speed:,.0f} tokens/s; order: {path}", file=sys.stderr)
+    return 0
+
+
+def piece(tokenizer, token):
+    """Returns the text of one token, "" for one that has none."""
+    return tokenizer.decode([token]) if token < tokenizer.n_vocab else ""
+
+
+class Screen:
+    """A text with masks on a terminal, drawn over itself: what is new in the colour of its step."""
+
+    def __init__(self, tokenizer, mask_id):
+        self.tokenizer, self.mask_id = tokenizer, mask_id
+        self.colour_of, self.steps, self.lines, self.tty = {}, 0, 0, sys.stdout.isatty()
+
+    def show(self, ids):
+        """Draws the text as it is."""
+        pieces = []
+        for place, token in enumerate(ids.tolist()):
+            if token == self.mask_id:
+                pieces.append(MASKED)
+                continue
+            step = self.colour_of.setdefault(place, self.steps)
+            text = piece(self.tokenizer, token)
+            colour = RAMP[min(len(RAMP) - 1, step - 1)]
+            pieces.append(f"\x1b[38;5;{colour}m{text}\x1b[0m" if step and self.tty else text)
+        self.steps += 1
+        text = "".join(pieces)
+        if self.tty and self.lines:
+            print(f"\x1b[{self.lines}F\x1b[0J", end="")
+        print(text, flush=True)
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+        width = shutil.get_terminal_size().columns
+        self.lines = sum(max(1, -(-len(line) // width)) for line in plain.split("\n"))
+        if self.tty:
+            time.sleep(0.05)  # for the eye
+
+
+def draw_order(pieces, order, path):
+    """Draws a text whose tokens (pieces of it) have the colour of the step that wrote them; grey was given."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    letters = [(letter, step) for text, step in zip(pieces, order) for letter in text]
+    place, rows = [], [0]  # of each letter: (column, row)
+    for letter, _ in letters:
+        place.append((rows[-1], len(rows) - 1))
+        rows[-1] += 1
+        if letter == "\n" or rows[-1] == 80:
+            rows.append(0)
+    width = max(2.5, 0.11 * max(rows))
+    figure, axes = plt.subplots(figsize=(width, 0.24 * len(rows) + 0.8), dpi=150, layout="constrained")
+    colours = plt.get_cmap("coolwarm")
+    for (letter, step), (x, y) in zip(letters, place):
+        colour = "#888888" if step == 0 else colours(step / max(order))
+        axes.text(x, -y, letter.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace("$", r"\$"),
+                  color=colour, family="monospace", fontsize=8)  # fmt: skip
+    axes.set(
+        xlim=(-1, max(rows) + 1), ylim=(-len(rows), 1), title=f"{sum(s > 0 for s in order)} tokens, {max(order)} steps"
+    )
+    axes.axis("off")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
 
 
 def write(config, tokenizer, prompt, steps, stop):

@@ -1,0 +1,1078 @@
+"""Masked diffusion language models, their parallel decoders, and dUltra, which learns what to unmask together.
+
+Papers   MDLM, arXiv:2406.07524; LLaDA, 2502.09992; first-hitting, 2409.02908; Fast-dLLM, 2505.22618; entropy-bounded
+         unmasking, 2505.24857; the planner's network, LLaDOU, 2505.10446; dUltra, 2512.21446 (chinsengi/dUltra-os).
+Idea     Train a model that sees both ways to fill in masked tokens, any of them, and it can write in any order and
+         several at once. But tokens written together are drawn independently, each as if the others were unknown: fast
+         is wrong where they hang together. Rules by confidence are slow where tokens are uncertain and yet independent;
+         dUltra trains a small planner, by the rewards of whole texts, to say which tokens are safe together.
+Picture  x [B,T], M where unknown --backbone, both ways, no time--> h [B,T,C] --lm_head--> logits [B,T,V], none for M
+               ^                                                      |                          | one pass: confidence,
+               |                                                      '--planner, AdaLN--> z     | entropy, margin
+               |                                                                           |     v
+               '------ tokens, where chosen ------ at least one a row ------ rule(probs, eligible, step) -> bool [B,T]
+
+         log pi(step) = sum log sigmoid(+-z) over what was eligible + sum log softmax(logits / T)[token] over the chosen
+         A = R - mean of the group, below the floor 0;   loss = - sum over steps of min(r A, clip(r) A) / (B length)
+Symbols  code            paper     meaning
+         t               t         share of the tokens that are masked: alpha_t = 1 - t
+         maskable        answer    tokens that may be masked; a prompt is not
+         eligible        E         masked, and in the block that is decoded now
+         action          U         tokens that a step writes
+         nfe             NFE       forwards of the backbone until a row's last mask is gone, for each row
+         keys            key mask  False on padding, which nothing attends to
+Limits   With the exact posterior the bound is log p, for every text and order; one token a step samples the joint
+         distribution, two do not; all eligible chosen is one forward; cached is uncached at the first step of a block;
+         log pi adds up to one over all actions: see tests/test_mdlm_dultra.py.
+Differs  From the authors' code, on purpose. A step in which no token was drawn writes the likeliest: {a} then has
+         probability prod_{j != a} (1 - p_j), where the authors score it as if a had been drawn. Log-probabilities are
+         of the temperature that was sampled at. Padding is masked everywhere. The factor rule stops at the first that
+         fails. The planner's clock is scaled by 1000 as in DiT, or it would stand still. Its warm start is plain
+         cross-entropy against smoothed targets: balanced classes would teach it to unmask too much, and certainty
+         leaves nothing to explore. A step costs lambda / length, not 1 / 500: at the paper's 256 tokens lambda = .25
+         is its 2 points for a right answer against .1 NFE / 50.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data import BLANK, ENVIRONMENTS, FILL_INS, Tokenizer, environment, sample_task, score_all
+from grpo import advantages, choose, policy_loss
+from kernels import at_least_float32, block_of, jit, linear_logprob, pick_backend
+from nano_hybrid import (
+    PRESETS,
+    Attention,
+    Block,
+    Hybrid,
+    HybridConfig,
+    NextToken,
+    config_fields,
+    read_config,
+    read_weights,
+    rotate,
+)
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+# ---- 1. the model -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class View:
+    """What attention may look at. The positions that are computed stand at start, start + 1, ... of the text."""
+
+    keys: torch.Tensor | None = None  # bool [B, L], False on padding
+    start: int = 0
+    kv: dict | None = None  # layer -> (k, v), each [B, Hkv, L, D]: of all positions, as they were last computed
+    fixed = False  # what `Block` asks of a cache
+
+    def all(self, layer, k, v):
+        """Returns the keys and values of the whole text, those of the computed positions new, the others as stored."""
+        if self.kv is None:
+            return k, v
+        if layer not in self.kv:
+            self.kv[layer] = k, v
+        else:
+            for stored, new in zip(self.kv[layer], (k, v)):
+                stored[:, :, self.start : self.start + new.shape[2]] = new
+        return self.kv[layer]
+
+
+class BidirectionalAttention(Attention):
+    """Grouped-query attention that looks both ways."""
+
+    def forward(self, x, view):
+        """Returns [B, T, C] for the positions x [B, T, C] of a text."""
+        q, k, v = self.qkv(lambda projection: projection(x))  # [B, heads, T, D]
+        if self.rotary_base:
+            q, k = (rotate(t, view.start, self.rotary_base) for t in (q, k))
+        k, v = view.all(self.index, k, v)  # [B, Hkv, L, D]
+        mask = None if view.keys is None else view.keys[:, None, None]  # [B, 1, 1, L]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def bidirectional_blocks(config, pattern):
+    """Returns the residual layers of a pattern, as nano_hybrid.py has them, with attention that looks both ways."""
+    blocks = nn.ModuleList(Block(config, letter, index) for index, letter in enumerate(pattern))
+    for index, letter in enumerate(pattern):
+        if letter == "*":
+            blocks[index].mixer = BidirectionalAttention(config, index)
+    return blocks
+
+
+class MaskedDiffusionLM(Hybrid):
+    """The language model of nano_hybrid.py, looking both ways: of attention, MLPs and mixtures of experts (* - E).
+
+    The last token of the vocabulary is the mask. There is no row for it in the softmax, no token is ever masked by the
+    model, and what is known is never written again: SUBS of MDLM, section 3.2. There is no time either: the share of
+    masks says it. positions: an embedding for each of so many positions, None for rotary ones (config.rotary_base).
+    planner: whether there is an UnmaskPlanner. Parameter names are those of `Hybrid`, with `positions` and `planner`.
+    Raises ValueError for layers that read from left to right, and for a model without positions of any kind.
+    """
+
+    def __init__(self, config, positions=None, planner=False):
+        if set(config.hybrid_override_pattern) - set("*-E") or config.num_nextn_predict_layers:
+            raise ValueError(
+                f"hybrid_override_pattern={config.hybrid_override_pattern!r} with num_nextn_predict_layers="
+                f"{config.num_nextn_predict_layers}: masked diffusion looks both ways; take *, - and E, and 0"
+            )
+        if not positions and not config.rotary_base:
+            raise ValueError("a masked diffusion model needs positions: set rotary_base (1e4 is usual)")
+        super().__init__(config)
+        self.model.layers = bidirectional_blocks(config, config.hybrid_override_pattern)
+        self.positions = nn.Embedding(positions, config.hidden_size) if positions else None
+        self.planner = UnmaskPlanner(config) if planner else None
+        if self.lm_head.weight.device.type != "meta":
+            self.init_weights()
+            if planner:
+                self.planner.init_weights()
+
+    @property
+    def mask_id(self):
+        """M, the token that stands for an unknown one."""
+        return self.config.vocab_size - 1
+
+    @property
+    def n_layers(self):
+        """Layers in the sense of a Transformer, attention and what follows it."""
+        return self.config.hybrid_override_pattern.count("*")
+
+    def encode(self, ids, keys=None, kv=None, start=0):
+        """Returns hidden states [B, T, C] after the final norm. ids [B, T] stand at start ... start + T of the text.
+
+        keys bool [B, L], False on padding, which must stand on the left. kv: a dict, filled by a call with the whole
+        text; later calls take from it what they are not given, and put in what they compute.
+        """
+        x = self.model.embeddings(ids)  # [B, T, C]
+        if self.positions is not None:
+            L = keys.shape[1] if keys is not None else start + ids.shape[1]
+            place = torch.arange(L, device=ids.device) if keys is None else (keys.cumsum(1) - 1).clamp(min=0)
+            x = x + self.positions(place[..., start : start + ids.shape[1]])
+        x = F.dropout(x, self.config.hidden_dropout, self.training)
+        view = View(keys, start, kv)
+        for layer in self.model.layers:
+            x = layer(x, view)
+        return self.model.norm_f(x)
+
+    def logits(self, hidden):
+        """Returns logits [..., V - 1] for hidden [..., C]: there is none for the mask, the last token."""
+        return F.linear(hidden, self.lm_head.weight[: self.mask_id])
+
+    def forward(self, ids, keys=None):
+        """Returns float32 logits [B, T, V] for ids [B, T] int64, -inf for the mask."""
+        return F.pad(at_least_float32(self.logits(self.encode(ids, keys))), (0, 1), value=-math.inf)
+
+    def logprobs(self, ids, masked, keys=None, temperature=1.0):
+        """Returns float32 [B, T]: log p of ids [B, T] where masked [B, T], given the others; 0 elsewhere."""
+        hidden = self.encode(ids.masked_fill(masked, self.mask_id), keys)
+        weight, targets = self.lm_head.weight[: self.mask_id], ids[masked]
+        logprob, _ = linear_logprob(hidden[masked], weight, targets, temperature)  # [n]
+        return at_least_float32(hidden[..., 0]).new_zeros(ids.shape).masked_scatter(masked, logprob)
+
+    def loss(self, ids, maskable=None, keys=None, generator=None):
+        """Returns `mdlm_loss(self, ...)`."""
+        return mdlm_loss(self, ids, maskable, generator, keys)
+
+    def generate(self, *_, **__):
+        """Raises TypeError: a masked diffusion model is decoded, not continued."""
+        raise TypeError("a MaskedDiffusionLM fills in masks: use mdlm_dultra.decode")
+
+    def save_pretrained(self, directory, state_dict=None, **extra):
+        """Writes config.json and model.safetensors, which `from_pretrained` opens."""
+        super().save_pretrained(directory, state_dict, **extra | dict(architectures=["MaskedDiffusionLM"]))
+
+    @classmethod
+    def from_pretrained(cls, directory, **overrides):
+        """Returns the model that `save_pretrained` wrote. Raises FileNotFoundError or ValueError."""
+        read = read_config(directory)
+        if read.get("architectures") != ["MaskedDiffusionLM"]:
+            raise ValueError(
+                f"{directory} is no masked diffusion model: its architecture is {read.get('architectures')}"
+            )
+        config = HybridConfig(**(config_fields(read) | overrides))
+        weights = read_weights(directory, config.n_routed_experts)
+        positions = len(weights["positions.weight"]) if "positions.weight" in weights else None
+        with torch.device("meta"):
+            model = cls(config, positions, planner="planner.out.weight" in weights)
+        model.load_weights(weights, directory)
+        return model
+
+
+class ExactPosterior:
+    """The ideal model of a text that is one of N, all equally likely: what a MaskedDiffusionLM learns to be.
+
+    texts [N, T] int64, below mask_id. What it has of a model: `encode`, `logits`, `logprobs`, and a call.
+    """
+
+    n_layers, planner = 1, None
+
+    def __init__(self, texts, mask_id):
+        self.texts, self.mask_id = texts, mask_id
+        self.one_hot = F.one_hot(texts, mask_id).double()  # [N, T, V]
+
+    def encode(self, ids, keys=None, kv=None, start=0):
+        """Returns log p [B, T, V]: of every token, among the texts that agree with what is known of ids [B, T].
+
+        Where none does, all tokens are alike.
+        """
+        agrees = ((ids[:, None] == self.texts) | (ids[:, None] == self.mask_id)).all(-1).double()  # [B, N]
+        counts = torch.einsum("bn,ntv->btv", agrees, self.one_hot)
+        return (counts / agrees.sum(1).clamp(min=1)[:, None, None]).log().clamp(min=-1e4)
+
+    def logits(self, hidden):
+        """Returns log p itself."""
+        return hidden
+
+    def __call__(self, ids, keys=None):
+        return F.pad(self.encode(ids), (0, 1), value=-math.inf)
+
+    def logprobs(self, ids, masked, keys=None, temperature=1.0):
+        """Returns log p [B, T] of ids where masked, 0 elsewhere."""
+        logp = torch.log_softmax(self.encode(ids.masked_fill(masked, self.mask_id)) / temperature, -1)
+        return logp.gather(-1, ids[..., None]).squeeze(-1).masked_fill(~masked, 0)
+
+
+# ---- 2. the objective, and the likelihood -------------------------------------------------------------------------
+#
+# Of a text of A tokens mask a share t. The bound on its negative log-likelihood, in three forms that are exactly equal:
+#
+#   integral     E over t in (0, 1] of  1/t  sum over the masked of -log p(x_i | the others)        MDLM, equation (10)
+#   count        E over k in 1 ... A of A/k  sum over k masked, any k of them, of the same           LLaDA, equation (6)
+#   any order    E over orders of       sum over j of -log p(x_order[j] | x_order[0 ... j-1])
+#
+# since a set of k masked tokens has the weight (k-1)! (A-k)! / A! in all of them. The first trains, the second has the
+# least noise, the third says what it is: the cost of an autoregressive model that reads in a random order.
+
+EPS = 1e-3  # smallest t: 1/t would be all noise
+
+
+def noise_levels(B, generator=None, device=None):
+    """Returns t [B] in (EPS, 1], one in each B-th of it: stratified, which takes most of the noise out of 1/t.
+
+    Source: MDLM's `antithetic_sampling`.
+    """
+    u = (torch.arange(B, device=device) + torch.rand(B, generator=generator, device=device)) / B
+    return EPS + (1 - EPS) * (1 - u)
+
+
+def mdlm_loss(model, ids, maskable=None, generator=None, keys=None):
+    """Returns (loss, metrics): the bound in nats per maskable token, the mean over rows, by the integral form.
+
+    ids [B, T] int64, without masks; maskable bool [B, T], None for all: a prompt that stays clean is not, and each row
+    is divided by how many it has. Padding behind an answer (an end of text) is maskable: so the model learns to stop.
+    generator: on the device of ids. keys: `MaskedDiffusionLM.encode`. Not divided by how many *are* masked: that would
+    be BERT's loss, and no bound. Source: MDLM, section 3.4; LLaDA, Algorithm 1 and, with a prompt, 2.
+
+    metrics: loss; masked_loss, the plain cross-entropy of a masked token; mask_rate.
+    """
+    maskable = torch.ones_like(ids, dtype=torch.bool) if maskable is None else maskable
+    t = noise_levels(len(ids), generator, ids.device)  # [B]
+    masked = maskable & (torch.rand(ids.shape, generator=generator, device=ids.device) < t[:, None])
+    logprob = model.logprobs(ids, masked, keys)  # [B, T]
+    loss = (-logprob.sum(1) / t / maskable.sum(1).clamp(min=1)).mean()
+    masked_loss = -logprob.detach().sum() / masked.sum().clamp(min=1)
+    return loss, dict(loss=loss.detach(), masked_loss=masked_loss, mask_rate=masked.sum() / maskable.sum())
+
+
+def random_ranks(maskable, generator=None):
+    """Returns int64 [B, T]: the maskable positions of each row numbered 0, 1, ... in a random order, the others T."""
+    order = torch.rand(maskable.shape, generator=generator, device=maskable.device).masked_fill(~maskable, 2).argsort(1)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).to(order).expand_as(order))
+    return ranks.masked_fill(~maskable, maskable.shape[1])
+
+
+@torch.no_grad()
+def nelbo(model, ids, maskable=None, form="count", samples=16, generator=None, keys=None):
+    """Returns (mean [B], standard error [B]) of the bound on -log p(maskable | the rest), in nats for the whole row.
+
+    form: "count" (k spread evenly over the samples, and exactly k masks), "integral" or "order", which takes as many
+    forwards a sample as there are tokens. With one sample there is no standard error: nan.
+    """
+    choose("form", form, ("count", "integral", "order"))
+    maskable = torch.ones_like(ids, dtype=torch.bool) if maskable is None else maskable
+    A, found = maskable.sum(1), []  # [B]
+    shift = torch.rand(len(ids), generator=generator, device=ids.device)
+    for sample in range(samples):
+        u = (sample + shift) / samples  # [B] in [0, 1), stratified
+        ranks = random_ranks(maskable, generator)
+        if form == "order":
+            steps = [(ranks >= j) & maskable for j in range(int(A.max()))]  # masked before step j, which reads rank j
+            logprob = sum((model.logprobs(ids, m, keys) * (ranks == j)).sum(1) for j, m in enumerate(steps))
+            found.append(-logprob)
+        elif form == "count":
+            k = (u * A).floor() + 1  # 1 ... A
+            found.append(-model.logprobs(ids, ranks < k[:, None], keys).sum(1) * A / k)
+        else:
+            t = EPS + (1 - EPS) * u
+            noise = torch.rand(ids.shape, generator=generator, device=ids.device)
+            found.append(-model.logprobs(ids, maskable & (noise < t[:, None]), keys).sum(1) / t)
+    found = torch.stack(found)  # [samples, B]
+    spread = found.std(0) if samples > 1 else torch.full_like(found[0], math.nan)
+    return found.mean(0), spread / math.sqrt(samples)
+
+
+# ---- 3. what a decoder has to know of the logits ------------------------------------------------------------------
+
+
+class Probs(NamedTuple):
+    """Of the probabilities at each position: what every rule decides by. Float32 and int64, all of one shape."""
+
+    confidence: torch.Tensor  # of the token that would be written: the largest, or that of the one sampled
+    token: torch.Tensor  # that one
+    entropy: torch.Tensor  # in nats
+    margin: torch.Tensor  # the largest probability minus the second
+
+
+def softmax_statistics_ref(logits):
+    """Returns Probs [N] of logits [N, V], V > 1; of equal ones the first token. Computed in float32 (float64)."""
+    logp = torch.log_softmax(at_least_float32(logits), -1)
+    (first, second), token = logp.topk(2, -1).values.exp().unbind(-1), logp.argmax(-1)
+    entropy = -(logp.exp() * logp.clamp(min=-1e30)).sum(-1)  # 0 log 0 = 0
+    return Probs(first, token, entropy, first - second)
+
+
+# The kernel. A program owns a row and reads it once, BLOCK logits at a time. The running maximum m is one number, and so
+# is the second best of the chunks' maxima; each lane adds up its own
+#
+#       s = sum exp(l - m),   w = sum exp(l - m) (l - m)         (rescaled when m grows, as in online softmax)
+#       confidence = 1 / s,   entropy = log s - w / s,   margin = (1 - exp(second - m)) / s
+#
+# At the end the chunk that had the maximum is read again, for its place and for a second best beside it: so no lane has
+# to keep places while it reads, which would cost as much arithmetic as all the rest. Traffic: N V logits read and
+# nothing else to speak of. PyTorch reads or writes them ten times: a float32 copy, a log-softmax, two products for the
+# entropy, a top-2 and an argmax.
+
+
+@jit
+def _statistics_kernel(logits_ptr, confidence_ptr, token_ptr, entropy_ptr, margin_ptr, V, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    lanes = tl.arange(0, BLOCK)
+    s, w = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    m, second, place = tl.full([], -1e30, tl.float32), tl.full([], -1e30, tl.float32), 0  # finite: -inf + inf is nan
+    for start in range(0, V, BLOCK):
+        x = tl.load(logits_ptr + start + lanes, lanes < V - start, -float("inf")).to(tl.float32)
+        x = tl.maximum(x, -1e30)
+        top = tl.max(x, 0)
+        second = tl.maximum(second, tl.minimum(m, top))
+        if top > m:
+            w = tl.exp(m - top) * (w + s * (m - top))
+            s = tl.exp(m - top) * s
+            m, place = top, start
+        e = tl.exp(x - m)
+        s += e
+        w += e * (x - m)
+    x = tl.load(logits_ptr + place + lanes, lanes < V - place, -float("inf")).to(tl.float32)
+    lane = tl.min(tl.where(x == m, lanes, BLOCK), 0)
+    second = tl.maximum(second, tl.max(tl.where(lanes == lane, -1e30, x), 0))
+    total, weighted = tl.sum(s, 0), tl.sum(w, 0)
+    tl.store(confidence_ptr + row, 1 / total)
+    tl.store(token_ptr + row, (place + lane).to(tl.int64))
+    tl.store(entropy_ptr + row, tl.log(total) - weighted / total)
+    tl.store(margin_ptr + row, (1 - tl.exp(second - m)) / total)
+
+
+def softmax_statistics_triton(logits):
+    """Returns `softmax_statistics_ref(logits)`."""
+    N, V = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    confidence, entropy, margin = torch.empty(3, N, device=logits.device).unbind(0)
+    token = torch.empty(N, dtype=torch.int64, device=logits.device)
+    if N:
+        block = min(4096, block_of(V))
+        _statistics_kernel[(N,)](
+            logits,
+            confidence,
+            token,
+            entropy,
+            margin,
+            V,
+            logits.stride(0),
+            BLOCK=block,
+            num_warps=4,
+        )
+    return Probs(confidence, token, entropy, margin)
+
+
+def softmax_statistics(logits, backend="auto"):
+    """Returns `softmax_statistics_ref(logits)`, Probs [N] of logits [N, V], on the backend asked for."""
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits is {list(logits.shape)}, expected [N, V] with V > 1")
+    triton_runs = pick_backend(backend, logits.device, logits.dtype) == "triton"
+    return (softmax_statistics_triton if triton_runs else softmax_statistics_ref)(logits)
+
+
+# ---- 4. rules: what to write in a step ----------------------------------------------------------------------------
+#
+# A rule is a function (probs [B, T], eligible [B, T], step) -> bool [B, T]. What it chooses outside of eligible does
+# not count, and for a row where it chooses nothing the most confident token is written. `step` has what few rules need.
+
+
+class Step(NamedTuple):
+    """What a rule may ask for beside probabilities."""
+
+    ids: torch.Tensor  # [B, T] as they are, with masks
+    hidden: torch.Tensor  # [B, T, C] after the final norm
+    clock: torch.Tensor  # [B, T] uniform in [0, 1), drawn once for a text: when its time comes
+    keys: torch.Tensor | None  # bool [B, T], False on padding
+    mask_id: int
+    generator: torch.Generator | None
+
+
+def best(score, eligible, k):
+    """Returns bool [B, T]: the k eligible positions of highest score in each row, the first of equal ones."""
+    order = score.masked_fill(~eligible, -math.inf).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).to(order).expand_as(order))
+    return eligible & (ranks < torch.as_tensor(k, device=score.device).view(-1, 1))
+
+
+def ancestral(steps=64):
+    """Writes each token in one of so many steps, at random: MDLM's sampler, whose mask goes with chance (t - s) / t.
+
+    That is a uniform step for each token, whatever the others do. Steps in which none falls due are left out, as they
+    would repeat the forward before: at most min(steps, tokens) forwards.
+    """
+
+    def rule(probs, eligible, step):
+        due = (step.clock * steps).floor().masked_fill(~eligible, steps)
+        return due == due.amin(1, keepdim=True)
+
+    return rule
+
+
+def random_k(k=1):
+    """Writes k tokens, any."""
+    return lambda probs, eligible, step: best(-step.clock, eligible, k)
+
+
+def first_hitting():
+    """Writes one token after the other, in random order: the limit of `ancestral` for ever more steps, exactly."""
+    return random_k(1)
+
+
+def top_k(k=1, by="confidence"):
+    """Writes the k tokens of highest confidence, highest margin or lowest entropy: LLaDA's and Dream's decoders."""
+    choose("by", by, ("confidence", "margin", "entropy"))
+    sign = -1 if by == "entropy" else 1
+    return lambda probs, eligible, step: best(sign * getattr(probs, by), eligible, k)
+
+
+def threshold(tau=0.9):
+    """Writes all tokens of a confidence of at least tau. Source: Fast-dLLM, Algorithm 1."""
+    return lambda probs, eligible, step: probs.confidence >= tau
+
+
+def factor(f=1.0):
+    """Writes the n most confident tokens, n the largest with (n + 1) (1 - c_n) < f up to it. Source: Fast-dLLM."""
+
+    def rule(probs, eligible, step):
+        c = probs.confidence.masked_fill(~eligible, -1).sort(dim=1, descending=True).values
+        n = torch.arange(1, c.shape[1] + 1, device=c.device)
+        passes = ((n + 1) * (1 - c) < f) & (c >= 0)
+        return best(probs.confidence, eligible, passes.long().cumprod(1).sum(1).clamp(min=1))
+
+    return rule
+
+
+def entropy_bounded(gamma=0.1):
+    """Writes the n tokens of lowest entropy, n the largest whose entropies add up to at most gamma beside the largest.
+
+    The sum without the largest bounds what drawing them independently costs, in nats. Source: arXiv:2505.24857.
+    """
+
+    def rule(probs, eligible, step):
+        H = probs.entropy.masked_fill(~eligible, math.inf).sort(dim=1).values
+        passes = (H.cumsum(1) - H <= gamma) & H.isfinite()  # sorted: the largest is the last
+        return best(-probs.entropy, eligible, passes.long().cumprod(1).sum(1).clamp(min=1))
+
+    return rule
+
+
+def planned(planner, shift=0.0, temperature=1.0, sample=True):
+    """Writes what the planner draws, a coin for each token of chance sigmoid((z + shift) / temperature).
+
+    sample=False: those whose chance is above one half. shift moves between safe (< 0) and fast (> 0). Where no coin
+    falls, the token of highest chance. Source: dUltra; LLaDOU's network.
+    """
+
+    def rule(probs, eligible, step):
+        z = (planner(step.hidden, eligible, step.ids == step.mask_id, step.keys) + shift) / temperature
+        coins = torch.rand(z.shape, generator=step.generator, device=z.device) if sample else 0.5
+        chosen = eligible & (coins < torch.sigmoid(z))
+        return torch.where(chosen.any(1, keepdim=True), chosen, best(z, eligible, 1))
+
+    rule.layers = 1  # that it computes in a step
+    return rule
+
+
+RULES = dict(
+    ancestral=ancestral, first_hitting=first_hitting, random_k=random_k, top_k=top_k, threshold=threshold,
+    factor=factor, entropy_bounded=entropy_bounded, planner=planned,
+    margin=lambda k=1: top_k(k, "margin"), low_entropy=lambda k=1: top_k(k, "entropy"),
+)  # fmt: skip
+
+
+def rule_of(spec, model):
+    """Returns the rule that a text asks for: threshold:0.9, top_k:2, entropy_bounded:0.1, planner, ...
+
+    Raises ValueError for one that is not there.
+    """
+    name, _, number = spec.partition(":")
+    choose("rule", name, RULES)
+    if name == "planner":
+        if model.planner is None:
+            raise ValueError("rule='planner': this model has none; use threshold:0.9, say")
+        return planned(model.planner, float(number or 0))
+    try:
+        kind = int if name in ("ancestral", "random_k", "top_k", "margin", "low_entropy") else float
+        return RULES[name](*([kind(number)] if number else []))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"rule={spec!r}: {name} takes no {number!r}; write threshold:0.9, top_k:2, ancestral:64"
+        ) from None
+
+
+# ---- 5. the decoder -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Decoded:
+    """Texts with every mask filled in, and what that took."""
+
+    ids: torch.Tensor  # [B, T] int64
+    nfe: torch.Tensor  # [B] int64: forwards of the backbone until the row's last mask was gone
+    order: torch.Tensor  # [B, T] int64: the forward, 1 ... nfe, that wrote the token; 0 for what was given
+    layer_forwards: (
+        torch.Tensor
+    )  # [B] float: layers computed, over all positions; the planner's and a cache's show here
+
+    @property
+    def tokens_per_forward(self):
+        """TPF [B]: tokens written / NFE, ends of text too."""
+        return (self.order > 0).sum(1) / self.nfe.clamp(min=1)
+
+
+def block_ends(ids, mask_id, block_size=None):
+    """Returns where the blocks end that are decoded one after the other: they begin at the first mask of any row."""
+    T = ids.shape[1]
+    if not (ids == mask_id).any():
+        return []
+    if block_size is None:
+        return [T]
+    first = int((ids == mask_id).any(0).nonzero()[0])
+    return [*range(first + block_size, T, block_size), T]
+
+
+@torch.no_grad()
+def decode(model, ids, rule, temperature=0.0, block_size=None, cache=None, keys=None, generator=None):
+    """Returns Decoded: ids [B, T] int64 with every mask (model.mask_id) filled in, a step at a time, by a rule.
+
+    rule(probs, eligible, step) -> bool [B, T] says which masks are written in a step: section 4. temperature: of the
+    tokens, 0 for the likeliest; a token's confidence is always its probability at temperature 1. block_size: fill in
+    blocks of so many positions from left to right (semi-autoregressive); masks behind the block are seen, as masks.
+    cache: in the later steps of a block compute only from its start on ("prefix"), or only the block ("dual"); what is
+    left out stays as it was at the block's first step, an approximation. keys bool [B, T], False on padding (left).
+    generator: on the device of ids. Rows do not see each other, and one that is done costs nothing more.
+    Source: LLaDA, Algorithms 4 and 5; Fast-dLLM, Algorithm 1.
+
+    Raises ValueError for a cache without blocks, and settings out of range.
+    """
+    if cache not in (None, "prefix", "dual") or cache and not block_size:
+        raise ValueError(f"cache={cache!r}, expected None, or 'prefix' or 'dual' together with a block_size")
+    if not 0 <= temperature < math.inf or block_size is not None and block_size < 1:
+        raise ValueError(f"need temperature >= 0 and block_size >= 1; got {temperature}, {block_size}")
+    (B, T), ids = ids.shape, ids.clone()
+    nfe, order = torch.zeros(B, dtype=torch.int64, device=ids.device), torch.zeros_like(ids)
+    cost = torch.zeros(B, device=ids.device)
+    clock = torch.rand(B, T, generator=generator, device=ids.device)
+    start = 0
+    for stop in block_ends(ids, model.mask_id, block_size):
+        kv, rows, hidden = {} if cache else None, None, None
+        while True:
+            eligible = ids == model.mask_id
+            eligible[:, stop:] = False
+            live = eligible.any(1)
+            if rows is None or not cache:  # a cache holds the rows that were live at its block's first step
+                rows = live.nonzero().squeeze(1)
+            if not live.any():
+                break
+            first, last = (0, T) if not kv else (start, T if cache == "prefix" else stop)
+            e, x = eligible[rows], ids[rows]  # [R, T]
+            row_keys = None if keys is None else keys[rows]
+            fresh = model.encode(x[:, first:last], row_keys, kv, first)
+            hidden = fresh if (first, last) == (0, T) else torch.cat([hidden[:, :first], fresh, hidden[:, last:]], 1)
+            probs = look(model, hidden, e, temperature, generator)
+            action = e & rule(probs, e, Step(x, hidden, clock[rows], row_keys, model.mask_id, generator))
+            action = torch.where(action.any(1, keepdim=True), action, best(probs.confidence, e, 1))
+            ids[rows] = torch.where(action, probs.token, x)
+            nfe[rows] += live[rows]
+            order[rows] = torch.where(action, nfe[rows][:, None], order[rows])
+            cost[rows] += live[rows] * (model.n_layers * (last - first) / T + getattr(rule, "layers", 0))
+        start = stop
+    return Decoded(ids, nfe, order, cost)
+
+
+def look(model, hidden, eligible, temperature=0.0, generator=None):
+    """Returns Probs [B, T] of the eligible positions of hidden [B, T, C], and the tokens to write; 0 elsewhere."""
+    logits = model.logits(hidden[eligible])  # [n, V]
+    probs = softmax_statistics(logits)
+    if temperature > 0:
+        drawn = torch.softmax(at_least_float32(logits) / temperature, -1).multinomial(1, generator=generator)
+        chance = torch.softmax(at_least_float32(logits), -1).gather(1, drawn).squeeze(1)
+        probs = probs._replace(token=drawn.squeeze(1), confidence=chance)
+    return Probs(*(p.new_zeros(eligible.shape).masked_scatter(eligible, p) for p in probs))
+
+
+def aup(tokens_per_forward, accuracy):
+    """Returns the accuracy under parallelism of a decoder: the area under its accuracy (0 ... 1) against its TPF.
+
+    Both are lists, a point for each setting. Points more than 5 percent below that of lowest TPF do not count, and
+    those below the best count less, by exp(-3 (1 - y / best)). In percent times TPF. Source: the d3LLM leaderboard.
+    """
+    points = sorted(zip(tokens_per_forward, (100 * a for a in accuracy)))
+    points = [(rho, y) for rho, y in points if y >= points[0][1] - 5]
+    top = max(y for _, y in points)
+    weighted = [(rho, y * min(1.0, math.exp(-3 * (1 - y / top)))) for rho, y in points] if top else points
+    area = points[0][0] * points[0][1]
+    return area + sum((r1 - r0) * (y1 + y0) / 2 for (r0, y0), (r1, y1) in zip(weighted, weighted[1:]))
+
+
+# ---- 6. the planner -----------------------------------------------------------------------------------------------
+
+
+def sinusoids(tau, size=256, scale=1000.0):
+    """Returns [B, size]: cos and sin of tau [B] in [0, 1] at size / 2 speeds, from scale down to scale / 10,000."""
+    speed = scale * torch.exp(-math.log(1e4) * torch.arange(size // 2, device=tau.device) / (size // 2))
+    return torch.cat([(tau[:, None] * speed).cos(), (tau[:, None] * speed).sin()], 1)
+
+
+class UnmaskPlanner(nn.Module):
+    """Says of each token how ready it is to be written: z [B, T], a coin of chance sigmoid(z) each.
+
+        tau = 1 - masks / length           how much of the text is known
+        c   = MLP(sinusoids(tau)) + embedding[eligible]                 [B, T, C]
+        a   = LN(h) (1 + scale(c)) + shift(c)                           AdaLN
+        z   = w . AdaLN'(one Transformer layer(a), c)
+
+    It reads the hidden states that `lm_head` reads, and neither probabilities nor what is drawn.
+    Source: LLaDOU, arXiv:2505.10446, section 3.2; the authors' `modeling_llada_dultra.py`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_size
+        self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
+        self.eligible = nn.Embedding(2, C)
+        self.before, self.after = nn.Linear(C, 2 * C), nn.Linear(C, 2 * C)
+        self.blocks = bidirectional_blocks(config, "*-")
+        self.out = nn.Linear(C, 1)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draws the weights: all coins begin near one half."""
+        for module in (*self.time, self.before, self.after):
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                module.bias.zero_()
+        nn.init.trunc_normal_(self.eligible.weight, std=0.02)
+        nn.init.normal_(self.out.weight, std=0.02)
+        self.out.bias.zero_()
+
+    def forward(self, hidden, eligible, masked, keys=None):
+        """Returns z [B, T] float32. hidden [B, T, C]; eligible and masked bool [B, T]; keys: `encode`."""
+        length = masked.shape[1] if keys is None else keys.sum(1)
+        tau = 1 - masked.sum(1) / length  # [B]
+        c = self.time(sinusoids(tau))[:, None] + self.eligible(eligible.long())  # [B, T, C]
+        x, view = modulated(hidden, self.before(c)), View(keys)
+        for block in self.blocks:
+            x = block(x, view)
+        return at_least_float32(self.out(modulated(x, self.after(c))).squeeze(-1))
+
+
+def modulated(x, scale_and_shift):
+    """Returns AdaLN: x [B, T, C] normalised, then scaled and shifted by [B, T, 2 C]."""
+    scale, shift = scale_and_shift.chunk(2, -1)
+    return F.layer_norm(x, x.shape[-1:], eps=1e-4) * (1 + scale) + shift
+
+
+def planner_logprob(z, eligible, action):
+    """Returns log pi [B] of what was written: action bool [B, T], at least one of eligible bool [B, T]; z [B, T].
+
+    A coin of chance sigmoid(z) for each eligible token; if none falls, the token a* of highest z is written. So
+    P({a*}) = p_a* prod (1 - p_j) + (1 - p_a*) prod (1 - p_j) = prod over j != a* of (1 - p_j), and over all actions the
+    probabilities add up to one. The authors' code keeps the factor p_a*, and theirs add up to less.
+    """
+    z = at_least_float32(z)
+    highest = best(z.detach(), eligible, 1)
+    alone = (action == highest).all(1, keepdim=True)  # its coin does not matter
+    terms = torch.where(action, F.logsigmoid(z), F.logsigmoid(-z))
+    return terms.masked_fill(~eligible | (alone & highest), 0).sum(1)
+
+
+# ---- 7. tasks as texts with masks ---------------------------------------------------------------------------------
+
+
+class Canvas(NamedTuple):
+    """Tasks as a decoder meets them: prompts on the left, completions end at the right edge."""
+
+    ids: torch.Tensor  # [B, T] int64, masks where something is to be found
+    solved: torch.Tensor  # [B, T] int64, with the demo in their place
+    keys: torch.Tensor | None  # bool [B, T], False on the padding before a short prompt; None: there is none
+
+    def maskable(self, mask_id):
+        """Returns bool [B, T]: what is to be found."""
+        return self.ids == mask_id
+
+
+def canvas_of(tasks, tokenizer, mask_id, max_new_tokens, device="cpu"):
+    """Returns the Canvas of tasks: prompt and template, or prompt and max_new_tokens masks, where the demo goes on with
+    ends of text: a completion of any length ends where the first stands."""
+    end, rows = tokenizer.end_of_text, {}
+    for task in dict.fromkeys(tasks):
+        prompt, demo = tokenizer.encode(task.prompt), tokenizer.encode(task.demo)
+        if task.template:
+            given = tokenizer.encode(task.template)  # an id for a letter: of the "bytes" tokenizer
+            body = [mask_id if letter == BLANK else i for letter, i in zip(task.template, given)]
+        else:
+            body, demo = [mask_id] * max_new_tokens, demo + [end] * (max_new_tokens - len(demo))
+        rows[task] = prompt + body, prompt + demo
+    place = {task: i for i, task in enumerate(rows)}
+    T, places = max(len(ids) for ids, _ in rows.values()), torch.tensor([place[task] for task in tasks])
+    padded = [[[end] * (T - len(part)) + part for part in pair] for pair in rows.values()]
+    keys = torch.tensor([[i >= T - len(ids) for i in range(T)] for ids, _ in rows.values()])
+    ids, solved = torch.tensor(padded)[places].to(device).unbind(1)
+    keys = None if keys.all() else keys[places].to(device)
+    return Canvas(ids, solved, keys)
+
+
+def completions(tasks, ids, tokenizer, max_new_tokens):
+    """Returns the text of each task's completion in ids [B, T], up to the first end of text."""
+    texts = []
+    for task, row in zip(tasks, ids.tolist()):
+        row = row[-(len(task.template) or max_new_tokens) :]
+        end = row.index(tokenizer.end_of_text) if tokenizer.end_of_text in row else len(row)
+        texts.append(tokenizer.decode([i for i in row[:end] if i < tokenizer.n_vocab]))
+    return texts
+
+
+# ---- 8. what train.py composes: --recipe=mdlm, --recipe=dultra ------------------------------------------------------
+
+
+class MaskedDiffusion(NextToken):
+    """Pre-training: predict masked tokens of a text from all others. Data and settings as in `NextToken`."""
+
+    extra_tokens = 1  # the mask
+
+    def build(self, config):
+        """Returns the model to train."""
+        return MaskedDiffusionLM(config)
+
+    def epochs(self, tokens):
+        """Returns 0: with other masks each time, text that is read again is hardly a repetition (arXiv:2507.15857)."""
+        return 0
+
+    def batch(self, model, step):
+        """Returns {"ids"} [batch_size, context]; one batch in a hundred is cut to a random length (LLaDA, 2.2)."""
+        ids = super().batch(model, step)["ids"]
+        rng = np.random.default_rng([self.seed, step, 1])
+        return dict(ids=ids[:, : rng.integers(1, self.context + 1)] if rng.random() < 0.01 else ids)
+
+    def loss(self, model, batch):
+        """Returns (bound in nats per token, metrics)."""
+        loss, metrics = model.loss(batch["ids"])
+        return loss, metrics | dict(tokens=torch.tensor(float(batch["ids"].numel())))
+
+    @torch.no_grad()
+    def evaluate(self, model):
+        """Returns val_loss (nats per token) and val_bpb (bits per byte): bounds from above, by the count form.
+
+        Every window once, with one draw; windows do not see each other. `val_error` is the standard error of val_bpb.
+        """
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
+        tokens, size, found = 0, 0, []
+        for ids, targets in self.corpus.val_batches(self.context, self.batch_size):
+            ids = torch.from_numpy(ids).to(next(model.parameters()).device)
+            real = torch.from_numpy(targets).to(ids.device) >= 0
+            found.append(nelbo(model, ids, real, samples=1, generator=generator)[0])
+            tokens += int(real.sum())
+            size += int(self.tokenizer.bytes_per_token[ids[real].cpu().numpy()].sum())
+        nats = torch.cat(found).double()
+        error = nats.std().item() * math.sqrt(len(nats)) / math.log(2) / size
+        total = nats.sum().item()
+        return {"val_loss": total / tokens, "val_bpb": total / math.log(2) / size, "val_error": error}
+
+
+@dataclass
+class DUltraConfig:
+    """Settings of --recipe=dultra. The comment is the --help text."""
+
+    task: str = "sudoku:4"  # sudoku:4 (clues), progressions:8 (groups), or one of data.ENVIRONMENTS, add:3
+    pretrain: int = 600  # steps of masked diffusion on solved tasks
+    imitate: int = 100  # then steps in which the planner learns to imitate a rule
+    imitated: str = "factor:1"  # that rule
+    smoothing: float = 0.15  # of its decisions: coins of chance 0 and 1 leave nothing to explore
+    balanced: bool = False  # weigh its decisions so that both count the same, as the authors do: coins fall too often
+    planner_lr: float = 1e-3  # peak learning rate of the planner
+    joint: bool = False  # rewards train the backbone, too
+    backbone_lr: float = 1e-4  # its peak learning rate then
+    group_size: int = 8  # texts written for a task; batch_size is tasks times that
+    temperature: float = 0.0  # of the tokens while learning; joint training learns from none that are certain
+    reward: str = "additive"  # right - efficiency NFE / length, or multiplicative: right (1 - efficiency NFE / length)
+    efficiency: float = 0.25  # what a step costs
+    distill_coef: float = 0.0  # reward for a nat per token of log-likelihood under the teacher
+    teacher: str = ""  # folder of an autoregressive run on the same task (--recipe=grpo)
+    advantage_floor: float = 0.0  # advantages below it count as 0: at 0, only what is better than its group teaches
+    clip_low: float = 0.2  # the ratio of a step counts down to 1 - clip_low
+    clip_high: float = 1.0  # and up to 1 + clip_high
+    block_size: int | None = None  # decode in blocks of so many positions; default: all at once
+    replay_rows: int = 2048  # steps that are learnt from at a time: bounds the memory, not the result
+
+    def __post_init__(self):
+        choose("reward", self.reward, ("additive", "multiplicative"))
+        if self.joint and not self.temperature > 0:
+            raise ValueError(
+                "--joint learns from the tokens that were drawn: it needs --temperature above 0 (1 is usual)"
+            )
+        for name in ("group_size", "replay_rows"):
+            if getattr(self, name) < (2 if name == "group_size" else 1):
+                raise ValueError(f"--{name}={getattr(self, name)} is too small")
+        if min(self.pretrain, self.imitate, self.efficiency, self.temperature, self.distill_coef) < 0:
+            raise ValueError("--pretrain, --imitate, --efficiency, --temperature and --distill_coef must be at least 0")
+        if not 0 <= self.smoothing < 0.5:
+            raise ValueError(f"--smoothing={self.smoothing} must be in [0, 0.5)")
+        if bool(self.distill_coef) != bool(self.teacher):
+            raise ValueError("--distill_coef and --teacher go together")
+
+
+class DUltra:
+    """Masked diffusion on a task, a planner that imitates a rule, then rewards: dUltra in one run.
+
+    Metrics of a step of rewards, beside those of `grpo.policy_loss` (whose tokens are decoding steps here):
+
+    train_reward   mean of what is maximised            accuracy     share of the texts that are right
+    nfe            forwards to write one                learnt_from  share of the texts with an advantage other than 0
+    coins          mean chance that an eligible token is written
+    """
+
+    extra_tokens = 1  # the mask
+
+    def __init__(self, config, tokenizer, batch_size, seed=0, rank=0, world_size=1):
+        self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.env = environment(config.task, ENVIRONMENTS | FILL_INS)
+        if batch_size % config.group_size:
+            raise ValueError(f"batch_size={batch_size} must be a multiple of group_size={config.group_size}")
+        self.teacher = Hybrid.from_pretrained(config.teacher).eval().requires_grad_(False) if config.teacher else None
+        rng = np.random.default_rng(seed)
+        samples = [self.env.sample(rng) for _ in range(64)]
+        sizes = [len(tokenizer.encode(t.prompt)) + (len(t.template) or self.env.max_new_tokens) for t in samples]
+        self.length = max(sizes) + (2 if len(set(sizes)) > 1 else 0)  # room for the longest prompt
+        self.example = samples[0].prompt + samples[0].template
+
+    def build(self, config):
+        """Returns the model to train: with an embedding for each position, at the scale of those of tokens."""
+        return MaskedDiffusionLM(config, positions=self.length, planner=True)
+
+    def about(self):
+        """Returns a line about the data."""
+        c = self.config
+        return f"{c.task}: {c.pretrain} steps of masked diffusion, {c.imitate} of imitating {c.imitated}, then rewards"
+
+    @property
+    def begin_rewards(self):
+        """The first step of rewards."""
+        return self.config.pretrain + self.config.imitate
+
+    def lr_scale(self, step, lr):
+        """Returns the factor on the learning rate `lr` of the backbone for a step; `part_scale` has the planner's."""
+        if step >= self.config.pretrain:
+            return self.config.backbone_lr / lr
+        return min(1.0, 2 * (1 - step / self.config.pretrain))  # down to 0 over the second half
+
+    def part_scale(self, step, lr, part):
+        """Returns the factor on the learning rate of a part of the model, the planner, beside that of all others.
+
+        lr: theirs in this step.
+        """
+        return self.config.planner_lr / max(1e-12, lr) if step >= self.config.pretrain else 0.0
+
+    def tasks(self, step, n, held_out=False):
+        """Returns n tasks."""
+        rng = np.random.default_rng([self.seed, step, self.rank, held_out])
+        return [sample_task(self.env, rng, held_out) for _ in range(n)]
+
+    def canvas(self, model, tasks):
+        """Returns the Canvas of tasks on the model's device."""
+        device = next(model.parameters()).device
+        return canvas_of(tasks, self.tokenizer, model.mask_id, self.env.max_new_tokens, device)
+
+    def batch(self, model, step):
+        """Returns solved tasks, or fresh texts of the model with their advantages."""
+        if step < self.begin_rewards:
+            canvas = self.canvas(model, self.tasks(step, self.batch_size))
+            return dict(canvas=canvas, imitate=step >= self.config.pretrain)
+        return self.judged(model, self.tasks(step, self.batch_size // self.config.group_size), step)
+
+    def judged(self, model, tasks, step):
+        """Returns texts for each task, group_size of them, with their advantages and what they took."""
+        c, tasks = self.config, [task for task in tasks for _ in range(self.config.group_size)]
+        canvas = self.canvas(model, tasks)
+        generator = torch.Generator(canvas.ids.device).manual_seed(hash((self.seed, step, self.rank)) % 2**63)
+        training = model.training
+        model.eval()
+        rule = planned(model.planner)
+        decoded = decode(model, canvas.ids, rule, c.temperature, c.block_size, keys=canvas.keys, generator=generator)
+        model.train(training)
+        right = self.right(tasks, decoded.ids)
+        rewards = self.rewards(right, decoded, tasks)
+        A = advantages(rewards.view(-1, c.group_size), "dr")
+        A = A.masked_fill(A < c.advantage_floor, 0).flatten()
+        numbers = dict(
+            train_reward=rewards.mean(), accuracy=(right == 1).float().mean(), nfe=decoded.nfe.float().mean()
+        )
+        numbers |= dict(learnt_from=(A != 0).float().mean(), tokens=(decoded.order > 0).sum())
+        return dict(ids=decoded.ids, order=decoded.order, keys=canvas.keys, advantages=A, numbers=numbers)
+
+    def right(self, tasks, ids):
+        """Returns what the verifiers give, float32 [B] on the device of ids."""
+        texts = completions(tasks, ids, self.tokenizer, self.env.max_new_tokens)
+        return torch.tensor([reward for reward, _ in score_all(tasks, texts)], device=ids.device)
+
+    def rewards(self, right, decoded, tasks):
+        """Returns R [B] of texts that are right [B]."""
+        c = self.config
+        spent = c.efficiency * decoded.nfe / (decoded.order > 0).sum(1).clamp(min=1)
+        R = right * (1 - spent) if c.reward == "multiplicative" else right - spent
+        if self.teacher is not None:
+            R = R + c.distill_coef * self.teacher_logprob(tasks, decoded.ids)
+        return R
+
+    @torch.no_grad()
+    def teacher_logprob(self, tasks, ids):
+        """Returns the mean log-probability [B] of a completion's tokens, end of text included, under the teacher."""
+        end = self.tokenizer.end_of_text
+        texts = completions(tasks, ids, self.tokenizer, self.env.max_new_tokens)
+        rows = [(self.tokenizer.encode(task.prompt), self.tokenizer.encode(text)) for task, text in zip(tasks, texts)]
+        T = max(len(prompt) + len(text) for prompt, text in rows) + 2
+        padded = [[end, *prompt, *text] + [end] * (T - 1 - len(prompt) - len(text)) for prompt, text in rows]
+        mask = torch.zeros(len(rows), T - 1, dtype=torch.bool)  # of the targets
+        for row, (prompt, text) in enumerate(rows):
+            mask[row, len(prompt) : len(prompt) + len(text) + 1] = True
+        teacher, mask = self.teacher.to(ids.device), mask.to(ids.device)
+        logprob, _ = teacher.logprobs(torch.tensor(padded, device=ids.device), mask)
+        return (logprob * mask).sum(1) / mask.sum(1)
+
+    def loss(self, model, batch):
+        """Returns (loss, metrics)."""
+        if "canvas" not in batch:
+            return self.policy_loss(model, batch)
+        canvas, maskable = batch["canvas"], batch["canvas"].maskable(model.mask_id)
+        if batch["imitate"]:
+            return self.imitation_loss(model, canvas, maskable)
+        loss, metrics = model.loss(canvas.solved, maskable, canvas.keys)
+        return loss, metrics | dict(tokens=maskable.sum())
+
+    def imitation_loss(self, model, canvas, maskable):
+        """Returns (loss, metrics): the planner's cross-entropy against what a rule would write, on solved tasks."""
+        c = self.config
+        t = noise_levels(len(canvas.ids), device=canvas.ids.device)
+        masked = maskable & (torch.rand(maskable.shape, device=maskable.device) < t[:, None])
+        with torch.no_grad():
+            eligible, ids = in_block(masked, c.block_size), canvas.solved.masked_fill(masked, model.mask_id)
+            hidden = model.encode(ids, canvas.keys)
+            wanted = eligible & rule_of(c.imitated, model)(look(model, hidden, eligible), eligible, None)
+            targets = wanted.float() * (1 - 2 * c.smoothing) + c.smoothing
+        z = model.planner(hidden, eligible, masked, canvas.keys)[eligible]
+        targets, share = targets[eligible], wanted.sum() / eligible.sum().clamp(min=1)
+        weight = (1 - share) / share.clamp(min=1e-6) if c.balanced else None
+        loss = F.binary_cross_entropy_with_logits(z, targets, pos_weight=weight)
+        metrics = dict(loss=loss.detach(), coins=torch.sigmoid(z.detach()).mean(), wanted=share, tokens=maskable.sum())
+        return loss, metrics
+
+    def policy_loss(self, model, batch):
+        """Returns (loss, metrics): dUltra's surrogate, whose ratio is of a whole step, over B times length.
+
+        The texts a step began with are made again from `order`. Steps are taken replay_rows at a time, and what each
+        such chunk computes is computed again in the backward (checkpoint): memory does not grow with their number.
+        """
+        c, ids, order, A = self.config, batch["ids"], batch["order"], batch["advantages"]
+        S = int(order.max())
+        step = torch.arange(1, S + 1, device=ids.device)  # [S]
+        live = (step <= order.amax(1, keepdim=True)) & (A != 0)[:, None]  # [B, S]: the rest has no gradient
+        rows, steps = live.nonzero().unbind(1)
+        found = [
+            checkpoint(self.step_logprob, model, batch, r, s + 1, use_reentrant=False)
+            for r, s in zip(rows.split(c.replay_rows), steps.split(c.replay_rows))
+        ]
+        logprob = torch.zeros(live.shape, device=ids.device)
+        if found:
+            logprob = logprob.masked_scatter(live, torch.cat(found))
+        loss, metrics = policy_loss(
+            logprob, logprob, A, live, clip=(c.clip_low, c.clip_high), aggregate="constant",
+            denominator=(order > 0).sum().float(),
+        )  # fmt: skip
+        metrics |= batch["numbers"]
+        return loss + 0 * sum(p.sum() for p in model.planner.out.parameters()), metrics  # a gradient, if all are silent
+
+    def step_logprob(self, model, batch, rows, steps):
+        """Returns log pi [n] of the steps [n] of texts rows [n]: coins, and when joint, the tokens drawn."""
+        c, solved, order = self.config, batch["ids"][rows], batch["order"][rows]
+        masked, action = order >= steps[:, None], order == steps[:, None]  # [n, T]
+        keys = None if batch["keys"] is None else batch["keys"][rows]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and c.joint):
+            hidden = model.encode(solved.masked_fill(masked, model.mask_id), keys)
+        eligible = in_block(masked, c.block_size, first=order > 0)
+        logprob = planner_logprob(model.planner(hidden, eligible, masked, keys), eligible, action)
+        if c.joint:
+            weight = model.lm_head.weight[: model.mask_id]
+            of_tokens, _ = linear_logprob(hidden[action], weight, solved[action], c.temperature)
+            logprob = logprob + of_tokens.new_zeros(action.shape).masked_scatter(action, of_tokens).sum(1)
+        return logprob
+
+    @torch.no_grad()
+    def evaluate(self, model, n=256):
+        """Returns reward, the share of n held-out tasks that are right, and nfe: written by the planner at T = 0.
+
+        Before there is one (pretrain), by entropy-bounded unmasking.
+        """
+        rule = planned(model.planner) if self.config.imitate else entropy_bounded()
+        decoded, right = self.write(model, rule, n)
+        return dict(reward=(right == 1).float().mean().item(), nfe=decoded.nfe.float().mean().item())
+
+    def write(self, model, rule, n=256, seed=0, temperature=0.0):
+        """Returns (Decoded, what the verifiers give [n]) of n held-out tasks."""
+        tasks = self.tasks(seed, n, held_out=True)
+        canvas = self.canvas(model, tasks)
+        generator = torch.Generator(canvas.ids.device).manual_seed(seed)
+        decoded = decode(
+            model, canvas.ids, rule, temperature, self.config.block_size, keys=canvas.keys, generator=generator
+        )
+        return decoded, self.right(tasks, decoded.ids)
+
+
+def in_block(masked, block_size=None, first=None):
+    """Returns bool [B, T]: the masks in the block that `decode` is at, given what is masked now, and at `first`."""
+    if block_size is None:
+        return masked
+    first = masked if first is None else first
+    T, begin = masked.shape[1], int(first.any(0).long().argmax())
+    block = (torch.arange(T, device=masked.device) - begin).div(block_size, rounding_mode="floor")  # [T]
+    current = torch.where(masked, block, T).amin(1, keepdim=True)
+    return masked & (block == current)
