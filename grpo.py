@@ -575,7 +575,6 @@ class GRPOConfig:
 
     envs: str = "sort,countdown"  # of every batch, by commas: data.ENVIRONMENTS, sort:10 for size 10; twice is twice
     warm_start: int = 70  # steps of supervised learning on the environments' demos, before the first answer
-    warm_batch: int = 0  # demos of each of those steps; 0: as many as batch_size
     cut_thoughts: float = 0.0  # share of demos whose thought stops early: they teach to answer under a budget
     no_thoughts: float = 0.0  # share of demos whose thinking is turned off
     rl_lr: float = 4e-4  # peak learning rate after the warm start
@@ -623,8 +622,7 @@ class GRPOConfig:
 
 LARGEST = sys.float_info.max
 LIMITS = [  # (setting, lowest, highest)
-    ("warm_start", 0, math.inf), ("warm_batch", 0, math.inf),
-    ("group_size", 1, math.inf), ("updates", 1, math.inf), ("sampler_every", 1, math.inf),
+    ("warm_start", 0, math.inf), ("group_size", 1, math.inf), ("updates", 1, math.inf), ("sampler_every", 1, math.inf),
     ("rl_lr", 1e-12, LARGEST), ("temperature", 1e-3, LARGEST), ("eval_temperature", 0, LARGEST),
     ("clip_low", 0, 1), ("clip_high", 0, LARGEST), ("entropy_coef", 0, LARGEST), ("kl_coef", 0, LARGEST),
     ("cut_thoughts", 0, 1), ("no_thoughts", 0, 1), ("low_effort", 0, 1), ("low_effort_tokens", 1, math.inf),
@@ -760,8 +758,7 @@ class GRPO:
         """Returns demos to imitate, {"ids", "targets"}, or after the warm start the next share of judged answers."""
         c, share = self.config, self.batch_size // self.config.updates
         if step < c.warm_start:
-            tasks = self.tasks(step, c.warm_batch or self.batch_size)
-            return self.demos(model, tasks, np.random.default_rng((self.seed, step, 1)))
+            return self.demos(model, self.tasks(step, self.batch_size), np.random.default_rng((self.seed, step, 1)))
         self.begin_rewards(model)
         part = (step - c.warm_start) % c.updates
         if part == 0:

@@ -1490,8 +1490,3 @@ def test_focus_gives_prompts_to_what_still_teaches(monkeypatch):
     other = objective(256, focus=0.75, warm_start=0)
     other.load_state_dict(run.state_dict())
     assert [task.prompt for task in other.tasks(61, 64)] == [task.prompt for task in run.tasks(61, 64)]
-
-
-def test_the_warm_start_has_batches_of_its_own():
-    run = objective(16, warm_batch=6)
-    assert len(run.batch(writer(), 0)["ids"]) == 6 and len(run.batch(writer(), 2)["ids"]) == 16
