@@ -57,7 +57,7 @@ Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVID
          Dynamic sampling fills a batch from all environments: those solved, or hopeless, lose their share of it.
          Nemotron's reports say masked weights; the table follows the released configurations: a sequence mask (Nano),
          TIS (Super, Ultra). k3 is capped at e^20, not at 10 (verl): an exploding estimate is what the metric is for.
-         The recipe's KL is k3+: under k3, whose gradient is that of the forward KL, a run fell apart at kl_coef .05.
+         The recipe's KL is k3+, for the gradient of the reverse KL; GRPO's own is k3. Neither is known to be better.
 """
 
 import copy
