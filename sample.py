@@ -13,7 +13,6 @@ when a token was written (early ones blue, late ones red), and as a picture in i
 """
 
 import itertools
-import re
 import shutil
 import sys
 import time
@@ -168,18 +167,16 @@ def fill(config, model, tokenizer, prompt):
     A model of text goes on from the prompt; one of tasks (it has a planner) fills in the prompt's blanks, or the room
     behind a prompt that has none.
     """
-    ids, keys = prompt, None
-    if model.planner is not None:
-        ids = prompt[1:]  # tasks have no end of text in front
-        blank = tokenizer.encode(BLANK)[0]
-        if blank in ids:
-            ids = [model.mask_id if i == blank else i for i in ids]
-        elif len(ids) < len(model.positions.weight):
-            ids = ids + [model.mask_id] * (len(model.positions.weight) - len(ids))
-        if len(ids) > len(model.positions.weight):
-            raise ValueError(f"the prompt has {len(ids)} letters, the model {len(model.positions.weight)} positions")
+    start, given = prompt[:1], prompt[1:]
+    if model.planner is None:
+        ids = start + given + [model.mask_id] * config.max_new_tokens
     else:
-        ids = ids + [model.mask_id] * config.max_new_tokens
+        start, room = [], len(model.positions.weight)  # tasks have no end of text in front
+        blank = tokenizer.encode(BLANK)[0]
+        ids = [model.mask_id if i == blank else i for i in given]
+        ids += [model.mask_id] * (room - len(ids) if blank not in given else 0)
+        if len(ids) > room:
+            raise ValueError(f"the prompt has {len(ids)} letters, the model {room} positions")
     ids = torch.tensor([ids] * config.num_samples, device=model.lm_head.weight.device)
     if not (ids == model.mask_id).any():
         raise ValueError(f"--prompt has nothing to fill in: write {BLANK} for what is open")
@@ -187,61 +184,59 @@ def fill(config, model, tokenizer, prompt):
     stream = sys.stdout.isatty() if config.stream is None else config.stream
     screen = Screen(tokenizer, model.mask_id) if stream and config.num_samples == 1 else None
 
+    def visible(row):
+        """Returns the ids of a text [T] without the start, up to the first end of text."""
+        row = row.tolist()[len(start) :]
+        return row[: row.index(tokenizer.end_of_text)] if tokenizer.end_of_text in row else row
+
     def shown(probs, eligible, step):
         """The rule, and a look at the text before each step."""
         if screen:
-            screen.show(step.ids[0])
+            screen.show(visible(step.ids[0]))
         return rule(probs, eligible, step)
 
     shown.layers = getattr(rule, "layers", 0)
     generator, began = torch.Generator(ids.device).manual_seed(config.seed), time.perf_counter()
-    decoded = decode(model, ids, shown, config.temperature, config.block_size, keys=keys, generator=generator)
+    decoded = decode(model, ids, shown, config.temperature, config.block_size, generator=generator)
     seconds = time.perf_counter() - began
     if screen:
-        screen.show(decoded.ids[0])
+        screen.show(visible(decoded.ids[0]))
     else:
-        texts = [tokenizer.decode([i for i in row if i < tokenizer.n_vocab]) for row in decoded.ids.tolist()]
-        print("\n---\n".join(texts))
+        print("\n---\n".join(tokenizer.decode(visible(row)) for row in decoded.ids))
     path = find_checkpoint(config.run) / "order.png"
-    draw_order([piece(tokenizer, i) for i in decoded.ids[0].tolist()], decoded.order[0].tolist(), path)
+    draw_order([tokenizer.decode([i]) for i in visible(decoded.ids[0])], decoded.order[0].tolist()[len(start) :], path)
     nfe, rate = decoded.nfe.float().mean().item(), decoded.tokens_per_forward.float().mean().item()
     speed = (decoded.order > 0).sum().item() / seconds
     print(f"{nfe:.1f} forwards, {rate:.2f} tokens each; {speed:,.0f} tokens/s; order: {path}", file=sys.stderr)
     return 0
 
 
-def piece(tokenizer, token):
-    """Returns the text of one token, "" for one that has none."""
-    return tokenizer.decode([token]) if token < tokenizer.n_vocab else ""
-
-
 class Screen:
-    """A text with masks on a terminal, drawn over itself: what is new in the colour of its step."""
+    """A text with masks on a terminal, drawn over itself: what is written in the colour of its step."""
 
     def __init__(self, tokenizer, mask_id):
         self.tokenizer, self.mask_id = tokenizer, mask_id
-        self.colour_of, self.steps, self.lines, self.tty = {}, 0, 0, sys.stdout.isatty()
+        self.step_of, self.frames, self.lines, self.tty = {}, 0, 0, sys.stdout.isatty()
 
     def show(self, ids):
-        """Draws the text as it is."""
-        pieces = []
-        for place, token in enumerate(ids.tolist()):
-            if token == self.mask_id:
-                pieces.append(MASKED)
-                continue
-            step = self.colour_of.setdefault(place, self.steps)
-            text = piece(self.tokenizer, token)
-            colour = RAMP[min(len(RAMP) - 1, step - 1)]
-            pieces.append(f"\x1b[38;5;{colour}m{text}\x1b[0m" if step and self.tty else text)
-        self.steps += 1
-        text = "".join(pieces)
+        """Draws the text of a list of ids as it is."""
+        for place, token in enumerate(ids):
+            if token != self.mask_id:
+                self.step_of.setdefault(place, self.frames)
+        steps = [-1 if token == self.mask_id else self.step_of[i] * self.tty for i, token in enumerate(ids)]
+        self.frames += 1
         if self.tty and self.lines:
             print(f"\x1b[{self.lines}F\x1b[0J", end="")
+        text = plain = ""
+        for step, run in itertools.groupby(zip(ids, steps), key=lambda pair: pair[1]):
+            run = [token for token, _ in run]
+            part = MASKED * len(run) if step < 0 else self.tokenizer.decode(run)
+            plain += part
+            text += f"\x1b[38;5;{RAMP[min(len(RAMP), step) - 1]}m{part}\x1b[0m" if step > 0 else part
         print(text, flush=True)
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-        width = shutil.get_terminal_size().columns
-        self.lines = sum(max(1, -(-len(line) // width)) for line in plain.split("\n"))
         if self.tty:
+            width = shutil.get_terminal_size().columns
+            self.lines = sum(max(1, -(-len(line) // width)) for line in plain.split("\n"))
             time.sleep(0.05)  # for the eye
 
 
@@ -252,7 +247,9 @@ def draw_order(pieces, order, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    letters = [(letter, step) for text, step in zip(pieces, order) for letter in text]
+    letters = [
+        (c if c.isprintable() or c == "\n" else "\ufffd", step) for text, step in zip(pieces, order) for c in text
+    ]
     place, rows = [], [0]  # of each letter: (column, row)
     for letter, _ in letters:
         place.append((rows[-1], len(rows) - 1))

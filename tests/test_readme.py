@@ -11,7 +11,6 @@ import sample
 import train
 from cli import parse
 from conftest import ROOT
-from grpo import GRPOConfig
 from nano_hybrid import HybridConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +24,9 @@ def test_every_flag_of_a_command_exists(line):
     script = next(i for i, word in enumerate(words) if word.endswith(("train.py", "sample.py")))
     flags = words[script + 1 :]
     if words[script].endswith("train.py"):
-        given, *_ = parse(train.TrainConfig, HybridConfig, GRPOConfig, prog="train.py", about="", argv=flags)
+        given, *_ = parse(
+            train.TrainConfig, HybridConfig, *train.SETTINGS.values(), prog="train.py", about="", argv=flags
+        )
         assert given.get("recipe", "hybrid") in train.RECIPES
     else:
         parse(sample.SampleConfig, prog="sample.py", about="", argv=flags)

@@ -7,6 +7,7 @@ import torch
 
 import sample
 from conftest import TINY, scramble
+from mdlm_dultra import MaskedDiffusionLM
 from nano_hybrid import Hybrid, HybridConfig
 
 
@@ -154,3 +155,77 @@ def test_a_released_checkpoint_is_written_with_its_own_tokenizer(run, capsys):
     assert prompt[0] == 1 and stop == [2, 11]
     (run / "tokenizer.json").write_text("{}")
     assert sample.main([]) == 2 and "not a tokenizer.json" in capsys.readouterr().err
+
+
+# ---- masked diffusion ----
+
+BOTH_WAYS = TINY | dict(vocab_size=320, hybrid_override_pattern="*-*-")
+
+
+@pytest.fixture
+def text_model(run):
+    """out/a as a masked diffusion model of text."""
+    model = scramble(MaskedDiffusionLM(HybridConfig(**BOTH_WAYS | dict(rotary_base=1e4))))
+    model.save_pretrained(run, nanopapers={"tokenizer": "bytes"})
+    return run
+
+
+@pytest.fixture
+def task_model(run):
+    """out/a as a model of a task of 16 letters, with a planner."""
+    model = scramble(MaskedDiffusionLM(HybridConfig(**BOTH_WAYS), positions=16, planner=True))
+    model.save_pretrained(run, nanopapers={"tokenizer": "bytes"})
+    return run
+
+
+@pytest.mark.parametrize("rule", [[], ["--rule=threshold:0.1"], ["--rule=top_k:3", "--block_size=4"]])
+def test_a_diffusion_model_goes_on_from_a_prompt_and_draws_the_order(text_model, rule, capsys):
+    flags = ["--prompt=def ", *rule, "--max_new_tokens=12", "--device=cpu"]
+    texts = []
+    for seed in (1, 1):
+        assert sample.main([*flags, f"--seed={seed}"]) == 0
+        out, err = capsys.readouterr()
+        texts.append(out)
+        assert "forwards" in err and "tokens each" in err and (text_model / "order.png").stat().st_size > 1000
+    assert texts[0] == texts[1] and texts[0].startswith("def ") and len(texts[0].encode()) > 12
+
+
+def test_unmasking_is_shown_step_by_step_as_plain_text_where_it_is_no_terminal(text_model, capsys):
+    flags = ["--prompt=def ", "--rule=top_k:4", "--max_new_tokens=12", "--device=cpu", "--temperature=0"]
+    assert sample.main([*flags, "--stream=false"]) == 0
+    text = capsys.readouterr().out
+    assert sample.main([*flags, "--stream"]) == 0
+    frames = capsys.readouterr().out
+    assert "\x1b" not in frames and frames.startswith("def " + sample.MASKED * 12 + "\n") and frames.endswith(text)
+
+
+def test_a_planner_fills_in_the_blanks_and_leaves_the_rest(task_model, capsys):
+    for prompt in ("12__3_4_____21__", "p37="):
+        assert make(capsys, f"--prompt={prompt}", "--temperature=0")
+    model, tokenizer, ids, _ = sample.load(sample.SampleConfig(prompt="12__3_4_____21__", device="cpu"))
+    assert sample.main(["--prompt=12__3_4_____21__", "--rule=factor:1", "--num_samples=2", "--device=cpu"]) == 0
+    assert model.planner is not None and len(capsys.readouterr().out) > 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draft=3"], "--draft has no meaning here: out/a is a masked diffusion model"),
+        (["--top_k=3"], "--top_k has no meaning here"),
+        (["--rule=thresh:0.9"], "rule='thresh'"),
+        (["--rule=threshold:much"], "threshold takes no 'much'"),
+        (["--block_size=0"], "block_size >= 1"),
+        (["--temperature=-1"], "temperature >= 0"),
+        (["--prompt=1234123412341234"], "nothing to fill in"),
+        (["--prompt=" + "_" * 17], "the prompt has 17 letters, the model 16 positions"),
+    ],
+)
+def test_what_a_diffusion_model_cannot_do_gets_one_line(task_model, flags, message, capsys):
+    assert sample.main(["--device=cpu", *flags]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("out/a:")]
+    assert len(error) == 1 and message in error[0]
+
+
+def test_an_autoregressive_model_has_no_rules(run, capsys):
+    assert sample.main(["--rule=threshold:0.9", "--device=cpu"]) == 2
+    assert "--rule has no meaning here: out/a is no masked diffusion model" in capsys.readouterr().err

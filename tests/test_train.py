@@ -16,6 +16,7 @@ import grpo
 import train
 from conftest import ROOT
 from grpo import GRPO
+from mdlm_dultra import DUltra, MaskedDiffusion, MaskedDiffusionLM
 from nano_hybrid import Hybrid, NextToken
 
 MODEL = (
@@ -290,6 +291,45 @@ def test_what_a_resumed_run_of_rewards_may_change(capsys):
     assert "kl_ref" in rows("a")[-1] and "kl_ref" not in rows("a")[4]
 
 
+DIFFUSION = (
+    "--hidden_size=32 --intermediate_size=48 --num_attention_heads=2 --num_key_value_heads=2 --head_dim=16 "
+    "--hybrid_override_pattern=*- --rotary_base=1e4"
+).split()
+DULTRA = [*"--recipe=dultra --pretrain=3 --imitate=2 --group_size=4 --batch_size=16".split(), *DIFFUSION]
+DULTRA += "--eval_every=4 --warmup=2 --device=cpu".split()
+
+
+def test_a_masked_diffusion_run_learns_is_resumed_and_read_again(flags):
+    flags = [*flags, "--recipe=mdlm", *DIFFUSION]
+    assert train.main([*flags, "--steps=60", "--run=whole"]) == 0
+    log = rows("whole")
+    early, late = (sum(row["loss"] for row in part) / 20 for part in (log[:20], log[-20:]))
+    assert late < early - 1 and log[-1]["val_bpb"] < log[3]["val_bpb"] and log[-1]["val_error"] > 0
+    stop_after(30, flags, "half", steps=60, objective=MaskedDiffusion)
+    assert train.main(["--resume", "--run=half"]) == 0
+    assert all(torch.equal(weights("whole")[name], weights("half")[name]) for name in weights("whole"))
+    model = MaskedDiffusionLM.from_pretrained("out/whole")
+    logits = model(torch.tensor([[1, model.mask_id, 3]]))
+    assert logits[..., :-1].isfinite().all() and (logits[..., model.mask_id] == -math.inf).all()
+
+
+@pytest.mark.parametrize("settings", [
+    [], ["--joint", "--temperature=1", "--replay_rows=3"], ["--task=add:2", "--block_size=2", "--reward=multiplicative"]
+])  # fmt: skip
+def test_dultra_stopped_and_resumed_is_the_run(settings):
+    dultra = [*DULTRA, *settings]
+    assert train.main([*dultra, "--steps=8", "--run=whole"]) == 0
+    log = rows("whole")
+    assert ["masked_loss" in row for row in log] == [True] * 3 + [False] * 5  # masked diffusion,
+    assert ["wanted" in row for row in log] == [False] * 3 + [True] * 2 + [False] * 3  # imitation,
+    assert ["train_reward" in row for row in log] == [False] * 5 + [True] * 3  # rewards
+    assert {"reward", "nfe"} <= set(log[-1])
+    stop_after(7, dultra, "half", steps=8, objective=DUltra)
+    assert train.main(["--resume", "--run=half"]) == 0
+    assert all(torch.equal(weights("whole")[name], weights("half")[name]) for name in weights("whole"))
+    assert any(name.startswith("planner.") for name in weights("half"))
+
+
 # ---- many processes ----
 
 
@@ -327,6 +367,13 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--recipe=grpo", "--batch_size=30"], "batch_size=30 must be a multiple of 16"),
         (["--recipe=grpo", "--grad_accum=2", "--batch_size=32"], "make --batch_size larger"),
         (["--envs=sort"], "--envs is a setting of --recipe=grpo"),
+        (["--recipe=mdlm"], "masked diffusion looks both ways"),
+        (["--recipe=mdlm", "--hybrid_override_pattern=*-"], "set rotary_base"),
+        (["--recipe=dultra", "--task=chess"], "unknown environment 'chess'; known: sort"),
+        (["--recipe=dultra", "--joint"], "--joint learns from the tokens that were drawn"),
+        (["--recipe=dultra", "--teacher=out/nothing"], "--distill_coef and --teacher go together"),
+        (["--recipe=dultra", "--batch_size=30"], "batch_size=30 must be a multiple of group_size=8"),
+        (["--recipe=grpo", "--joint"], "--joint is a setting of --recipe=dultra"),
         (["--preset=huge"], "unknown preset 'huge'; known: tiny"),
         (["--data=missing/*.txt"], "no such file, folder or glob"),
         (["--data=empty.txt"], "0 training tokens"),
