@@ -185,13 +185,11 @@ def test_what_does_not_fit_the_room_is_left_out():
 def test_attention_on_a_cache_is_causal_attention(backend):
     q, k, v = (rand(2, heads, 7, 8, seed=heads) for heads in (4, 2, 2))
     whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    caches = [
-        F.pad(t[:, :, :4], (0, 0, 0, 8), value=float("nan")) for t in (k, v)
-    ]  # nobody looks where it is not filled
+    caches = [F.pad(t[:, :, :4], (0, 0, 0, 8), value=1e4) for t in (k, v)]  # where it is not filled, it would show
     position = torch.tensor(4, device=DEVICE)
     got = decoding.cached_attention(*(t[:, :, 4:] for t in (q, k, v)), *caches, position, backend=backend)
     assert torch.allclose(got, whole[:, :, 4:], atol=1e-5)
-    assert all(torch.equal(cache[:, :, :7], t) and cache[:, :, 7:].isnan().all() for cache, t in zip(caches, (k, v)))
+    assert all(torch.equal(cache[:, :, :7], t) and (cache[:, :, 7:] == 1e4).all() for cache, t in zip(caches, (k, v)))
 
 
 @pytest.mark.skipif(decoding.triton is None, reason="no triton")

@@ -268,9 +268,11 @@ def test_models_that_cannot_be_built():
 
 # ---- 3. statistics
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's kernels run, interpreted on a CPU
+
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 7), (5, 1000), (4, 3001)])
-def test_statistics_kernel_is_the_definition(shape, device):
+def test_statistics_kernel_is_the_definition(shape):
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(shape, generator=generator)
     logits[0, 1] = logits[0].max() + 30  # nearly certain
@@ -280,15 +282,15 @@ def test_statistics_kernel_is_the_definition(shape, device):
     if shape[1] > 2048:
         logits[1, :2048] = -math.inf  # nothing in the first chunk to compare with
         logits[2, -1] = 300.0  # beyond what a float32 holds against that chunk's largest
-    logits = logits.to(device)
+    logits = logits.to(DEVICE)
     found, wanted = softmax_statistics(logits, "triton"), softmax_statistics_ref(logits.double())
     assert (found.token == wanted.token).all()
     for name in ("confidence", "entropy", "margin"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(wanted, name), rtol=1e-4, atol=2e-6)
 
 
-def test_statistics_kernel_takes_16_bits_strides_and_no_rows(device):
-    logits = torch.randn(6, 200, generator=torch.Generator().manual_seed(0)).half().to(device)
+def test_statistics_kernel_takes_16_bits_strides_and_no_rows():
+    logits = torch.randn(6, 200, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
     for view in (logits, logits[:, ::2], logits[::2], logits[:0]):
         found, wanted = softmax_statistics(view, "triton"), softmax_statistics_ref(view)
         for a, b in zip(found, wanted):

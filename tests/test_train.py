@@ -303,8 +303,7 @@ def test_a_masked_diffusion_run_learns_is_resumed_and_read_again(flags):
     flags = [*flags, "--recipe=mdlm", *DIFFUSION]
     assert train.main([*flags, "--steps=60", "--run=whole"]) == 0
     log = rows("whole")
-    early, late = (sum(row["loss"] for row in part) / 20 for part in (log[:20], log[-20:]))
-    assert late < early - 1 and log[-1]["val_bpb"] < log[3]["val_bpb"] and log[-1]["val_error"] > 0
+    assert log[-1]["val_loss"] < log[3]["val_loss"] - 1 and log[-1]["val_error"] > 0  # the noise of 1/t is in `loss`
     stop_after(30, flags, "half", steps=60, objective=MaskedDiffusion)
     assert train.main(["--resume", "--run=half"]) == 0
     assert all(torch.equal(weights("whole")[name], weights("half")[name]) for name in weights("whole"))
@@ -367,8 +366,8 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--recipe=grpo", "--batch_size=30"], "batch_size=30 must be a multiple of 16"),
         (["--recipe=grpo", "--grad_accum=2", "--batch_size=32"], "make --batch_size larger"),
         (["--envs=sort"], "--envs is a setting of --recipe=grpo"),
-        (["--recipe=mdlm"], "masked diffusion looks both ways"),
-        (["--recipe=mdlm", "--hybrid_override_pattern=*-"], "set rotary_base"),
+        (["--recipe=mdlm", "--num_key_value_heads=2"], "masked diffusion looks both ways"),
+        (["--recipe=mdlm", "--preset=tiny", "--hybrid_override_pattern=*-"], "set rotary_base"),
         (["--recipe=dultra", "--task=chess"], "unknown environment 'chess'; known: sort"),
         (["--recipe=dultra", "--joint"], "--joint learns from the tokens that were drawn"),
         (["--recipe=dultra", "--teacher=out/nothing"], "--distill_coef and --teacher go together"),
