@@ -541,8 +541,9 @@ def cached_attention_ref(q, k, v, k_cache, v_cache, position, pad=None, settled=
 #       out = sum_i w_i o_i / sum_i w_i,   w_i = l_i exp(m_i - max m)
 #
 # The last split takes the new keys and values too, as the projections made them, and puts them into the cache. How many
-# old ones there are is read from memory, so that the same launch serves a text as it grows, in a CUDA graph. A
-# program's first old ones, all it has in a short text, are fetched while the kernel before is at work, if settled.
+# old ones there are is read from memory, so that the same launch serves a text as it grows, in a CUDA graph. Where texts
+# are split, and settled, a program's first old ones are fetched while the kernel before is at work; where there are
+# texts enough, that would only take shared memory from the loop.
 # Bytes: 4 D for each position and key head in bf16; FLOPs 4 D for each query head.
 
 
@@ -568,7 +569,7 @@ def _old_keys(k_cache_ptr, v_cache_ptr, at, last, d, D):
 def _cached_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, pad_ptr, o_ptr, stats_ptr,
                              T, GROUP, D, room, scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
                              stride_vb, stride_vh, stride_vt, stride_kcb, stride_kch, stride_vcb, stride_vch,
-                             SPLITS: tl.constexpr, SETTLED: tl.constexpr, PRECISION: tl.constexpr,
+                             SPLITS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
                              BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -579,23 +580,25 @@ def _cached_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, posi
     in_q = (t[:, None] < T) & (d[None, :] < D)
     k_cache_ptr += batch * stride_kcb + kv_head * stride_kch
     v_cache_ptr += batch * stride_vcb + kv_head * stride_vch
-    if not SETTLED:
+    if not EARLY:
         wait_for_the_kernel_before(PDL)
     position, pad = tl.load(position_ptr).to(tl.int32), 0
     if pad_ptr is not None:
         pad = tl.load(pad_ptr + batch).to(tl.int32)
     share = tl.cdiv(tl.cdiv(position, BLOCK_N), SPLITS) * BLOCK_N  # old positions of one split
     first, last = split * share, tl.minimum(split * share + share, position)
-    k, v = _old_keys(k_cache_ptr, v_cache_ptr, first + n, last, d, D)
-    if SETTLED:
+    if EARLY:
+        k, v = _old_keys(k_cache_ptr, v_cache_ptr, first + n, last, d, D)
         wait_for_the_kernel_before(PDL)
     q = tl.load(q_ptr + batch * stride_qb + head[:, None] * stride_qh + t[:, None] * stride_qt + d[None, :],
                 mask=in_q, other=0.0)  # [M, D]  # fmt: skip
     best, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    seen = ((first + n < last) & (first + n >= pad))[None, :] & (t[:, None] < T)
-    best, total, out = _attend(q, k, v, seen, scale, best, total, out, PRECISION)
-    for start in tl.range(first + BLOCK_N, last, BLOCK_N):
+    if EARLY:
+        seen = ((first + n < last) & (first + n >= pad))[None, :] & (t[:, None] < T)
+        best, total, out = _attend(q, k, v, seen, scale, best, total, out, PRECISION)
+        first += BLOCK_N
+    for start in tl.range(first, last, BLOCK_N):
         k, v = _old_keys(k_cache_ptr, v_cache_ptr, start + n, last, d, D)
         seen = ((start + n < last) & (start + n >= pad))[None, :] & (t[:, None] < T)
         best, total, out = _attend(q, k, v, seen, scale, best, total, out, PRECISION)
@@ -649,7 +652,7 @@ def cached_attention_triton(q, k, v, k_cache, v_cache, position, pad=None, settl
     _cached_attention_kernel[(programs // B, splits, B)](
         q, k, v, k_cache, v_cache, position, pad, parts, stats, T, group, D, room, D**-0.5,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2],
-        SPLITS=splits, SETTLED=settled, PRECISION=dot_precision(), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        SPLITS=splits, EARLY=settled and splits > 1, PRECISION=dot_precision(), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         BLOCK_T=min(64, block_of(T)), BLOCK_D=block_of(D), num_warps=4, **early_launch(),
     )  # fmt: skip
     if splits == 1:

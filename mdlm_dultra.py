@@ -350,57 +350,69 @@ def softmax_statistics_ref(logits):
     return Probs(first, token, entropy, first - second)
 
 
-# The kernel. A program owns a row and reads it once, BLOCK logits at a time. Each of its BLOCK lanes keeps its
-# largest logit, in which chunk that was, its second, and two sums against m, the largest logit of the first chunk:
+# The kernel. A program owns a row and reads it once, LANES x GROUP logits at a time, 16 bytes to a lane. Each lane keeps
+# the largest logit of its groups and the chunk that one was in, and two sums against m, the largest logit of the first
+# chunk (in base 2, which is what the GPU computes):
 #
-#       s = sum exp(l - m),   w = sum exp(l - m) (l - m)
-#       confidence = exp(max - m) / s,   entropy = log s - w / s,   margin = confidence - exp(second - m) / s
+#       s = sum 2^(l - m),   w = sum 2^(l - m) (l - m),   l = logit log2(e)
+#       confidence = 2^(max - m) / s,   entropy = ln(2) (log2 s - w / s),   margin = confidence - 2^(second - m) / s
 #
-# A running maximum would have to be agreed on, by all lanes, for each chunk: that took twice as long. Where m turns out
-# to be too small (float32 ends at e^88), the sums are made again against the maximum. Traffic: N V logits read and
-# nothing else to speak of. PyTorch reads or writes them ten times: a float32 copy, a log-softmax, two products for the
-# entropy, a top-2 and an argmax.
+# What is kept for each logit would cost more than reading it. So neither the token nor the second largest is: they are
+# found in the groups of the winning lane, which are read again at the end, and in the largest of the other lanes. A
+# running maximum would have to be agreed on, by all lanes, for each chunk. Where m proves too small (float32 ends at
+# 2^127), the sums are made again against the maximum. Traffic: N V logits read and nothing else to speak of. PyTorch
+# reads or writes them ten times: a float32 copy, a log-softmax, two products for the entropy, a top-2 and an argmax.
 
-TOO_FAR = tl.constexpr(40.0) if triton else 40.0  # max - m, in nats
+TOO_FAR = tl.constexpr(60.0) if triton else 60.0  # max - m, in base 2
+LANES, WARPS = 256, 4
+LOG2_E = tl.constexpr(math.log2(math.e)) if triton else math.log2(math.e)
 
 
 @jit
-def _statistics_kernel(logits_ptr, confidence_ptr, token_ptr, entropy_ptr, margin_ptr, V, stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _add_to_sums(s, w, x, m):
+    """Returns s and w with the logits x added."""
+    below = tl.maximum(x * LOG2_E - m, -1e30)  # finite: 0 (-inf) is nan
+    e = tl.exp2(below)
+    return s + e, w + e * below
+
+
+@jit
+def _statistics_kernel(logits_ptr, confidence_ptr, token_ptr, entropy_ptr, margin_ptr, V, stride, LANES: tl.constexpr,
+                       GROUP: tl.constexpr, MOST_CHUNKS: tl.constexpr):  # fmt: skip
+    row, CHUNK = tl.program_id(0).to(tl.int64), LANES * GROUP
     logits_ptr += row * stride
-    lanes = tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + lanes, lanes < V, -float("inf")).to(tl.float32)
-    m = tl.maximum(tl.max(x, 0), -1e30)  # finite: -inf + inf is nan
-    s, w = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    best, place = tl.full([BLOCK], -float("inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
-    second = best
-    for start in range(0, V, BLOCK):
-        x = tl.load(logits_ptr + start + lanes, lanes < V - start, -float("inf")).to(tl.float32)
-        below = tl.maximum(x - m, -1e30)
-        e = tl.exp(below)
-        s += e
-        w += e * below
-        second = tl.maximum(second, tl.minimum(best, x))
-        place = tl.where(x > best, start, place)
-        best = tl.maximum(best, x)
+    lanes, group = tl.arange(0, LANES), tl.arange(0, GROUP)
+    at = lanes[:, None] * GROUP + group[None, :]  # [LANES, GROUP]
+    x = tl.load(logits_ptr + at, at < V, -float("inf")).to(tl.float32)
+    m = tl.maximum(tl.max(x) * LOG2_E, -1e30)
+    s, w = tl.zeros([LANES, GROUP], tl.float32), tl.zeros([LANES, GROUP], tl.float32)
+    best, place = tl.full([LANES], -float("inf"), tl.float32), tl.zeros([LANES], tl.int32)
+    for start in range(0, V, CHUNK):
+        x = tl.load(logits_ptr + start + at, at < V - start, -float("inf")).to(tl.float32)
+        s, w = _add_to_sums(s, w, x, m)
+        largest = tl.max(x, 1)
+        place = tl.where(largest > best, start, place)
+        best = tl.maximum(best, largest)
     top = tl.max(best, 0)
-    if top - m > TOO_FAR:
-        m = top
-        s, w = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
-            x = tl.load(logits_ptr + start + lanes, lanes < V - start, -float("inf")).to(tl.float32)
-            below = tl.maximum(x - m, -1e30)
-            e = tl.exp(below)
-            s += e
-            w += e * below
-    token = tl.min(tl.where(best == top, place + lanes, V), 0)
-    runner_up = tl.max(tl.where(place + lanes == token, second, best), 0)
-    total, weighted = tl.sum(s, 0), tl.sum(w, 0)
-    confidence = tl.exp(top - m) / total
+    if top * LOG2_E - m > TOO_FAR:
+        m = top * LOG2_E
+        s, w = tl.zeros([LANES, GROUP], tl.float32), tl.zeros([LANES, GROUP], tl.float32)
+        for start in range(0, V, CHUNK):
+            x = tl.load(logits_ptr + start + at, at < V - start, -float("inf")).to(tl.float32)
+            s, w = _add_to_sums(s, w, x, m)
+    winner = tl.min(tl.where(best == top, place + lanes * GROUP, V), 0) % CHUNK // GROUP
+    at = tl.arange(0, MOST_CHUNKS)[:, None] * CHUNK + winner * GROUP + group[None, :]  # of all its groups
+    x = tl.load(logits_ptr + at, at < V, -float("inf")).to(tl.float32)
+    token = tl.min(tl.where(x == top, at, V))
+    second = tl.maximum(
+        tl.max(tl.where(at == token, -float("inf"), x)), tl.max(tl.where(lanes == winner, -float("inf"), best))
+    )
+    total, weighted = tl.sum(s), tl.sum(w)
+    confidence = tl.exp2(top * LOG2_E - m) / total
     tl.store(confidence_ptr + row, confidence)
     tl.store(token_ptr + row, token.to(tl.int64))
-    tl.store(entropy_ptr + row, tl.log(total) - weighted / total)
-    tl.store(margin_ptr + row, confidence - tl.exp(runner_up - m) / total)
+    tl.store(entropy_ptr + row, (tl.log2(total) - weighted / total) / LOG2_E)
+    tl.store(margin_ptr + row, confidence - tl.exp2(second * LOG2_E - m) / total)
 
 
 def softmax_statistics_triton(logits):
@@ -409,19 +421,13 @@ def softmax_statistics_triton(logits):
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     confidence, entropy, margin = torch.empty(3, N, device=logits.device).unbind(0)
     token = torch.empty(N, dtype=torch.int64, device=logits.device)
+    group = 16 // logits.element_size()
+    lanes = min(LANES, block_of(triton.cdiv(V, group)))
     if N:
-        block = min(2048, block_of(V))
         _statistics_kernel[(N,)](
-            logits,
-            confidence,
-            token,
-            entropy,
-            margin,
-            V,
-            logits.stride(0),
-            BLOCK=block,
-            num_warps=4,
-        )
+            logits, confidence, token, entropy, margin, V, logits.stride(0), LANES=lanes, GROUP=group,
+            MOST_CHUNKS=block_of(triton.cdiv(V, lanes * group)), num_warps=WARPS,
+        )  # fmt: skip
     return Probs(confidence, token, entropy, margin)
 
 
