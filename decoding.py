@@ -541,9 +541,9 @@ def cached_attention_ref(q, k, v, k_cache, v_cache, position, pad=None, settled=
 #       out = sum_i w_i o_i / sum_i w_i,   w_i = l_i exp(m_i - max m)
 #
 # The last split takes the new keys and values too, as the projections made them, and puts them into the cache. How many
-# old ones there are is read from memory, so that the same launch serves a text as it grows, in a CUDA graph. Where texts
-# are split, and settled, a program's first old ones are fetched while the kernel before is at work; where there are
-# texts enough, that would only take shared memory from the loop.
+# old ones there are is read from memory, so that the same launch serves a text as it grows, in a CUDA graph. A split's
+# first old ones are fetched while the kernel before is at work, if settled; where there are texts enough to need no
+# splits, that would only take shared memory from the loop.
 # Bytes: 4 D for each position and key head in bf16; FLOPs 4 D for each query head.
 
 

@@ -350,7 +350,7 @@ def softmax_statistics_ref(logits):
     return Probs(first, token, entropy, first - second)
 
 
-# The kernel. A program owns a row and reads it once, LANES x GROUP logits at a time, 16 bytes to a lane. Each lane keeps
+# The kernel. A program owns a row and reads it once, LANES x GROUP logits at a time, 16 bytes to a lane. A lane keeps
 # the largest logit of its groups and the chunk that one was in, and two sums against m, the largest logit of the first
 # chunk (in base 2, which is what the GPU computes):
 #
