@@ -38,8 +38,8 @@ class SampleConfig:
     run: str | None = None  # a run's name in out/, or the path of a checkpoint folder; default: the newest run
     prompt: str | None = None  # text to go on from; default: the start of a document
     prompt_file: str | None = None  # read the prompt from this file
-    max_new_tokens: int = 200  # tokens to add
-    temperature: float = 0.8  # 0 always takes the likeliest token; 1 samples from the model as it is
+    max_new_tokens: int = 200  # tokens to add; a model of tasks (--recipe=dultra) fills in what room it has
+    temperature: float | None = None  # 0: the likeliest token; 1: the model as it is; default: 0.8, with a planner 0
     top_k: int | None = None  # only ever choose among this many tokens
     top_p: float | None = None  # only ever choose among the fewest tokens with this much probability in all
     num_samples: int = 1  # texts to make from the prompt
@@ -80,16 +80,19 @@ def load(config):
     device = pick_device(config.device)
     dtype, _ = pick_dtype(config.dtype, device)
     diffusion = read_config(folder).get("architectures") == ["MaskedDiffusionLM"]
-    given = {name for name in NOT_OF_DIFFUSION if getattr(config, name)} if diffusion else set()
-    given |= set() if diffusion else {name for name in ("rule", "block_size") if getattr(config, name) is not None}
+    foreign = NOT_OF_DIFFUSION if diffusion else ("rule", "block_size")
+    given = {name for name in foreign if getattr(config, name) != getattr(SampleConfig, name)}
     if given:
         kind = "a masked diffusion model" if diffusion else "no masked diffusion model"
         raise ValueError(f"--{min(given)} has no meaning here: {folder} is {kind}")
     model = (MaskedDiffusionLM if diffusion else Hybrid).from_pretrained(folder).to(device).eval()
     for name, p in model.named_parameters():
-        # A_log, D, dt_bias, norms and routers stay as they are: small, and states and choices hang on them
-        if p.dim() > 1 and not name.endswith("gate.weight") or name.endswith("_proj.bias"):
+        # A_log, D, dt_bias, norms, routers and planners stay as they are: small, and states and choices hang on them
+        matrix = p.dim() > 1 and not name.endswith("gate.weight") or name.endswith("_proj.bias")
+        if matrix and not name.startswith("planner."):
             p.data = p.data.to(dtype)
+    if config.temperature is None:
+        config.temperature = 0.0 if diffusion and model.planner is not None else 0.8
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(
             f"{folder}: {model.config.vocab_size} tokens in the model, {tokenizer.n_vocab} in {tokenizer.name}"
@@ -172,7 +175,8 @@ def fill(config, model, tokenizer, prompt):
         ids = start + given + [model.mask_id] * config.max_new_tokens
     else:
         start, room = [], len(model.positions.weight)  # tasks have no end of text in front
-        blank = tokenizer.encode(BLANK)[0]
+        blank, newline = tokenizer.encode(BLANK + "\n")
+        given = given[:-1] if blank in given and given[-1] == newline else given  # a file's last line ends
         ids = [model.mask_id if i == blank else i for i in given]
         ids += [model.mask_id] * (room - len(ids) if blank not in given else 0)
         if len(ids) > room:
@@ -216,27 +220,27 @@ class Screen:
 
     def __init__(self, tokenizer, mask_id):
         self.tokenizer, self.mask_id = tokenizer, mask_id
-        self.step_of, self.frames, self.lines, self.tty = {}, 0, 0, sys.stdout.isatty()
+        self.colour_of, self.lines, self.tty = {}, 0, sys.stdout.isatty()
 
     def show(self, ids):
         """Draws the text of a list of ids as it is."""
-        for place, token in enumerate(ids):
-            if token != self.mask_id:
-                self.step_of.setdefault(place, self.frames)
-        steps = [-1 if token == self.mask_id else self.step_of[i] * self.tty for i, token in enumerate(ids)]
-        self.frames += 1
+        known = [place for place, token in enumerate(ids) if token != self.mask_id]
+        colour = RAMP[(len(RAMP) - 1) * len(self.colour_of) // max(1, len(ids))] if self.lines else 0
+        for place in known:
+            self.colour_of.setdefault(place, colour)
+        colours = [self.colour_of.get(place, -1) for place in range(len(ids))]  # -1: masked, 0: given
         if self.tty and self.lines:
             print(f"\x1b[{self.lines}F\x1b[0J", end="")
         text = plain = ""
-        for step, run in itertools.groupby(zip(ids, steps), key=lambda pair: pair[1]):
+        for colour, run in itertools.groupby(zip(ids, colours), key=lambda pair: pair[1]):
             run = [token for token, _ in run]
-            part = MASKED * len(run) if step < 0 else self.tokenizer.decode(run)
+            part = MASKED * len(run) if colour < 0 else self.tokenizer.decode(run)
             plain += part
-            text += f"\x1b[38;5;{RAMP[min(len(RAMP), step) - 1]}m{part}\x1b[0m" if step > 0 else part
+            text += f"\x1b[38;5;{colour}m{part}\x1b[0m" if colour > 0 and self.tty else part
         print(text, flush=True)
+        width = shutil.get_terminal_size().columns
+        self.lines = sum(max(1, -(-len(line) // width)) for line in plain.split("\n"))
         if self.tty:
-            width = shutil.get_terminal_size().columns
-            self.lines = sum(max(1, -(-len(line) // width)) for line in plain.split("\n"))
             time.sleep(0.05)  # for the eye
 
 

@@ -15,7 +15,7 @@ What is learnt is an objective, a small class in its paper's file:
         def evaluate(self, model) -> dict                 # numbers to log; 'val_loss' or 'reward' is plotted
         def build(self, config) -> nn.Module              # optional: the model to train, where it is not a `Hybrid`
         def lr_scale(self, step, lr) -> float             # optional: a factor on the learning rate of a step
-        def part_scale(self, step, lr, part) -> float     # optional: the same for a part of the model, "planner"
+        def part_scale(self, step, part) -> float         # optional: the same for a part of the model, "planner"
         def epochs(self, tokens) -> float                 # optional: how often a run of so many reads its data
         def state_dict(self) / load_state_dict(self, s)   # optional: what a checkpoint keeps of it
 
@@ -39,7 +39,7 @@ log.jsonl has one row per step:
     masked_loss, nfe, accuracy, coins, ...   of masked diffusion: see mdlm_dultra.mdlm_loss and mdlm_dultra.DUltra
     val_loss      nats per token of the validation text, where it was evaluated; of masked diffusion a bound from above
     val_bpb       bits per byte of that text: comparable across tokenizers, and with compressors
-    reward        mean reward of sampled answers to held-out prompts, where it was evaluated
+    reward        mean reward of sampled answers to held-out prompts, where it was evaluated (dultra: the share right)
 """
 
 import importlib.util
@@ -443,7 +443,10 @@ def restore(run, saved):
             f"--{changed[0]}={asked[changed[0]]}: the run was begun with {was[changed[0]]}; start a new run"
         )
     set_model_state_dict(run.model, saved["model"], options=WHOLE)
-    set_optimizer_state_dict(run.model, run.optimizer, saved["optimizer"], options=WHOLE)
+    set_optimizer_state_dict(run.model, run.optimizer, saved["optimizer"], options=replace(WHOLE, strict=False))
+    for name, parameter in run.model.named_parameters():  # what has had no gradient yet, a planner, has no state
+        if name not in saved["optimizer"]["state"]:
+            run.optimizer.state.pop(parameter, None)
     for group in run.optimizer.param_groups:
         if group["params"][0].dim() >= 2:
             group["weight_decay"] = run.config.weight_decay  # it may have been given anew
@@ -620,7 +623,7 @@ def train(run):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
             if group["part"]:
-                group["lr"] *= run.objective.part_scale(run.step, lr, group["part"])
+                group["lr"] *= run.objective.part_scale(run.step, group["part"])
         norm, numbers = gradients(run, interrupt)
         numbers |= optimizer_step(run, numbers["loss"], norm)
         run.step += 1
