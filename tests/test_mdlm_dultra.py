@@ -332,9 +332,9 @@ def test_every_rule_ends_keeps_what_is_known_and_treats_rows_alone(spec, block_s
     for row, n in zip(decoded.order, decoded.nfe.tolist()):
         assert set(row.tolist()) - {0} == set(range(1, n + 1))  # every forward wrote something
     if spec not in ("ancestral", "first_hitting", "random_k", "planner"):  # deterministic
-        alone = decode(model, ids[3:4], rule_of(spec, model), block_size=None if block_size is None else 5)
-        if block_size is None:
-            assert (alone.ids == decoded.ids[3]).all() and alone.nfe[0] == decoded.nfe[3]
+        for row in range(5):
+            alone = decode(model, ids[row : row + 1], rule_of(spec, model), block_size=block_size)
+            assert (alone.ids == decoded.ids[row]).all() and alone.nfe[0] == decoded.nfe[row]
 
 
 def test_rules_choose_by_their_definition():
@@ -430,6 +430,8 @@ def test_cache_is_exact_at_the_first_step_of_a_block_and_cheaper_after(cache):
     assert (one_step.ids == decode(model, ids, threshold(0.0), block_size=4).ids).all()
     cached, whole = (decode(model, ids, top_k(1), block_size=4, cache=c) for c in (cache, None))
     assert (cached.nfe == whole.nfe).all() and (cached.layer_forwards < whole.layer_forwards).all()
+    last = decode(model, ids[:, :8], top_k(1), block_size=4, cache=cache)  # a single block behind a prompt
+    assert last.layer_forwards.tolist() == [model.n_layers * (1 + 3 * 4 / 8)] * 3
     assert (cached.ids < 7).all()
     with pytest.raises(ValueError, match="block_size"):
         decode(model, ids, top_k(1), cache=cache)
@@ -642,21 +644,23 @@ def test_replayed_steps_have_the_log_probability_they_were_drawn_with(joint, blo
     assert count == sum(map(len, replayed.values())) == int(batch["numbers"]["nfe"] * 32 + 0.5)
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_chunks_of_the_replay_do_not_change_the_gradient(joint):
+@pytest.mark.parametrize(("joint", "block_size"), [(False, None), (True, None), (False, 4), (True, 4)])
+def test_chunks_of_the_replay_do_not_change_the_gradient(joint, block_size):
     grads = []
-    for rows in (5, 1000):
+    for rows in (1, 5, 1000) if block_size else (5, 1000):
         found, model = objective(
-            joint=joint, temperature=1.0 if joint else 0.0, replay_rows=rows, efficiency=2.0, advantage_floor=-9.0
-        )
+            joint=joint, temperature=1.0 if joint else 0.0, replay_rows=rows, efficiency=2.0, advantage_floor=-9.0,
+            block_size=block_size,
+        )  # fmt: skip
         loss, metrics = found.loss(model, found.batch(model, 3))
         loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         assert metrics["ratio"].item() == pytest.approx(1) and metrics["learnt_from"] > 0.3
     assert grads[0].keys() == grads[1].keys() and any(name.startswith("planner.") for name in grads[0])
     assert joint == any(name.startswith("model.") for name in grads[0])
-    for name in grads[0]:
-        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-3, atol=1e-6)
+    for other in grads[1:]:
+        for name in other:
+            torch.testing.assert_close(grads[0][name], other[name], rtol=1e-3, atol=1e-6)
 
 
 def test_loss_is_the_formula():
@@ -678,6 +682,53 @@ def test_loss_is_the_formula():
         assert (batch["advantages"] >= (0 if floor == 0 else -99)).all()
         if floor == -9:
             assert batch["advantages"].view(-1, 8).sum(1).abs().max() < 1e-5
+
+
+def test_tokens_that_are_no_text_are_not_free():
+    tokenizer, task = Tokenizer("bytes"), environment("add:2").sample(np.random.default_rng(0))
+    good = tokenizer.encode(task.demo)
+    for extra, worth in ((256, 1), (300, 0)):  # an end of text; an id beyond the tokenizer's
+        row = torch.tensor([[*good, extra] + [256] * (11 - len(good))])
+        assert task.verify(completions([task], row, tokenizer, 12)[0]) == worth
+
+
+def test_imitation_knows_that_something_is_always_written():
+    probs = mdlm_dultra.Probs(torch.tensor([[0.4, 0.6, 0.5]]), None, None, None)
+    assert mdlm_dultra.chosen(threshold(0.9), probs, torch.ones(1, 3, dtype=torch.bool)).tolist() == [
+        [False, True, False]
+    ]
+
+
+def test_experts_stay_balanced():
+    experts = dict(hybrid_override_pattern="*E", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    model = tiny(scale=1, **experts, moe_shared_expert_intermediate_size=8, router_aux_loss_coef=10.0).train()
+    ids = torch.randint(7, (4, 9), generator=torch.Generator().manual_seed(0))
+    loss, metrics = model.loss(ids, generator=torch.Generator().manual_seed(0))
+    assert loss - metrics["loss"] > 1 and model.take_balance_losses() == 0
+    loss, metrics = model.eval().loss(ids, generator=torch.Generator().manual_seed(0))
+    assert loss == metrics["loss"]
+
+
+def test_before_there_is_a_planner_a_rule_is_evaluated(monkeypatch):
+    found = DUltra(DUltraConfig(task="sudoku:8", pretrain=2, imitate=2), Tokenizer("bytes"), 16)
+    model = found.build(HybridConfig(**TINY | dict(vocab_size=320, rotary_base=None)))
+    used = []
+    monkeypatch.setattr(model.planner, "forward", lambda hidden, *_: used.append(1) or hidden[..., 0])
+    for step, planner in ((1, False), (2, True)):
+        found.batch(model, step)
+        found.evaluate(model, 4)
+        assert bool(used) == planner
+
+
+def test_a_planner_tells_positions_apart():
+    """Where nothing else does: hidden states all alike, as those of tokens that are equally unknown."""
+    planner = tiny(positions=6, planner=True).planner
+    masked = torch.ones(1, 6, dtype=torch.bool)
+    z = planner(torch.ones(1, 6, 24), masked, masked)
+    assert z.std() > 1e-3
+    keys = F.pad(masked, (2, 0))
+    padded = planner(torch.ones(1, 8, 24), keys, keys, keys)
+    torch.testing.assert_close(padded[:, 2:], z, rtol=1e-4, atol=1e-5)
 
 
 def test_rewards_add_or_multiply(tmp_path):
@@ -703,6 +754,11 @@ def test_teacher_scores_completions(tmp_path):
         assert value == pytest.approx(logp[len(task.prompt) :].mean().item(), abs=1e-4)
     loss, _ = found.loss(model, found.batch(model, 2))
     assert loss.isfinite()
+    with pytest.raises(ValueError, match="a teacher is a run of --recipe=grpo on the same task"):
+        objective("sudoku:8", teacher=str(tmp_path), distill_coef=0.5)  # it would not see the clues
+    tiny().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="a teacher is"):
+        objective("add:2", teacher=str(tmp_path / "other"), distill_coef=0.5)
 
 
 @pytest.mark.parametrize("task", ["sudoku:8", "progressions:3", "add:2"])

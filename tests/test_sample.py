@@ -202,6 +202,7 @@ def test_unmasking_is_shown_step_by_step_as_plain_text_where_it_is_no_terminal(t
 def test_a_planner_fills_in_the_blanks_and_leaves_the_rest(task_model, capsys):
     for prompt in ("12__3_4_____21__", "p37="):
         assert make(capsys, f"--prompt={prompt}", "--temperature=0")
+    assert make(capsys, "--prompt=12__3_4_____21__", "--dtype=bfloat16")  # what a GPU takes by itself
     model, tokenizer, ids, _ = sample.load(sample.SampleConfig(prompt="12__3_4_____21__", device="cpu"))
     assert sample.main(["--prompt=12__3_4_____21__", "--rule=factor:1", "--num_samples=2", "--device=cpu"]) == 0
     assert model.planner is not None and len(capsys.readouterr().out) > 5
@@ -214,6 +215,9 @@ def test_a_planner_fills_in_the_blanks_and_leaves_the_rest(task_model, capsys):
         (["--top_k=3"], "--top_k has no meaning here"),
         (["--rule=thresh:0.9"], "rule='thresh'"),
         (["--rule=threshold:much"], "threshold takes no 'much'"),
+        (["--rule=planner:much"], "planner takes no 'much'"),
+        (["--rule=ancestral:0"], "ancestral takes no '0'"),
+        (["--think=0"], "--think has no meaning here"),
         (["--block_size=0"], "block_size >= 1"),
         (["--temperature=-1"], "temperature >= 0"),
         (["--prompt=1234123412341234"], "nothing to fill in"),

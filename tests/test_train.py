@@ -312,10 +312,11 @@ def test_a_masked_diffusion_run_learns_is_resumed_and_read_again(flags):
     assert logits[..., :-1].isfinite().all() and (logits[..., model.mask_id] == -math.inf).all()
 
 
-@pytest.mark.parametrize("settings", [
-    [], ["--joint", "--temperature=1", "--replay_rows=3"], ["--task=add:2", "--block_size=2", "--reward=multiplicative"]
+@pytest.mark.parametrize(("stop", "settings"), [
+    (2, []), (4, []), (7, []), (7, ["--joint", "--temperature=1", "--replay_rows=3"]),
+    (6, ["--task=add:2", "--block_size=2", "--reward=multiplicative"]),
 ])  # fmt: skip
-def test_dultra_stopped_and_resumed_is_the_run(settings):
+def test_dultra_stopped_and_resumed_is_the_run(stop, settings):
     dultra = [*DULTRA, *settings]
     assert train.main([*dultra, "--steps=8", "--run=whole"]) == 0
     log = rows("whole")
@@ -323,7 +324,7 @@ def test_dultra_stopped_and_resumed_is_the_run(settings):
     assert ["wanted" in row for row in log] == [False] * 3 + [True] * 2 + [False] * 3  # imitation,
     assert ["train_reward" in row for row in log] == [False] * 5 + [True] * 3  # rewards
     assert {"reward", "nfe"} <= set(log[-1])
-    stop_after(7, dultra, "half", steps=8, objective=DUltra)
+    stop_after(stop, dultra, "half", steps=8, objective=DUltra)
     assert train.main(["--resume", "--run=half"]) == 0
     assert all(torch.equal(weights("whole")[name], weights("half")[name]) for name in weights("whole"))
     assert any(name.startswith("planner.") for name in weights("half"))
@@ -371,6 +372,17 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--recipe=dultra", "--task=chess"], "unknown environment 'chess'; known: sort"),
         (["--recipe=dultra", "--joint"], "--joint learns from the tokens that were drawn"),
         (["--recipe=dultra", "--teacher=out/nothing"], "--distill_coef and --teacher go together"),
+        (["--recipe=dultra", "--imitated=foo"], "--imitated=foo: take a rule that decides by the probabilities"),
+        (["--recipe=dultra", "--imitated=planner"], "--imitated=planner: take a rule"),
+        (["--recipe=dultra", "--imitated=top_k:0"], "top_k takes no '0'"),
+        (["--recipe=dultra", "--block_size=0"], "--block_size=0 must be at least 1"),
+        (["--recipe=dultra", "--temperature=nan"], "--temperature=nan must be from 0 to 100"),
+        (["--recipe=dultra", "--planner_lr=-1"], "--planner_lr=-1.0 must be"),
+        (
+            ["--recipe=dultra", "--batch_size=16", "--tokenizer=python4k"],
+            "is filled in letter by letter: it needs --tokenizer=bytes",
+        ),
+        (["--recipe=dultra", "--batch_size=16", "--task=sudoku:0"], "made no held-out prompt"),
         (["--recipe=dultra", "--batch_size=30"], "batch_size=30 must be a multiple of group_size=8"),
         (["--recipe=grpo", "--joint"], "--joint is a setting of --recipe=dultra"),
         (["--preset=huge"], "unknown preset 'huge'; known: tiny"),
