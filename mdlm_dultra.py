@@ -13,7 +13,7 @@ Picture  x [B,T], M where unknown --backbone, both ways, no time--> h [B,T,C] --
                '------ tokens, where chosen ------ at least one a row ------ rule(probs, eligible, step) -> bool [B,T]
 
          log pi(step) = sum log sigmoid(+-z) over what was eligible + sum log softmax(logits / T)[token] over the chosen
-         A = R - mean of the group, below the floor 0;   loss = - sum over steps of min(r A, clip(r) A) / (B length)
+         A = R - mean of the group;   loss = - sum over steps of min(r A, clip(r) A) / (B length)
 Read     1, 2: model and likelihood; 4, 5: rules and decoder; 6 and, in 8, DUltra: what is learnt. 3 is speed.
 Symbols  code            paper     meaning
          t               t         share of the tokens that are masked: alpha_t = 1 - t
@@ -39,7 +39,8 @@ Differs  From the authors' code, on purpose. A step in which no token was drawn 
          lambda / length, not 1 / 500: at the paper's 256 tokens lambda = .25 is its 2 points for a right answer against
          .1 NFE / 50.
          By default the planner alone learns from rewards (--joint: the backbone, too), and without a teacher
-         (--distill_coef). The demo takes --advantage_floor=-1e9, no floor: it learnt more there (README).
+         (--distill_coef). What is worse than its group teaches, too, unless --advantage_floor=0, the paper's: with it,
+         less was learnt here.
 """
 
 import json
@@ -890,7 +891,7 @@ class DUltraConfig:
     efficiency: float = 0.25  # what a step costs
     distill_coef: float = 0.0  # reward for a nat per token of log-likelihood under the teacher
     teacher: str = ""  # folder of an autoregressive run on the same task (--recipe=grpo)
-    advantage_floor: float = 0.0  # advantages below it count as 0: at 0, only what is better than its group teaches
+    advantage_floor: float | None = None  # advantages below it count as 0: at 0 only what beats its group teaches
     block_size: int | None = None  # decode in blocks of so many positions; default: all at once
     replay_rows: int = 2048  # steps that are learnt from at a time: bounds the memory, not the result
 
@@ -925,7 +926,6 @@ DULTRA_LIMITS = [  # bounds included
     ("pretrain", 0, math.inf), ("imitate", 0, math.inf), ("group_size", 2, math.inf), ("replay_rows", 1, math.inf),
     ("smoothing", 0, 0.49), ("temperature", 0, 100), ("efficiency", 0, math.inf), ("distill_coef", 0, math.inf),
     ("imitate_lr", 0, math.inf), ("planner_lr", 0, math.inf), ("backbone_lr", 1e-12, math.inf),
-    ("advantage_floor", -math.inf, math.inf),
 ]  # fmt: skip
 
 
@@ -1025,7 +1025,7 @@ class DUltra:
         right = self.right(tasks, decoded.ids)
         rewards = self.rewards(right, decoded, tasks)
         A = advantages(rewards.view(-1, c.group_size), "dr")
-        A = A.masked_fill(A < c.advantage_floor, 0).flatten()
+        A = (A if c.advantage_floor is None else A.masked_fill(A < c.advantage_floor, 0)).flatten()
         numbers = dict(
             train_reward=rewards.mean(), accuracy=(right == 1).float().mean(), nfe=decoded.nfe.float().mean()
         )
@@ -1220,8 +1220,7 @@ def run_study(study, seed, device):
     torch.set_num_threads(2)
     torch.set_float32_matmul_precision("high")
     began, rows, tokenizer = time.perf_counter(), [], Tokenizer("bytes")
-    base = dict(task=study.task, pretrain=study.pretrain, imitate=300, group_size=16, advantage_floor=-1e9)
-    base |= dict(replay_rows=8192)
+    base = dict(task=study.task, pretrain=study.pretrain, imitate=300, group_size=16, replay_rows=8192)
     before, C = DUltra(DUltraConfig(**base), tokenizer, study.rows, seed), study.hidden_size
     shape = dict(num_attention_heads=C // 32, num_key_value_heads=C // 32, head_dim=32, intermediate_size=4 * C)
     config = HybridConfig(vocab_size=320, hybrid_override_pattern=study.layers, hidden_size=C, **shape)
