@@ -840,7 +840,7 @@ class Sudoku:
 
 
 class Progressions:
-    """For each digit s of the prompt a group a, a + s, a + 2s modulo 10, a free: `p37=` -> `036852`. size: groups.
+    """Behind each digit s a group a, a + s, a + 2s modulo 10, a free: `3___7___` -> `30367852`. size: groups.
 
     Worth the share of the groups that are right. An ideal writer needs two steps, whatever the size: a digit of every
     group, then all the others.
@@ -850,21 +850,21 @@ class Progressions:
 
     def __init__(self, size=8):
         self.size = checked_size(self, size)
-        self.max_new_tokens = 3 * size
+        self.max_new_tokens = 4 * size
 
     def sample(self, rng):
-        steps, starts = rng.integers(10, size=(2, self.size))
-        groups = (starts[:, None] + steps[:, None] * np.arange(3)) % 10  # [size, 3]
+        steps, starts = rng.integers(10, size=(2, self.size, 1))
+        groups = np.concatenate([steps, (starts + steps * np.arange(3)) % 10], 1)  # [size, 4]
         answer = "".join(map(str, groups.flatten().tolist()))
-        prompt = f"p{''.join(map(str, steps.tolist()))}="
-        return Task(self.name, prompt, answer, partial(self.right, steps.tolist()), template=BLANK * len(answer))
+        template = "".join(f"{step}{3 * BLANK}" for step in steps[:, 0])
+        return Task(self.name, "", answer, partial(self.right, template), template, template)
 
     @staticmethod
-    def right(steps, answer):
-        if not re.fullmatch(f"[0-9]{{{3 * len(steps)}}}", answer):
+    def right(template, answer):
+        if not re.fullmatch(template.replace(BLANK, "[0-9]"), answer):
             return False
-        groups = zip(steps, *(map(int, answer[i::3]) for i in range(3)))
-        return sum((b - a - s) % 10 == (c - b - s) % 10 == 0 for s, a, b, c in groups) / len(steps)
+        groups = list(zip(*(map(int, answer[i::4]) for i in range(4))))
+        return sum((b - a - s) % 10 == (c - b - s) % 10 == 0 for s, a, b, c in groups) / len(groups)
 
 
 FILL_INS = {c.name: c for c in (Sudoku, Progressions)}

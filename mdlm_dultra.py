@@ -31,10 +31,10 @@ Limits   With the exact posterior the bound is log p, for every text and order; 
 Differs  From the authors' code, on purpose. A step in which no token was drawn writes the likeliest: {a} then has
          probability prod_{j != a} (1 - p_j), where the authors score it as if a had been drawn. Log-probabilities are
          of the temperature that was sampled at. Padding is masked everywhere. The factor rule stops at the first that
-         fails. The planner's clock is scaled by 1000 as in DiT, or it would stand still; where the backbone has learned
-         positions, not rotary ones, so has the planner, or tokens that are equally unknown would be equal to it. Its
-         warm start is plain cross-entropy against smoothed targets: balanced classes would teach it to unmask too much,
-         and certainty leaves nothing to explore; masks stand anywhere, not behind a point. `sample=False` takes what is
+         fails. The planner's clock is scaled by 1000 as in DiT, or it would stand still, and it has an embedding for
+         each position, or tokens that are equally unknown would be equal to it. Its warm start is plain cross-entropy
+         against smoothed targets: balanced classes would teach it to unmask too much, and certainty leaves nothing to
+         explore; masks stand anywhere, not behind a point. `sample=False` takes what is
          above one half, not the floor(sum p) likeliest, and speed is a shift of z, not a factor on p. A step costs
          lambda / length, not 1 / 500: at the paper's 256 tokens lambda = .25 is its 2 points for a right answer against
          .1 NFE / 50.
@@ -138,8 +138,9 @@ class MaskedDiffusionLM(Hybrid):
 
     The last token of the vocabulary is the mask. There is no row for it in the softmax, no token is ever masked by the
     model, and what is known is never written again: SUBS of MDLM, section 3.2. There is no time either: the share of
-    masks says it. positions: an embedding for each of so many positions, None for rotary ones (config.rotary_base).
-    planner: whether there is an UnmaskPlanner. Parameter names are those of `Hybrid`, with `positions` and `planner`.
+    masks says it. positions: how many there are at most. The model has an embedding for each if it has no rotary ones
+    (config.rotary_base), the planner always. planner: whether there is an UnmaskPlanner. Parameter names are those of
+    `Hybrid`, with `positions` and `planner`.
     Raises ValueError for layers that read from left to right, and for a model without positions of any kind.
     """
 
@@ -153,7 +154,7 @@ class MaskedDiffusionLM(Hybrid):
             raise ValueError("a masked diffusion model needs positions: set rotary_base (1e4 is usual)")
         super().__init__(config)
         self.model.layers = bidirectional_blocks(config, config.hybrid_override_pattern)
-        self.positions = nn.Embedding(positions, config.hidden_size) if positions else None
+        self.positions = None if config.rotary_base else nn.Embedding(positions, config.hidden_size)
         self.planner = UnmaskPlanner(config, positions) if planner else None
         if self.lm_head.weight.device.type != "meta":
             self.init_weights()
@@ -224,7 +225,8 @@ class MaskedDiffusionLM(Hybrid):
             )
         config = HybridConfig(**(config_fields(read) | overrides))
         weights = read_weights(directory, config.n_routed_experts)
-        positions = len(weights["positions.weight"]) if "positions.weight" in weights else None
+        embeddings = [weights[name] for name in ("positions.weight", "planner.positions.weight") if name in weights]
+        positions = len(embeddings[0]) if embeddings else None
         with torch.device("meta"):
             model = cls(config, positions, planner="planner.out.weight" in weights)
         model.load_weights(weights, directory)
@@ -968,8 +970,8 @@ class DUltra:
         return Hybrid.from_pretrained(self.config.teacher).eval().requires_grad_(False)
 
     def build(self, config):
-        """Returns the model to train: with an embedding for each position, at the scale of those of tokens."""
-        return MaskedDiffusionLM(config, positions=self.length, planner=True)
+        """Returns the model to train."""
+        return MaskedDiffusionLM(config, self.length, planner=True)
 
     def about(self):
         """Returns a line about the data."""
@@ -1170,6 +1172,7 @@ class Study:
     task: str
     hidden_size: int
     layers: str  # pattern of the backbone
+    rotary_base: float | None  # None: an embedding for each position
     lr: float
     pretrain: int  # steps, of `rows` texts
     rows: int
@@ -1181,14 +1184,14 @@ class Study:
 # Joint, it is the backbone that has to learn quickly: from a planner that dares too much, what to write at once.
 JOINT = dict(joint=True, temperature=1.0, imitated="entropy_bounded:3", planner_lr=2e-5, backbone_lr=6e-4)
 STUDIES = {
-    "cpu": [Study("sudoku:4", 64, "*-*-", 2e-3, 900, 128, 512, {"planner": (60, dict(efficiency=0.5))}, 400)],
+    "cpu": [Study("sudoku:4", 64, "*-*-", None, 2e-3, 900, 128, 512, {"planner": (60, dict(efficiency=0.5))}, 400)],
     "cuda": [
-        Study("sudoku:4", 128, "*-*-*-*-", 1e-3, 2000, 512, 4096, {
+        Study("sudoku:4", 128, "*-*-*-*-", None, 1e-3, 2000, 512, 4096, {
             "planner": (400, dict(imitated="entropy_bounded:0.5", efficiency=1.0)),
             "joint": (600, dict(efficiency=0.5, **JOINT)),
         }, 2000),
-        Study("progressions:8", 256, "*-*-*-*-", 5e-4, 2000, 512, 4096, {
-            "planner": (200, dict(imitated="threshold:0.9", efficiency=0.5)),
+        Study("progressions:8", 256, "*-*-*-*-", 1e4, 5e-4, 1500, 512, 4096, {
+            "planner": (120, dict(imitated="threshold:0.9", efficiency=0.5)),
         }, 1000),
     ],
 }  # fmt: skip
@@ -1222,9 +1225,9 @@ def run_study(study, seed, device):
     began, rows, tokenizer = time.perf_counter(), [], Tokenizer("bytes")
     base = dict(task=study.task, pretrain=study.pretrain, imitate=300, group_size=16, replay_rows=8192)
     before, C = DUltra(DUltraConfig(**base), tokenizer, study.rows, seed), study.hidden_size
-    shape = dict(num_attention_heads=C // 32, num_key_value_heads=C // 32, head_dim=32, intermediate_size=4 * C)
-    config = HybridConfig(vocab_size=320, hybrid_override_pattern=study.layers, hidden_size=C, **shape)
-    model = before.build(config).to(device)
+    shape = dict(hidden_size=C, num_attention_heads=C // 32, num_key_value_heads=C // 32, intermediate_size=4 * C)
+    shape |= dict(hybrid_override_pattern=study.layers, head_dim=32, rotary_base=study.rotary_base)
+    model = before.build(HybridConfig(vocab_size=320, **shape)).to(device)
     label = f"{study.task}, seed {seed}"
 
     def measure(curve, setting, rule, temperature=0.0):
@@ -1259,11 +1262,15 @@ def run_study(study, seed, device):
     return rows
 
 
-def demo(seeds=None):
-    """Prints accuracy against forwards of every rule and of dUltra, and draws out/mdlm_dultra.png."""
+def demo(task=None, seeds=None):
+    """Prints accuracy against forwards of every rule and of dUltra, and draws out/mdlm_dultra.png.
+
+    task: only that study. On a GPU the rows go to assets/bench/mdlm_dultra.json, in the place of those of that task.
+    """
     device, began = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
+    studies = [study for study in STUDIES[device] if task in (None, study.task)]
     seeds = seeds or ((0, 1, 2) if device == "cuda" else (0,))
-    jobs = [(study, seed) for study in STUDIES[device] for seed in seeds]
+    jobs = [(study, seed) for study in studies for seed in seeds]
     if device == "cpu":
         rows = [row for study, seed in jobs for row in run_study(study, seed, device)]
     else:  # small models: the host is the limit, so all at once
@@ -1272,15 +1279,17 @@ def demo(seeds=None):
             rows = [row for part in pool.map(run_study, *zip(*jobs), places) for row in part]
     seconds = time.perf_counter() - began
     machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
-    for study in STUDIES[device]:
+    for study in studies:
         report([row for row in rows if row["task"] == study.task], study.task, len(seeds))
     print(f"{seconds:.0f} s on {machine}")
     if device == "cuda":
-        record = dict(
-            command="python mdlm_dultra.py", machine=f"{machine}, torch {torch.__version__}", seconds=seconds, rows=rows
-        )
         path = Path(__file__).parent / "assets" / "bench" / "mdlm_dultra.json"
-        path.write_text(json.dumps(record, indent=0) + "\n")
+        kept = json.loads(path.read_text())["studies"] if path.is_file() else {}
+        for study in studies:
+            part = [row for row in rows if row["task"] == study.task]
+            kept[study.task] = dict(machine=f"{machine}, torch {torch.__version__}", seconds=seconds, rows=part)
+        path.write_text(json.dumps(dict(command="python mdlm_dultra.py", studies=kept), indent=0) + "\n")
+        rows = [row for part in kept.values() for row in part["rows"]]
     plot_frontiers(rows, Path("out/mdlm_dultra.png"))
 
 
@@ -1381,6 +1390,8 @@ def bench(N=2048, V=126464):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["bench"]):
-        raise SystemExit("usage: python mdlm_dultra.py [bench]")
-    bench() if sys.argv[1:] else demo()
+    tasks = [study.task for study in STUDIES["cuda" if torch.cuda.is_available() else "cpu"]]
+    asked = sys.argv[1] if len(sys.argv) == 2 else None
+    if len(sys.argv) > 2 or asked not in (None, "bench", *tasks):
+        raise SystemExit(f"usage: python mdlm_dultra.py [bench | {' | '.join(tasks)}]")
+    bench() if asked == "bench" else demo(asked)

@@ -174,7 +174,8 @@ def fill(config, model, tokenizer, prompt):
     if model.planner is None:
         ids = start + given + [model.mask_id] * config.max_new_tokens
     else:
-        start, room = [], len(model.positions.weight)  # tasks have no end of text in front
+        start = []  # tasks have no end of text in front
+        room = len(model.planner.positions.weight)
         blank, newline = tokenizer.encode(BLANK + "\n")
         given = given[:-1] if blank in given and given[-1] == newline else given  # a file's last line ends
         ids = [model.mask_id if i == blank else i for i in given]

@@ -51,7 +51,8 @@ TINY = dict(
 def tiny(positions=None, planner=False, scale=6.0, **changes):
     """A small model whose predictions are far from uniform."""
     torch.manual_seed(0)
-    model = MaskedDiffusionLM(HybridConfig(**TINY | changes), positions, planner).eval()
+    rotary = dict(rotary_base=None if positions else 1e4)
+    model = MaskedDiffusionLM(HybridConfig(**TINY | rotary | changes), positions, planner).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(scale if p.dim() > 1 else 1)
@@ -588,11 +589,12 @@ def test_canvas_of_a_task_and_back():
 
 def test_progressions_are_worth_their_right_groups():
     task = environment("progressions:2", FILL_INS).sample(np.random.default_rng(0))
-    steps = [int(d) for d in task.prompt[1:3]]
-    good = "".join(str((7 + s * i) % 10) for s in steps for i in range(3))
-    assert task.verify(good) == 1 and task.verify(task.demo) == 1
-    assert task.verify(good[:5] + str((int(good[5]) + 1) % 10)) == 0.5
-    assert task.verify(good[:5]) == 0 and task.verify("abcdef") == 0
+    steps = [int(d) for d in task.template[::4]]
+    good = "".join(f"{s}7{(7 + s) % 10}{(7 + 2 * s) % 10}" for s in steps)
+    assert task.template == f"{steps[0]}___{steps[1]}___" and task.verify(good) == 1 and task.verify(task.demo) == 1
+    assert task.verify(good[:7] + str((int(good[7]) + 1) % 10)) == 0.5
+    other = str((steps[0] + 1) % 10)
+    assert task.verify(good[:7]) == 0 and task.verify("abcdefgh") == 0 and task.verify(other + good[1:]) == 0
 
 
 def objective(task="sudoku:8", batch_size=32, **settings):
