@@ -34,13 +34,12 @@ Differs  From the authors' code, on purpose. A step in which no token was drawn 
          fails. The planner's clock is scaled by 1000 as in DiT, or it would stand still, and it has an embedding for
          each position, or tokens that are equally unknown would be equal to it. Its warm start is plain cross-entropy
          against smoothed targets: balanced classes would teach it to unmask too much, and certainty leaves nothing to
-         explore; masks stand anywhere, not behind a point. `sample=False` takes what is
-         above one half, not the floor(sum p) likeliest, and speed is a shift of z, not a factor on p. A step costs
-         lambda / length, not 1 / 500: at the paper's 256 tokens lambda = .25 is its 2 points for a right answer against
-         .1 NFE / 50.
-         By default the planner alone learns from rewards (--joint: the backbone, too), and without a teacher
-         (--distill_coef). What is worse than its group teaches, too, unless --advantage_floor=0, the paper's: with it,
-         less was learnt here.
+         explore. The masks that it learns from then are spread at random, not all to the right of one position.
+         `sample=False` takes what is above one half, not the floor(sum p) likeliest, and speed is a shift of z, not a
+         factor on p. A step costs lambda / length, not 1 / 500: at the paper's 256 tokens lambda = .25 is its 2 points
+         for a right answer against .1 NFE / 50. By default the planner alone learns from rewards (--joint: the
+         backbone, too), without a teacher (--distill_coef), and from what is worse than its group, too, as the authors
+         do not (--advantage_floor=0).
 """
 
 import json
@@ -61,7 +60,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import BLANK, ENVIRONMENTS, FILL_INS, Tokenizer, environment, sample_task, score_all
-from grpo import advantages, choose, policy_loss
+from grpo import LARGEST, advantages, choose, policy_loss
 from kernels import at_least_float32, block_of, jit, linear_logprob, milliseconds, pick_backend
 from nano_hybrid import (
     Attention,
@@ -139,8 +138,8 @@ class MaskedDiffusionLM(Hybrid):
     The last token of the vocabulary is the mask. There is no row for it in the softmax, no token is ever masked by the
     model, and what is known is never written again: SUBS of MDLM, section 3.2. There is no time either: the share of
     masks says it. positions: how many there are at most. The model has an embedding for each if it has no rotary ones
-    (config.rotary_base), the planner always. planner: whether there is an UnmaskPlanner. Parameter names are those of
-    `Hybrid`, with `positions` and `planner`.
+    (config.rotary_base), the planner wherever they are given. planner: whether there is an UnmaskPlanner. Parameter
+    names are those of `Hybrid`, with `positions` and `planner`.
     Raises ValueError for layers that read from left to right, and for a model without positions of any kind.
     """
 
@@ -580,7 +579,7 @@ def rule_of(spec, model):
     whole = name in ("ancestral", "random_k", "top_k", "margin", "low_entropy")
     try:
         setting = [int(number) if whole else float(number)] if number else []
-        if not all(math.isfinite(n) and n >= whole for n in setting if name != "planner"):
+        if not all(math.isfinite(n) and (n >= whole or name == "planner") for n in setting):
             raise ValueError
         return planned(model.planner, *setting) if name == "planner" else RULES[name](*setting)
     except (TypeError, ValueError):
@@ -808,11 +807,11 @@ def canvas_of(tasks, tokenizer, mask_id, max_new_tokens, device="cpu"):
             body, demo = [mask_id] * max_new_tokens, demo + [end] * (max_new_tokens - len(demo))
         rows[task] = prompt + body, prompt + demo
     place = {task: i for i, task in enumerate(rows)}
-    T, places = max(len(ids) for ids, _ in rows.values()), torch.tensor([place[task] for task in tasks])
+    T, which = max(len(ids) for ids, _ in rows.values()), torch.tensor([place[task] for task in tasks])
     padded = [[[end] * (T - len(part)) + part for part in pair] for pair in rows.values()]
     keys = torch.tensor([[i >= T - len(ids) for i in range(T)] for ids, _ in rows.values()])
-    ids, solved = torch.tensor(padded)[places].to(device).unbind(1)
-    keys = None if keys.all() else keys[places].to(device)
+    ids, solved = torch.tensor(padded)[which].to(device).unbind(1)
+    keys = None if keys.all() else keys[which].to(device)
     return Canvas(ids, solved, keys)
 
 
@@ -899,23 +898,18 @@ class DUltraConfig:
 
     def __post_init__(self):
         choose("reward", self.reward, ("additive", "multiplicative"))
-        if self.joint and not self.temperature > 0:
+        if self.joint and not self.temperature >= 1e-3:
             raise ValueError(
-                "--joint learns from the tokens that were drawn: it needs --temperature above 0 (1 is usual)"
+                "--joint learns from the tokens that were drawn: it needs --temperature of at least 0.001 (1 is usual)"
             )
         for name, low, high in DULTRA_LIMITS:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"--{name}={getattr(self, name)} must be from {low} to {high}")
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"--block_size={self.block_size} must be at least 1")
-        if self.imitated.partition(":")[0] not in (
-            "threshold",
-            "factor",
-            "entropy_bounded",
-            "top_k",
-            "margin",
-            "low_entropy",
-        ):
+        if self.advantage_floor is not None and not math.isfinite(self.advantage_floor):
+            raise ValueError(f"--advantage_floor={self.advantage_floor} must be finite")
+        if self.imitated.partition(":")[0] not in IMITABLE:
             raise ValueError(
                 f"--imitated={self.imitated}: take a rule that decides by the probabilities, such as factor:1"
             )
@@ -924,10 +918,11 @@ class DUltraConfig:
             raise ValueError("--distill_coef and --teacher go together")
 
 
+IMITABLE = "threshold", "factor", "entropy_bounded", "top_k", "margin", "low_entropy"  # probabilities alone decide
 DULTRA_LIMITS = [  # bounds included
     ("pretrain", 0, math.inf), ("imitate", 0, math.inf), ("group_size", 2, math.inf), ("replay_rows", 1, math.inf),
-    ("smoothing", 0, 0.49), ("temperature", 0, 100), ("efficiency", 0, math.inf), ("distill_coef", 0, math.inf),
-    ("imitate_lr", 0, math.inf), ("planner_lr", 0, math.inf), ("backbone_lr", 1e-12, math.inf),
+    ("smoothing", 0, 0.49), ("temperature", 0, 100), ("efficiency", 0, LARGEST), ("distill_coef", 0, LARGEST),
+    ("imitate_lr", 0, LARGEST), ("planner_lr", 0, LARGEST), ("backbone_lr", 1e-12, LARGEST),
 ]  # fmt: skip
 
 
@@ -938,7 +933,8 @@ class DUltra:
 
     train_reward   mean of what is maximised            accuracy     share of the texts that are right
     nfe            forwards to write one                learnt_from  share of the texts with an advantage other than 0
-    coins          mean chance that an eligible token is written
+
+    And of a step of imitation: coins, the mean chance that a masked token is written; wanted, what the rule writes.
     """
 
     extra_tokens = 1  # the mask
@@ -953,7 +949,8 @@ class DUltra:
         samples = [sample_task(self.env, rng, held_out) for held_out in (False, True) for _ in range(32)]
         if samples[0].template and tokenizer.name != "bytes":
             raise ValueError(f"--task={config.task} is filled in letter by letter: it needs --tokenizer=bytes")
-        self.teacher, self.step = self.open_teacher(samples[0]) if config.teacher else None, 0
+        self.teacher = self.open_teacher(samples[0]) if config.teacher else None
+        self.step = 0
         sizes = [len(tokenizer.encode(t.prompt)) + (len(t.template) or self.env.max_new_tokens) for t in samples]
         self.length = max(sizes) + (2 if len(set(sizes)) > 1 else 0)  # room for the longest prompt
         self.example = samples[0].prompt + samples[0].template
@@ -1184,7 +1181,12 @@ class Study:
 # Joint, it is the backbone that has to learn quickly: from a planner that dares too much, what to write at once.
 JOINT = dict(joint=True, temperature=1.0, imitated="entropy_bounded:3", planner_lr=2e-5, backbone_lr=6e-4)
 STUDIES = {
-    "cpu": [Study("sudoku:4", 64, "*-*-", None, 2e-3, 900, 128, 512, {"planner": (60, dict(efficiency=0.5))}, 400)],
+    "cpu": [
+        Study("sudoku:4", 64, "*-*-", None, 2e-3, 900, 128, 512, {"planner": (60, dict(efficiency=0.5))}, 400),
+        Study("progressions:8", 128, "*-*-", 1e4, 2e-3, 2500, 256, 512, {  # 20 minutes: only when asked for
+            "planner": (70, dict(imitated="threshold:0.9", efficiency=0.5)),
+        }, 200),
+    ],
     "cuda": [
         Study("sudoku:4", 128, "*-*-*-*-", None, 1e-3, 2000, 512, 4096, {
             "planner": (400, dict(imitated="entropy_bounded:0.5", efficiency=1.0)),
@@ -1198,7 +1200,7 @@ STUDIES = {
 
 
 def fit(model, objective, steps, lr, name, begin=0):
-    """Trains steps `begin` ... of an objective, as train.py would. Returns name -> mean of the last ten steps."""
+    """Trains steps `begin` ... of an objective, a small train.py. Returns name -> mean of the last ten steps."""
     planner, rest = (
         [p for n, p in model.named_parameters() if n.startswith("planner.") == is_p] for is_p in (True, False)
     )
@@ -1265,18 +1267,20 @@ def run_study(study, seed, device):
 def demo(task=None, seeds=None):
     """Prints accuracy against forwards of every rule and of dUltra, and draws out/mdlm_dultra.png.
 
-    task: only that study. On a GPU the rows go to assets/bench/mdlm_dultra.json, in the place of those of that task.
+    task: only that study; without it all, on a CPU only the first. On a GPU the rows go to
+    assets/bench/mdlm_dultra.json, in the place of those of that task.
     """
     device, began = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
     studies = [study for study in STUDIES[device] if task in (None, study.task)]
+    studies = studies[:1] if device == "cpu" else studies
     seeds = seeds or ((0, 1, 2) if device == "cuda" else (0,))
     jobs = [(study, seed) for study in studies for seed in seeds]
     if device == "cpu":
         rows = [row for study, seed in jobs for row in run_study(study, seed, device)]
     else:  # small models: the host is the limit, so all at once
-        places = [f"cuda:{i % torch.cuda.device_count()}" for i in range(len(jobs))]
+        devices = [f"cuda:{i % torch.cuda.device_count()}" for i in range(len(jobs))]
         with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
-            rows = [row for part in pool.map(run_study, *zip(*jobs), places) for row in part]
+            rows = [row for part in pool.map(run_study, *zip(*jobs), devices) for row in part]
     seconds = time.perf_counter() - began
     machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
     for study in studies:
@@ -1284,11 +1288,12 @@ def demo(task=None, seeds=None):
     print(f"{seconds:.0f} s on {machine}")
     if device == "cuda":
         path = Path(__file__).parent / "assets" / "bench" / "mdlm_dultra.json"
-        kept = json.loads(path.read_text())["studies"] if path.is_file() else {}
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        kept = record.get("studies", {})
         for study in studies:
             part = [row for row in rows if row["task"] == study.task]
             kept[study.task] = dict(machine=f"{machine}, torch {torch.__version__}", seconds=seconds, rows=part)
-        path.write_text(json.dumps(dict(command="python mdlm_dultra.py", studies=kept), indent=0) + "\n")
+        path.write_text(json.dumps(record | dict(command="python mdlm_dultra.py", studies=kept), indent=0) + "\n")
         rows = [row for part in kept.values() for row in part["rows"]]
     plot_frontiers(rows, Path("out/mdlm_dultra.png"))
 

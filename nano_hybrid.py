@@ -231,7 +231,7 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
         hybrid_override_pattern="M*-M*-M*-M*-", hidden_size=320, num_attention_heads=5, num_key_value_heads=5,
         head_dim=64, intermediate_size=1280, mamba_num_heads=10, mamba_head_dim=64, ssm_state_size=32, chunk_size=32,
     ),
-    # For mdlm_dultra.py, Transformers that look both ways: 1.9 M and 87 M for text, 0.2 M and 0.7 M for tasks.
+    # For mdlm_dultra.py, Transformers that look both ways: 1.9 M and 88 M for text, 0.2 M and 0.8 M for tasks.
     "mdlm-tiny": HybridConfig(
         hybrid_override_pattern="*-*-*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32, rotary_base=1e4
     ),

@@ -175,6 +175,10 @@ def fill(config, model, tokenizer, prompt):
         ids = start + given + [model.mask_id] * config.max_new_tokens
     else:
         start = []  # tasks have no end of text in front
+        if model.planner.positions is None:
+            raise ValueError(
+                "this model says nothing of how long its texts are: write the blanks with mdlm_dultra.decode"
+            )
         room = len(model.planner.positions.weight)
         blank, newline = tokenizer.encode(BLANK + "\n")
         given = given[:-1] if blank in given and given[-1] == newline else given  # a file's last line ends
@@ -217,7 +221,7 @@ def fill(config, model, tokenizer, prompt):
 
 
 class Screen:
-    """A text with masks on a terminal, drawn over itself: what is written in the colour of its step."""
+    """A text with masks on a terminal, drawn over itself: early tokens blue, late ones red."""
 
     def __init__(self, tokenizer, mask_id):
         self.tokenizer, self.mask_id = tokenizer, mask_id
@@ -226,7 +230,8 @@ class Screen:
     def show(self, ids):
         """Draws the text of a list of ids as it is."""
         known = [place for place, token in enumerate(ids) if token != self.mask_id]
-        colour = RAMP[(len(RAMP) - 1) * len(self.colour_of) // max(1, len(ids))] if self.lines else 0
+        done = sum(place in self.colour_of for place in range(len(ids)))  # an end of text may have cut it
+        colour = RAMP[(len(RAMP) - 1) * done // max(1, len(ids))] if self.lines else 0
         for place in known:
             self.colour_of.setdefault(place, colour)
         colours = [self.colour_of.get(place, -1) for place in range(len(ids))]  # -1: masked, 0: given

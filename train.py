@@ -28,7 +28,7 @@ A run lives in out/<run>/: config.json and model.safetensors (what sample.py and
 log.jsonl has one row per step:
     loss          nats per token of this step's batches, mean over all processes; of rewards: see grpo.policy_loss
     grad_norm     norm of the whole gradient before clipping
-    lr            learning rate of the step
+    lr            learning rate of the step; dultra: of the backbone, also where only the planner learns
     tokens_per_s  over all processes, from the end of the step before to the end of this one (the first one compiles);
                   of reinforcement learning: tokens of answers (or demos) sampled, judged and learnt from
     mfu           model FLOPs utilisation: FLOPs it needs / time / the GPU's dense bf16 peak; text and known GPUs only

@@ -199,8 +199,16 @@ def test_unmasking_is_shown_step_by_step_as_plain_text_where_it_is_no_terminal(t
     assert "\x1b" not in frames and frames.startswith("def " + sample.MASKED * 12 + "\n") and frames.endswith(text)
 
 
+def test_the_screen_takes_a_text_that_grows_shorter(capsys):
+    """An end of text that is written early cuts off what stands behind it."""
+    screen = sample.Screen(sample.Tokenizer("bytes"), 319)
+    for ids in ([319] * 40, [65] * 30 + [319] * 10, [65] * 9, []):
+        screen.show(ids)
+    assert capsys.readouterr().out.splitlines()[-2] == "A" * 9
+
+
 def test_a_planner_fills_in_the_blanks_and_leaves_the_rest(task_model, capsys):
-    for prompt in ("12__3_4_____21__", "p37="):
+    for prompt in ("12__3_4_____21__", "a54+78="):
         assert make(capsys, f"--prompt={prompt}", "--temperature=0")
     assert make(capsys, "--prompt=12__3_4_____21__", "--dtype=bfloat16")  # what a GPU takes by itself
     model, tokenizer, ids, _ = sample.load(sample.SampleConfig(prompt="12__3_4_____21__", device="cpu"))
