@@ -824,7 +824,7 @@ def sudoku_grids():
 
 
 class Sudoku:
-    """A sudoku of 4 x 4: `12__3_4_____21__` -> any that has these clues. size: clues."""
+    """A sudoku of 4 x 4: `__13______24____` -> any that has these clues. size: clues."""
 
     name, sizes = "sudoku", range(16)
 

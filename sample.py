@@ -6,7 +6,7 @@
     python sample.py --run=super3 --draft=3           guesses three tokens ahead: the same text, in fewer forwards
     python sample.py --run=path/to/Nemotron           a released checkpoint, with its tokenizer.json
     python sample.py --run=mdlm --rule=threshold:0.7  masked diffusion: many tokens a forward, in any order
-    python sample.py --run=dultra --prompt=12__3_4_____21__     fills in what is blank, by its planner
+    python sample.py --run=dultra --prompt=__13______24____     fills in what is blank, by its planner
 
 One sample on a terminal (or with --stream) appears as it is made; that of a masked diffusion model in colours that say
 when a token was written (early ones blue, late ones red), and as a picture in its run's folder, order.png.
