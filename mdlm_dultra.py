@@ -31,10 +31,10 @@ Limits   With the exact posterior the bound is log p, for every text and order; 
 Differs  From the authors' code, on purpose. A step in which no token was drawn writes the likeliest: {a} then has
          probability prod_{j != a} (1 - p_j), where the authors score it as if a had been drawn. Log-probabilities are
          of the temperature that was sampled at. Padding is masked everywhere. The factor rule stops at the first that
-         fails. The planner's clock is scaled by 1000 as in DiT, or it would stand still, and it has an embedding for
-         each position, or tokens that are equally unknown would be equal to it. Its warm start is plain cross-entropy
-         against smoothed targets: balanced classes would teach it to unmask too much, and certainty leaves nothing to
-         explore. The masks that it learns from then are spread at random, not all to the right of one position.
+         fails. The planner's clock is scaled by 1000 as in DiT, or it would stand still. It has an embedding for each
+         position, not rotary ones: tokens that are equally unknown would be equal to it. Its warm start is plain
+         cross-entropy against smoothed targets: balanced classes would teach it to unmask too much, certainty leaves
+         nothing to explore. The masks that it learns from then are spread at random, not all behind one position.
          `sample=False` takes what is above one half, not the floor(sum p) likeliest, and speed is a shift of z, not a
          factor on p. A step costs lambda / length, not 1 / 500: at the paper's 256 tokens lambda = .25 is its 2 points
          for a right answer against .1 NFE / 50. By default the planner alone learns from rewards (--joint: the
@@ -48,7 +48,7 @@ import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -732,7 +732,8 @@ class UnmaskPlanner(nn.Module):
         self.eligible = nn.Embedding(2, C)
         self.positions = nn.Embedding(positions, C) if positions else None
         self.before, self.after = nn.Linear(C, 2 * C), nn.Linear(C, 2 * C)
-        self.blocks = bidirectional_blocks(config, "*-")
+        rotary_base = None if positions else config.rotary_base  # ties are broken by a place, not by distances
+        self.blocks = bidirectional_blocks(replace(config, rotary_base=rotary_base), "*-")
         self.out = nn.Linear(C, 1)
 
     @torch.no_grad()
