@@ -769,6 +769,7 @@ def main(argv=None):
         status = train(run)
         if dist.is_initialized():
             dist.barrier()  # gloo aborts a process that leaves while another still talks to it
+            time.sleep(0.5 * (dist.get_backend() == "gloo"))  # or while a barrier's last messages are on their way
         return status
     except OSError as error:  # a missing file, a full disk
         return fail(error)
