@@ -330,9 +330,8 @@ def nelbo(model, ids, maskable=None, form="count", samples=16, generator=None, k
         u = (sample + shift) / samples  # [B] in [0, 1), stratified
         ranks = random_ranks(maskable, generator)
         if form == "order":
-            steps = [
-                (ranks >= j) & maskable for j in range(int(A.max()) if len(ids) else 0)
-            ]  # masked before step j, which reads rank j
+            A_max = int(A.max()) if len(ids) else 0
+            steps = [(ranks >= j) & maskable for j in range(A_max)]  # masked before step j, which reads rank j
             logprob = [(model.logprobs(ids, m, keys) * (ranks == j)).sum(1) for j, m in enumerate(steps)]
             found.append(-sum(logprob, torch.zeros(len(ids), device=ids.device)))
         elif form == "count":
@@ -905,7 +904,8 @@ class DUltraConfig:
             )
         for name, low, high in DULTRA_LIMITS:
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name}={getattr(self, name)} must be from {low} to {high}")
+                span = f"from {low} to {high}" if high < LARGEST else f"at least {low}, and finite"
+                raise ValueError(f"--{name}={getattr(self, name)} must be {span}")
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"--block_size={self.block_size} must be at least 1")
         if self.advantage_floor is not None and not math.isfinite(self.advantage_floor):
