@@ -73,9 +73,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import THINK_END, Tokenizer, cut_trace, environment, sample_task, score_all, without_thought
+from common.data import Tokenizer
+from common.tasks import THINK_END, cut_trace, environment, sample_task, score_all, without_thought
 from kernels import at_least_float32, expect
-from nano_hybrid import PRESETS, Hybrid, Works
+from nano_hybrid import PRESETS, DecodeSession, Hybrid
 
 # ---- 1. advantages ------------------------------------------------------------------------------------------------
 #
@@ -528,7 +529,7 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, g
 
     Temperature only: where top_k or top_p cut tokens off, the sampler is another policy than the one in training.
     budget: a ThinkingBudget. With one, or at temperature 0, there is nothing to learn from: all of logprob is 0.
-    works: `Works` that calls of the same shape, with the same generator, share: on a GPU that is several times faster.
+    works: a `DecodeSession` shared by calls of one shape and generator: several times faster on a GPU.
     """
     training, end, logprobs = model.training, tokenizer.end_of_text, None if budget or temperature == 0 else []
     known = {prompt: [end, *tokenizer.encode(prompt)] for prompt in set(prompts)}
@@ -573,7 +574,7 @@ POOL, TRIES = 2048, 8  # tasks of an environment that a curriculum orders, at mo
 class GRPOConfig:
     """Settings of --recipe=grpo. The comment is the --help text."""
 
-    envs: str = "sort,countdown"  # of every batch, by commas: data.ENVIRONMENTS, sort:10 for size 10; twice is twice
+    envs: str = "sort,countdown"  # of every batch, by commas: tasks.ENVIRONMENTS, sort:10 for size 10; twice is twice
     warm_start: int = 70  # steps of supervised learning on the environments' demos, before the first answer
     cut_thoughts: float = 0.0  # share of demos whose thought stops early: they teach to answer under a budget
     no_thoughts: float = 0.0  # share of demos whose thinking is turned off
@@ -661,7 +662,7 @@ class GRPO:
             )
         self.example = self.envs[0].sample(np.random.default_rng(seed)).prompt  # a prompt to try it with
         self.kept, self.models, self.curricula, self.drawn_rates = {}, {}, [], []
-        self.works, self.generator = Works(), None
+        self.works, self.generator = DecodeSession(), None
         if config.cut_thoughts or config.no_thoughts or config.low_effort:
             if not any(env.sample(np.random.default_rng(seed)).thinks for env in self.envs):
                 raise ValueError(f"--envs={config.envs} has none that thinks, as chain or add:5:on does")
@@ -777,11 +778,13 @@ class GRPO:
         end, device, rows = self.tokenizer.end_of_text, next(model.parameters()).device, []
         encode, tag, c = self.tokenizer.encode, len(self.tokenizer.encode(THINK_END)), self.config
         for task, chance in zip(tasks, rng.random(len(tasks))):
-            little, lines = task.prompt.startswith(LOW_EFFORT), task.demo.count("\n")
+            little, lines = task.prompt.startswith(LOW_EFFORT), task.demonstration.count("\n")
             cut = task.thinks and not little and chance < c.cut_thoughts
             if task.thinks and not little and not cut and chance < c.cut_thoughts + c.no_thoughts:
                 task = without_thought(task)
-            demo = cut_trace(task.demo, int(rng.integers(lines))) if (cut or little) and lines else task.demo
+            demo = task.demonstration
+            if (cut or little) and lines:
+                demo = cut_trace(demo, int(rng.integers(lines)))
             prompt, targets = encode(task.prompt), [*encode(demo), end]
             if cut:
                 closes = len(encode(task.parts(demo)[0]))
@@ -1068,7 +1071,7 @@ def bench(prompts=128, G=8, repeats=5):
     texts = [sample_task(environment("tool"), rng).prompt for _ in range(prompts) for _ in range(G)]
     print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(texts)} answers, bfloat16; all of `sample_answers`")
     for new in (16, 48, 128, 512):
-        rates, works = [], Works()
+        rates, works = [], DecodeSession()
         for _ in range(repeats + 1):  # the first compiles
             torch.cuda.synchronize()
             began = time.perf_counter()

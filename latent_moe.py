@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import Bench, at_least_float32, check_and_time, expert_inputs, expert_mlp, grouped_mm_experts
+from kernels import at_least_float32, expert_mlp
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class MoE(nn.Module):
         self.gate.entropy += torch.special.entr(shares).sum()
         self.balance_loss = sequence_balance_loss(scores, self.config.num_experts_per_tok)
 
-    def take_balance_loss(self):
+    def pop_balance_loss(self):
         """Returns the balance loss of the last forward, 0 if there was none, and forgets it: it holds a whole graph."""
         loss, self.balance_loss = self.balance_loss, None
         return 0.0 if loss is None else loss
@@ -367,7 +367,7 @@ class LanguageModel(nn.Module):
         for layer in self.layers:
             x = layer(x)
         logits = self.norm(x) @ self.embed.weight.T
-        balance = sum(layer.moe.take_balance_loss() for layer in self.layers) / len(self.layers)
+        balance = sum(layer.moe.pop_balance_loss() for layer in self.layers) / len(self.layers)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), balance
 
 
@@ -407,7 +407,7 @@ def train_one(config, seed, corpus, setting, device):
 
 def demo():
     """Prints the paper's claim beside what comes out here, and draws out/latent_moe.png."""
-    from data import load_corpus
+    from common.data import load_corpus
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = SETTINGS[device]
@@ -474,38 +474,7 @@ def draw(results, path):
     print(f"plot: {path}")
 
 
-# ---- 7. python latent_moe.py bench: the time of the routed path ---------------------------------------------
-
-
-def latent_experts(x, fc1, up, down, fc2, expert_ids, expert_weights, backend="auto"):
-    """Returns the routed path of a LatentMoE for x [S, C]: down to [S, l], through the experts, up to [S, C]."""
-    return expert_mlp(x @ fc1.T, up, down, expert_ids, expert_weights, backend) @ fc2.T
-
-
-def _latent_inputs(randn, S, C, size, width, E, K):
-    u, up, down, ids, weights = expert_inputs(randn, S, size, width, E, K)
-    return [randn(S, C), randn(size, C) / C**0.5, up, down, randn(C, size) / size**0.5, ids, weights]
-
-
-def _latent_peers():
-    @torch.compile
-    def grouped_mm(x, fc1, up, down, fc2, expert_ids, expert_weights):
-        return grouped_mm_experts(x @ fc1.T, up, down, expert_ids, expert_weights) @ fc2.T
-
-    yield "torch.grouped_mm", grouped_mm
-
-
-BENCHES = [
-    Bench(
-        latent_experts, _latent_inputs, checks=[(70, 40, 16, 24, 12, 5), (9, 33, 10, 50, 3, 3)],
-        timings=[(16384, 2688, 672, 1856, 512, 24)],
-        cost=lambda S, C, size, F, E, K: (4 * (S * C + E * F * size + C * size), 4 * S * size * (K * F + C)),
-        peers=_latent_peers, compiles=False,
-    ),
-]  # fmt: skip
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["bench"]):
-        raise SystemExit("usage: python latent_moe.py [bench]")
-    check_and_time(BENCHES, "latent_moe") if sys.argv[1:] else demo()
+    if sys.argv[1:]:
+        raise SystemExit("usage: python latent_moe.py")
+    demo()

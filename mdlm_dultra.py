@@ -59,18 +59,17 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import BLANK, ENVIRONMENTS, FILL_INS, Tokenizer, environment, sample_task, score_all
+from common.checkpoints import config_fields, read_config, read_weights
+from common.data import Tokenizer
+from common.objectives import NextToken
+from common.tasks import BLANK, ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
 from grpo import LARGEST, advantages, choose, policy_loss
-from kernels import at_least_float32, block_of, jit, linear_logprob, milliseconds, pick_backend
+from kernels import at_least_float32, block_of, jit, linear_logprob, pick_backend
 from nano_hybrid import (
     Attention,
     Block,
     Hybrid,
     HybridConfig,
-    NextToken,
-    config_fields,
-    read_config,
-    read_weights,
     rotate,
 )
 
@@ -204,7 +203,7 @@ class MaskedDiffusionLM(Hybrid):
     def loss(self, ids, maskable=None, keys=None, generator=None):
         """Returns `mdlm_loss(self, ...)`; in training, mixtures of experts add their balance loss, as in `Hybrid`."""
         loss, metrics = mdlm_loss(self, ids, maskable, generator, keys)
-        return loss + self.config.router_aux_loss_coef * self.take_balance_losses(), metrics
+        return loss + self.config.router_aux_loss_coef * self.pop_balance_losses(), metrics
 
     def generate(self, *_, **__):
         """Raises TypeError: a masked diffusion model is decoded, not continued."""
@@ -222,7 +221,7 @@ class MaskedDiffusionLM(Hybrid):
             raise ValueError(
                 f"{directory} is no masked diffusion model: its architecture is {read.get('architectures')}"
             )
-        config = HybridConfig(**(config_fields(read) | overrides))
+        config = HybridConfig(**(config_fields(read, HybridConfig) | overrides))
         weights = read_weights(directory, config.n_routed_experts)
         embeddings = [weights[name] for name in ("positions.weight", "planner.positions.weight") if name in weights]
         positions = len(embeddings[0]) if embeddings else None
@@ -799,7 +798,7 @@ def canvas_of(tasks, tokenizer, mask_id, max_new_tokens, device="cpu"):
     ends of text: a completion of any length ends where the first stands."""
     end, rows = tokenizer.end_of_text, {}
     for task in dict.fromkeys(tasks):
-        prompt, demo = tokenizer.encode(task.prompt), tokenizer.encode(task.demo)
+        prompt, demo = tokenizer.encode(task.prompt), tokenizer.encode(task.demonstration)
         if task.template:
             given = tokenizer.encode(task.template)  # an id for a letter: of the "bytes" tokenizer
             body = [mask_id if letter == BLANK else i for letter, i in zip(task.template, given)]
@@ -876,7 +875,7 @@ class MaskedDiffusion(NextToken):
 class DUltraConfig:
     """Settings of --recipe=dultra. The comment is the --help text."""
 
-    task: str = "sudoku:4"  # sudoku:4 (clues), progressions:8 (groups), or one of data.ENVIRONMENTS, add:3
+    task: str = "sudoku:4"  # sudoku:4 (clues), progressions:8 (groups), or one of tasks.ENVIRONMENTS, add:3
     pretrain: int = 600  # steps of masked diffusion on solved tasks
     imitate: int = 100  # then steps in which the planner learns to imitate a rule
     imitated: str = "factor:1"  # that rule
@@ -963,7 +962,7 @@ class DUltra:
         if read.get("architectures") == ["MaskedDiffusionLM"] or tokenizer != self.tokenizer.name or example.template:
             raise ValueError(
                 f"--teacher={self.config.teacher}: a teacher is a run of --recipe=grpo on the same task, one of "
-                f"data.ENVIRONMENTS, with --tokenizer={self.tokenizer.name}"
+                f"tasks.ENVIRONMENTS, with --tokenizer={self.tokenizer.name}"
             )
         return Hybrid.from_pretrained(self.config.teacher).eval().requires_grad_(False)
 
@@ -1121,7 +1120,7 @@ class DUltra:
         keys = None if batch["keys"] is None else batch["keys"][rows]
         with torch.set_grad_enabled(torch.is_grad_enabled() and c.joint):
             hidden = model.encode(solved.masked_fill(masked, model.mask_id), keys)
-        model.take_balance_losses()  # rewards do not balance experts
+        model.pop_balance_losses()  # rewards do not balance experts
         eligible = in_block(masked, c.block_size)
         logprob = planner_logprob(model.planner(hidden, eligible, masked, keys), eligible, action)
         if c.joint:
@@ -1362,35 +1361,9 @@ def plot_frontiers(rows, path):
     print(f"plot: {path}")
 
 
-def bench(N=2048, V=126464):
-    """Prints what the kernel takes on the logits of LLaDA, [8 x 256, 126,464], beside a copy of them.
-
-    Writes assets/bench/mdlm_statistics.json.
-    """
-    if not torch.cuda.is_available():
-        raise SystemExit("mdlm_dultra.py bench: there is no CUDA device")
-    logits = 3 * torch.randn(N, V, device="cuda", dtype=torch.bfloat16)
-    exact = softmax_statistics_ref(logits[:64].double())
-    worst = max((a.double() - b).abs().max().item() for a, b in zip(softmax_statistics(logits[:64]), exact))
-    target = torch.empty_like(logits)
-    copy, kernel = milliseconds(lambda: target.copy_(logits)), milliseconds(lambda: softmax_statistics(logits))
-    eager = milliseconds(lambda: softmax_statistics_ref(logits[:256])) * N / 256
-    share = copy / 2 / kernel
-    print(f"[{N}, {V}] bfloat16: {kernel:.3f} ms, {share:.0%} of the rate of a copy ({copy:.3f} ms: it writes, too);")
-    print(f"PyTorch, in blocks of 256 rows: {eager:.2f} ms. Largest error against float64: {worst:.1e}")
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    record = dict(
-        command="python mdlm_dultra.py bench", machine=machine, kernel_ms=kernel, copy_ms=copy, eager_ms=eager
-    )
-    record |= dict(share_of_copy_rate=share, error=worst)
-    (Path(__file__).parent / "assets" / "bench" / "mdlm_statistics.json").write_text(
-        json.dumps(record, indent=1) + "\n"
-    )
-
-
 if __name__ == "__main__":
     tasks = [study.task for study in STUDIES["cuda" if torch.cuda.is_available() else "cpu"]]
     asked = sys.argv[1] if len(sys.argv) == 2 else None
-    if len(sys.argv) > 2 or asked not in (None, "bench", *tasks):
-        raise SystemExit(f"usage: python mdlm_dultra.py [bench | {' | '.join(tasks)}]")
-    bench() if asked == "bench" else demo(asked)
+    if len(sys.argv) > 2 or asked not in (None, *tasks):
+        raise SystemExit(f"usage: python mdlm_dultra.py [{' | '.join(tasks)}]")
+    demo(asked)

@@ -42,14 +42,11 @@ import copy
 import itertools
 import json
 import math
-import os
-import re
 import statistics
 import sys
 import tempfile
 import time
 import weakref
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -59,21 +56,18 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
+from common.checkpoints import config_fields, read_config, read_weights, replacing, to_disk_names
+from common.objectives import to_device
+from decode_kernels import advance, append, cached_attention, embed, linear_step
 from decoding import (
     BudgetControl,
-    Chooser,
     DraftStats,
-    Repeated,
-    advance,
-    append,
-    cached_attention,
-    embed,
-    linear_step,
+    GraphedStep,
+    Sampler,
     to_host,
 )
 from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
@@ -626,13 +620,13 @@ class LocalLinear(KeyValueMixer, LocalLinearAttention):
         return torch.stack(out, dim=2)
 
 
-REMEMBERING = {"M": Mamba2, "*": Attention, "L": LocalLinear}  # an MLP and a mixture of experts (latent_moe.py) do not
+STATEFUL = {"M": Mamba2, "*": Attention, "L": LocalLinear}  # an MLP and a mixture of experts (latent_moe.py) do not
 
 
 def mixer_of(config, letter, index):
     """Returns the mixer for a letter."""
-    if letter in REMEMBERING:
-        return REMEMBERING[letter](config, index)
+    if letter in STATEFUL:
+        return STATEFUL[letter](config, index)
     return MoE(config.moe()) if letter == "E" else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
 
@@ -642,7 +636,7 @@ def mixer_of(config, letter, index):
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 CG_STEPS = 8  # that a solve of local linear attention is counted with: about what q and k with norms need at ridge 1
 # A batch is made smaller when half of its rows have stopped, if it has so many rows and, on a GPU, where a step has to
-# be recorded anew, has gone on for so many steps. Works that serve many calls do so already when a quarter has stopped.
+# be recorded anew, has gone on for so many steps. A session does so already when a quarter has.
 SMALLEST_CUT, CUT_AFTER = 32, 24
 ROOM = 1024  # tokens that `generate` makes room for at once, or as many as the prompt has
 
@@ -653,7 +647,7 @@ class Block(nn.Module):
     def __init__(self, config, letter, index):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer, self.remembers = mixer_of(config, letter, index), letter in REMEMBERING
+        self.mixer, self.remembers = mixer_of(config, letter, index), letter in STATEFUL
         self.dropout = config.hidden_dropout
 
     def forward(self, x, cache=None):
@@ -734,11 +728,11 @@ class MultiTokenPredictor(nn.Module):
         return last.final_layernorm(g)
 
 
-class Works:
+class DecodeSession:
     """What `generate` writes with: a fixed cache, the last token of each row, a step for each size of the batch.
 
     On a GPU a step is a CUDA graph, which takes a hundred steps' time to record and knows its tensors by their address.
-    So with the same Works, calls of one shape use the same tensors, and graphs recorded in the first serve the rest.
+    So in one session, calls of one shape use the same tensors, and graphs recorded in the first serve the rest.
     """
 
     def __init__(self):
@@ -797,7 +791,7 @@ class Works:
         """Reads the last token of each row, and draws the next."""
         if self.size not in self.repeated:
             me = weakref.proxy(self)  # or what is no longer used would wait for the garbage collector
-            self.repeated[self.size] = Repeated(
+            self.repeated[self.size] = GraphedStep(
                 lambda: me.choose_from(me.model.model(me.token[:, None], me.cache, normed=False), normed=False),
                 self.tokens.device, self.model.lm_head.weight.dtype, self.choose.generator,
             )  # fmt: skip
@@ -892,25 +886,25 @@ class Hybrid(nn.Module):
         """Returns (loss, metrics). ids, targets [B, T] int64; targets -100 are left out.
 
         The loss is the mean next-token cross-entropy in nats (metrics["loss"]); in training, mixtures of experts add
-        router_aux_loss_coef times their `sequence_balance_loss`, and multi-token prediction `loss_further_ahead`.
+        router_aux_loss_coef times their `sequence_balance_loss`, and multi-token prediction `mtp_loss`.
         """
         hidden = self.model(ids)  # [B, T, C]
         loss = self.cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
         metrics = {"loss": loss.detach()}
         if not self.training or not torch.is_grad_enabled():
             return loss, metrics
-        balance = self.take_balance_losses()
+        balance = self.pop_balance_losses()
         if self.mtp:
-            further, found = self.loss_further_ahead(ids, targets, hidden)
+            further, found = self.mtp_loss(ids, targets, hidden)
             loss, metrics = loss + self.config.mtp_loss_weight * further, metrics | found
-            balance = balance + self.take_balance_losses()
+            balance = balance + self.pop_balance_losses()
         return loss + self.config.router_aux_loss_coef * balance, metrics
 
-    def take_balance_losses(self):
+    def pop_balance_losses(self):
         """Returns the sum of the mixtures' balance losses since they were last taken."""
-        return sum(moe.take_balance_loss() for moe in self.mixtures())
+        return sum(moe.pop_balance_loss() for moe in self.moe_layers())
 
-    def loss_further_ahead(self, ids, targets, hidden):
+    def mtp_loss(self, ids, targets, hidden):
         """Returns (mean cross-entropy over the depths of multi-token prediction, metrics). hidden [B, T, C].
 
         Depth j predicts, at token t, token t + j + 1, and is given all tokens up to t + j. Metrics, for each depth: its
@@ -928,7 +922,7 @@ class Hybrid(nn.Module):
                 metrics[f"mtp{depth}_accuracy"] = right.sum() / (wanted[:512] != -100).sum().clamp(min=1)
         return sum(losses) / max(1, len(losses)), metrics
 
-    def mixtures(self):
+    def moe_layers(self):
         """Returns the MoE layers."""
         return [layer.mixer for layer in self.blocks() if isinstance(layer.mixer, MoE)]
 
@@ -939,7 +933,7 @@ class Hybrid(nn.Module):
         The part of a training step that has no gradient: to be called after the optimiser's. finite: bool or tensor,
         whether that step was made. Returns metrics: of `load_metrics` the worst layer's load_max, else the mean.
         """
-        mixtures, rate = self.mixtures(), self.config.router_bias_update_rate * finite
+        mixtures, rate = self.moe_layers(), self.config.router_bias_update_rate * finite
         if not mixtures:
             return {}
         if dist.is_available() and dist.is_initialized():
@@ -959,7 +953,7 @@ class Hybrid(nn.Module):
         mask bool [B, T-1] or None: positions that are not wanted are 0 in both, and cost no projection.
         """
         hidden = self.model(ids[:, :-1])  # [B, T-1, C]
-        self.take_balance_losses()  # nobody else will
+        self.pop_balance_losses()  # nobody else will
         targets = ids[:, 1:]
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
         found = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
@@ -1020,7 +1014,7 @@ class Hybrid(nn.Module):
         same (sampled: equally distributed), in fewer forwards; drafts: a DraftStats to count in. logprobs: a list to
         which the log-probability [B] of each step's tokens, as they were drawn, is added. prefill_size: tokens of the
         prompt to read at a time, which bounds the memory that takes; prompts that are alike are read once. works: a
-        Works, the same in calls that should share their memory and CUDA graphs, with one generator for all.
+        DecodeSession, the same in calls that should share their memory and CUDA graphs, with one generator for all.
 
         Raises ValueError for an empty prompt, a setting out of range, or drafts where there can be none.
         """
@@ -1055,14 +1049,14 @@ class Hybrid(nn.Module):
         else:
             ids = torch.stack([F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in ids])
         stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
-        choose = Chooser(temperature, top_k, top_p, generator)
+        choose = Sampler(temperature, top_k, top_p, generator)
         room = T + min(max_new_tokens, max(T, ROOM)) + 2 * (draft + 1)  # two steps: see _steps_with_drafts
         cut, keeps = [], works is not None
         if draft:
             drafts = DraftStats() if drafts is None else drafts
             steps = self._steps_with_drafts(ids, draft, choose, drafts, prefill_size, room)
         else:
-            works = Works() if works is None else works
+            works = DecodeSession() if works is None else works
             steps = self._steps(ids, pad, choose, budget, prefill_size, room, logprobs, cut, works, keeps)
         done, left = torch.zeros(len(ids), dtype=torch.bool, device=device), None
         rows, since = torch.arange(len(ids), device=device), 0  # in the works; steps since they became so few
@@ -1085,7 +1079,7 @@ class Hybrid(nn.Module):
 
         logprobs: None, or a list that their log-probabilities go to. cut: a list; when there is an int64 tensor in it,
         those of the rows that go on are all that still do, and the tokens of the others are -1 from then on.
-        works: a Works; keeps: whether it is to serve another call.
+        works: a DecodeSession; keeps: whether it is to serve another call.
         """
         B = len(ids)
         model = works.model_like(self) if keeps else self
@@ -1127,7 +1121,7 @@ class Hybrid(nn.Module):
     def _steps_with_drafts(self, ids, n, choose, stats, prefill_size, room):
         """Yields the next token [1], without end: several for each forward of the model, where its guesses are right.
 
-        A guess is kept with the probability that keeps the distribution (`Chooser.check`). What the model remembers of
+        A guess is kept with the probability that keeps the distribution (`Sampler.check`). What the model remembers of
         a wrong one has to be taken back: of keys and values by forgetting that they are there, of a Mamba layer by
         going back to the state after the last right one, since they were all kept.
         """
@@ -1169,7 +1163,7 @@ class Hybrid(nn.Module):
             return tokens, right
 
         step, length, before = (
-            Repeated(step, ids.device, self.lm_head.weight.dtype, choose.generator),
+            GraphedStep(step, ids.device, self.lm_head.weight.dtype, choose.generator),
             ids.shape[1],
             None,
         )
@@ -1214,7 +1208,7 @@ class Hybrid(nn.Module):
         overrides: config fields to change (chunk_size, hidden_dropout). Weights keep the dtype they were saved in.
         Raises FileNotFoundError or ValueError, saying which file is missing, damaged, quantised or does not fit.
         """
-        config = HybridConfig(**(config_fields(read_config(directory)) | overrides))
+        config = HybridConfig(**(config_fields(read_config(directory), HybridConfig) | overrides))
         weights = read_weights(directory, config.n_routed_experts)
         if not any(name.startswith("mtp.") for name in weights):
             config = replace(config, num_nextn_predict_layers=0)  # transformers leaves the predictor out when it saves
@@ -1234,215 +1228,10 @@ class Hybrid(nn.Module):
         if wrong:
             raise ValueError(f"{source} does not fit its config: {wrong[0]}, the first of {len(wrong)}")
         self.load_state_dict(tensors, assign=True)
-        for moe in self.mixtures():
+        for moe in self.moe_layers():
             moe.gate.reset_counts()  # not in the file
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight
-
-
-# ---- 5. files of a checkpoint -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path):
-    """Yields a temporary path beside `path` to write to; moves it there when the block ends without an exception.
-
-    Whoever opens `path`, at any moment and after any kill, finds the old file or the new one, never half of one.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())  # on the disk before it takes the name, or a power cut could leave it empty
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_config(directory):
-    """Returns the config.json of a checkpoint folder as a dict. Raises FileNotFoundError or ValueError."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {directory} is not a checkpoint folder")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    config = config if isinstance(config, dict) else {}
-    inner = [part for part in config.values() if isinstance(part, dict) and part.get("model_type") == "nemotron_h"]
-    if config.get("model_type") != "nemotron_h" and inner:
-        config = inner[0]  # the language model of a multimodal one
-    if config.get("model_type") != "nemotron_h":
-        raise ValueError(f"{path} has model_type={config.get('model_type')!r}; this file knows 'nemotron_h' only")
-    return config
-
-
-EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
-
-
-def to_disk_names(state_dict):
-    """Returns the weights as NVIDIA's releases name them: "backbone." for "model.", and one matrix per expert."""
-    tensors = {}
-    for name, tensor in state_dict.items():
-        name, tensor = name.replace("model.", "backbone.", 1), tensor.detach().cpu()
-        if name.endswith((".experts.up_proj", ".experts.down_proj")):
-            layer, matrix = name.rsplit(".", 1)
-            tensors |= {f"{layer}.{e}.{matrix}.weight": one.clone() for e, one in enumerate(tensor)}
-        else:
-            tensors[name] = tensor.contiguous().clone()
-    return tensors
-
-
-def checkpoint_tensors(directory):
-    """Yields (name, tensor) for every tensor of a checkpoint, in one file or several, one at a time."""
-    index = directory / "model.safetensors.index.json"
-    files = [directory / "model.safetensors"]
-    if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing; a checkpoint is config.json and model.safetensors, or its parts"
-            )
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file ({error}); copy it again") from None
-
-
-def read_weights(directory, n_experts):
-    """Returns the state_dict of a checkpoint in any spelling: the inverse of `to_disk_names`.
-
-    Each tensor goes to its place as it is read, so that there is never more in memory than the weights and one of them.
-    """
-    state_dict, missing = {}, {}
-    for name, tensor in checkpoint_tensors(Path(directory)):
-        if name.endswith("_scale") or tensor.dtype in (torch.uint8, torch.int8, torch.float8_e4m3fn):
-            raise ValueError(f"{directory} is quantised ({name} is {tensor.dtype}); take the BF16 release of the model")
-        name = name.removeprefix("language_model.").replace("backbone.", "model.", 1)
-        match = EXPERT.fullmatch(name)
-        if match and int(match[2]) < n_experts:
-            stack, expert = f"{match[1]}.{match[3]}", int(match[2])
-            if stack not in state_dict:
-                state_dict[stack], missing[stack] = tensor.new_empty(n_experts, *tensor.shape), set(range(n_experts))
-            expected = state_dict[stack][expert]
-            if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
-                raise ValueError(
-                    f"{directory}: {name} is {list(tensor.shape)}, other experts are {list(expected.shape)}"
-                )
-            expected.copy_(tensor)
-            missing[stack].discard(expert)
-        elif name.endswith("e_score_correction_bias"):
-            state_dict[name] = tensor.float()  # its steps are finer than 16 bits
-        else:
-            state_dict[name] = tensor
-    for stack, experts in missing.items():
-        if experts:
-            raise ValueError(f"{directory} lacks expert {min(experts)} of {stack}; a part of it is missing")
-    return state_dict
-
-
-# transformers 5 writes the layers as a list of words: its own, or those of newer releases
-LETTER_OF = dict(linear_attention="M", mamba="M", full_attention="*", attention="*", mlp="-", moe="E")
-OLD_NAMES = dict(attention_head_dim="head_dim", norm_eps="layer_norm_epsilon", rms_norm_eps="layer_norm_epsilon",
-                 mamba_proj_bias="use_bias")  # fmt: skip
-ALWAYS = dict(
-    mlp_hidden_act="relu2", mamba_hidden_act="silu", attention_bias=False
-)  # what this file builds, whatever else there could be
-
-
-def config_fields(config):
-    """Returns the part of a config.json dict that HybridConfig has fields for, in whichever of its spellings.
-
-    Raises ValueError for a model that this file does not build: quantised, other activations, a limit on dt.
-    """
-    for name, value in ALWAYS.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"config.json sets {name}={config[name]!r}; this file builds {value!r} only")
-    if config.get("quantization_config") or config.get("compression_config"):
-        raise ValueError("config.json describes quantised weights; take the BF16 release of the model")
-    low, high = config.get("time_step_limit") or (0.0, math.inf)
-    high = float(high["__float__"]) if isinstance(high, dict) else high  # transformers 5 writes infinity so
-    if low > 0 or high < math.inf:
-        raise ValueError(f"config.json limits dt to [{low}, {high}]; this file builds [0, inf), as released")
-    config = {OLD_NAMES[name]: value for name, value in config.items() if name in OLD_NAMES} | config
-    if "hybrid_override_pattern" not in config and "layers_block_type" in config:
-        pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["layers_block_type"])
-        config = config | {"hybrid_override_pattern": pattern}
-    if "mtp_hybrid_override_pattern" not in config and config.get("mtp_layers_block_type"):
-        pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["mtp_layers_block_type"])
-        config = config | {"mtp_hybrid_override_pattern": pattern}
-    return {f.name: config[f.name] for f in fields(HybridConfig) if f.name in config}
-
-
-# ---- 6. the training objective ------------------------------------------------------------------------------------
-
-
-class NextToken:
-    """Pre-training: predict each token of a text from those before it.
-
-    corpus: data.Corpus. Row r of the training data is the same whoever reads it: `world_size` processes with
-    batch_size rows each read between them what one process with all the rows would.
-    """
-
-    def __init__(self, corpus, context, batch_size, seed=0, rank=0, world_size=1):
-        self.corpus, self.context, self.batch_size = corpus, context, batch_size
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-
-    @property
-    def tokenizer(self):
-        """The tokenizer of the corpus."""
-        return self.corpus.tokenizer
-
-    def epochs(self, tokens):
-        """Returns how often a run of so many tokens reads its text."""
-        return tokens / self.corpus.n_train
-
-    def about(self):
-        """Returns a line about the data."""
-        n_val, tokenizer = len(self.corpus.val), self.tokenizer.name
-        return f"{self.corpus.name}, {self.corpus.n_train:,} + {n_val:,} tokens of {tokenizer}"
-
-    def batch(self, model, step):
-        """Returns {"ids", "targets"}, int64 [batch_size, context], of micro-step `step` on the model's device."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        block = self.corpus.batch(range(first, first + self.batch_size), self.context, self.seed)
-        return dict(zip(("ids", "targets"), to_device(model, *block)))
-
-    def loss(self, model, batch):
-        """Returns (loss in nats per token, metrics)."""
-        return model.loss(**batch)
-
-    @torch.no_grad()
-    def evaluate(self, model):
-        """Returns val_loss (nats per token) and val_bpb (bits per byte of text) over the validation text.
-
-        Windows do not overlap, so tokens at the start of one are predicted from little: a pessimistic figure.
-        """
-        length = torch.from_numpy(self.corpus.tokenizer.bytes_per_token)
-        nats = tokens = size = 0
-        for block in self.corpus.val_batches(self.context, self.batch_size):
-            ids, targets = to_device(model, *block)
-            scored = torch.from_numpy(block[1]) >= 0
-            loss, _ = model.loss(ids, targets)  # mean over the scored targets
-            nats += loss.item() * int(scored.sum())
-            tokens += int(scored.sum())
-            size += int(length[torch.from_numpy(block[1])[scored]].sum())
-        return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / size}
-
-    def baselines(self):
-        """Returns name -> bits per byte that general compressors need for the same validation text."""
-        return self.corpus.compressors()
-
-
-def to_device(model, *arrays):
-    """Returns numpy arrays as tensors on the device of the model. On a GPU the host does not wait for the copy."""
-    device, tensors = next(model.parameters()).device, [torch.from_numpy(a) for a in arrays]
-    if device.type == "cuda":
-        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return [t.to(device) for t in tensors]
 
 
 # ---- 7. python nano_hybrid.py: what a hybrid saves when it writes ---------------------------------------------------
@@ -1487,14 +1276,14 @@ def writing_speed(model, n_texts, length, n_tokens=32):
     """Returns (seconds a token takes, bytes of the cache) for n_texts at once, each after `length` random tokens."""
     device = model.lm_head.weight.device
     cache = random_cache(model, n_texts, length, length + n_tokens + 4)
-    token, choose = torch.zeros(n_texts, dtype=torch.int64, device=device), Chooser(temperature=0)
+    token, choose = torch.zeros(n_texts, dtype=torch.int64, device=device), Sampler(temperature=0)
 
     def step():
         hidden = model.model(token[:, None], cache, normed=False)
         token.copy_(choose(model._logits(hidden[:, -1], normed=False))[0])
 
     step, wait = (
-        Repeated(step, device, model.lm_head.weight.dtype),
+        GraphedStep(step, device, model.lm_head.weight.dtype),
         torch.cuda.synchronize if device.type == "cuda" else lambda: None,
     )
     for _ in range(4):
@@ -1765,7 +1554,7 @@ def autocast(device):
 
 def train_on_passkeys(config, study, seed, device):
     """Returns a Hybrid trained to answer texts of up to study.context tokens. The loss is that of the answer alone."""
-    from data import passkey_batch  # here: whoever copies this file for the model needs no data.py
+    from common.data import passkey_batch
 
     torch.manual_seed(seed)
     model, rng = Hybrid(config).to(device), np.random.default_rng(seed)
@@ -1792,7 +1581,7 @@ def passkey_accuracy(model, length, depth, study, seed):
 
     The digits before each are given: all right so is all right when written greedily.
     """
-    from data import passkey_batch
+    from common.data import passkey_batch
 
     rng, device, right = np.random.default_rng([seed, length]), model.lm_head.weight.device.type, 0
     ids, targets = map(torch.from_numpy, passkey_batch(rng, study.texts, length, depth))

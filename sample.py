@@ -21,11 +21,13 @@ from pathlib import Path
 
 import torch
 
-from cli import fail, parse, pick_device, pick_dtype
-from data import BLANK, THINK_END, ReleasedTokenizer, Tokenizer
+from common.checkpoints import read_config, replacing
+from common.cli import fail, parse, pick_device, pick_dtype
+from common.data import ReleasedTokenizer, Tokenizer
+from common.tasks import BLANK, THINK_END
 from decoding import DraftStats, ThinkingBudget
 from mdlm_dultra import MaskedDiffusionLM, decode, rule_of
-from nano_hybrid import Hybrid, read_config, replacing
+from nano_hybrid import Hybrid
 
 OUT = Path("out")
 NOT_OF_DIFFUSION = ("top_k", "top_p", "draft", "think")

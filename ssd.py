@@ -41,11 +41,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from kernels import (
-    Bench,
     at_least_float32,
     block_of,
     causal_conv1d,
-    check_and_time,
     conv_backward,
     conv_forward,
     document_of,
@@ -1069,61 +1067,7 @@ def mamba2_inner(
     return mamba2_inner_ref(projected, *weights, chunk_size, state, real, return_final_state, backend)
 
 
-# ---- 7. the claim, and the benchmark ---------------------------------------------------------------------------------
-
-
-def _ssd_inputs(randn, B, T, H, P, G, N):
-    dt = F.softplus(randn(B, T, H) - 2).float()
-    return [randn(B, T, H, P), dt, -torch.exp(randn(H)).float(), randn(B, T, G, N), randn(B, T, G, N), randn(H).float()]
-
-
-def _step_inputs(randn, B, H, P, G, N):
-    inputs = _ssd_inputs(randn, B, 1, H, P, G, N)
-    return [randn(B, H, P, N).float()] + [v[:, 0] if v.dim() > 1 else v for v in inputs]
-
-
-def _inner_inputs(randn, B, T, H, P, G, N):
-    di, conv_size = H * P, H * P + 2 * G * N
-    weights = [randn(conv_size, 4), randn(conv_size), randn(H) - 2, -torch.exp(randn(H)), randn(H), randn(di)]
-    return [randn(B, T, di + conv_size + H), *(w.float() for w in weights), G]
-
-
-def _steps_inputs(randn, B, T, H, P, G, N, every=False):
-    projected, conv_weight, conv_bias, dt_bias, A, D, _, G = _inner_inputs(randn, B, T, H, P, G, N)
-    states = [randn(B, H * P + 2 * G * N, 3), randn(B, H, P, N).float()]
-    return [projected, *states, conv_weight, conv_bias, dt_bias, torch.log(-A), D, G, every]
-
-
-def _ssd_cost(B, T, H, P, G, N, Q=128):
-    """Returns (bytes, FLOPs) of a forward at the least, in bf16; FLOPs of the chunked algorithm."""
-    return B * T * (4 * H * P + 4 * G * N + 4 * H), B * T * (Q * (N * G + P * H) + 4 * H * P * N)
-
-
-def _ssd_peers():
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    yield "mamba_ssm", lambda x, dt, A, Bmat, Cmat, D: mamba_chunk_scan_combined(x, dt, A, Bmat, Cmat, 128, D=D)
-
-
-BENCHES = [
-    Bench(
-        ssd, _ssd_inputs,
-        checks=[(2, 150, 4, 20, 2, 33), (1, 65, 6, 64, 2, 128), (1, 2200, 2, 16, 1, 16), (1, 70, 2, 8, 1, 64)],
-        timings=[(8, 4096, 64, 64, 8, 128), (16, 2048, 24, 64, 1, 128), (1, 65536, 24, 64, 8, 128)],
-        cost=_ssd_cost, peers=_ssd_peers,
-    ),
-    Bench(ssd_step, _step_inputs, checks=[(2, 4, 20, 2, 33)], has_backward=False),
-    Bench(
-        mamba2_steps, _steps_inputs,
-        checks=[(2, 1, 4, 20, 2, 33), (3, 2, 6, 40, 1, 16), (1, 5, 2, 8, 1, 8, True)],
-        timings=[(1, 1, 24, 64, 8, 128), (64, 1, 24, 64, 8, 128), (256, 1, 64, 64, 8, 128)],
-        cost=lambda B, T, H, P, G, N: (8 * B * H * P * N, 6 * B * T * H * P * N), has_backward=False,
-    ),
-    Bench(
-        mamba2_inner, _inner_inputs, checks=[(2, 70, 4, 16, 2, 32)], timings=[(64, 1024, 24, 64, 8, 128)],
-        cost=lambda B, T, H, P, G, N: (B * T * (6 * H * P + 4 * G * N), _ssd_cost(B, T, H, P, G, N)[1]),
-    ),
-]  # fmt: skip
+# ---- 7. the claim ----
 
 
 def _seconds(fn):
@@ -1156,7 +1100,8 @@ def demo():
 
     def inputs(T, N=N, dtype=dtype):
         randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-        x, dt, A, b, c, _ = _ssd_inputs(randn, 1, T, H, P, 1, N)
+        x, dt = randn(1, T, H, P), F.softplus(randn(1, T, H))
+        A, b, c = -torch.rand(H, generator=randn.keywords['generator']), randn(1, T, 1, N), randn(1, T, 1, N)
         return [v.to(device, v.dtype if v is dt or v is A else dtype) for v in (x, dt, A, b, c)]
 
     took = {name: {} for name in forms}
@@ -1219,6 +1164,6 @@ def _plot(took, row, machine):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["bench"]):
-        raise SystemExit("usage: python ssd.py [bench]")
-    check_and_time(BENCHES, "ssd") if sys.argv[1:] else demo()
+    if sys.argv[1:]:
+        raise SystemExit("usage: python ssd.py")
+    demo()

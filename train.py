@@ -33,7 +33,7 @@ log.jsonl has one row per step:
                   of reinforcement learning: tokens of answers (or demos) sampled, judged and learnt from
     mfu           model FLOPs utilisation: FLOPs it needs / time / the GPU's dense bf16 peak; text and known GPUs only
     skipped       steps left out so far because loss or gradient was not finite
-    mtp1_loss, mtp1_accuracy, ...            of multi-token prediction, by depth: see Hybrid.loss_further_ahead
+    mtp1_loss, mtp1_accuracy, ...            of multi-token prediction, by depth: see Hybrid.mtp_loss
     load_max, dead_experts, router_entropy   of mixtures of experts: see latent_moe.load_metrics
     train_reward, informative, entropy, ...  of reinforcement learning: see grpo.GRPO and grpo.policy_loss
     masked_loss, nfe, accuracy, coins, ...   of masked diffusion: see mdlm_dultra.mdlm_loss and mdlm_dultra.DUltra
@@ -68,12 +68,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from cli import fail, parse, pick_device, pick_dtype
-from data import Tokenizer, load_corpus
+from common.checkpoints import replacing
+from common.cli import fail, parse, pick_device, pick_dtype
+from common.data import Tokenizer, load_corpus
+from common.objectives import NextToken
 from grpo import GRPO, GRPOConfig
 from kernels import pick_backend
 from mdlm_dultra import DUltra, DUltraConfig, MaskedDiffusion
-from nano_hybrid import PRESETS, Hybrid, HybridConfig, NextToken, replacing
+from nano_hybrid import PRESETS, Hybrid, HybridConfig
 
 OUT = Path("out")
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
@@ -207,7 +209,7 @@ def set_up(argv):
     settings = settings_of(config, dict(zip(SETTINGS, rest)))
     objective = make_objective(config, given, settings, saved, rank, world_size)
     tokens = config.steps * config.batch_size * config.context * config.grad_accum * world_size
-    epochs = objective.epochs(tokens) if hasattr(objective, "epochs") else 0
+    epochs = objective.epochs(tokens) if isinstance(objective, NextToken) else 0
     held_back = REPEATED if epochs > MAX_FRESH_EPOCHS else FRESH
     if config.weight_decay is None:
         config.weight_decay = held_back["weight_decay"]
@@ -218,7 +220,8 @@ def set_up(argv):
         raise ValueError(f"--hidden_dropout: with --recipe={config.recipe} {why}; leave it 0")
 
     torch.manual_seed(config.seed)
-    model = getattr(objective, "build", Hybrid)(model_config).to(device)
+    built = objective.build(model_config) if hasattr(objective, "build") else None
+    model = (built or Hybrid(model_config)).to(device)
     if config.compile:
         model.compile()
     if world_size > 1:
@@ -243,7 +246,7 @@ def set_up(argv):
         restore(run, saved)
 
     parameters = f"{model.num_parameters() / 1e6:.2f}M parameters"
-    if model.mixtures():
+    if model.moe_layers():
         parameters += f" ({model.num_parameters(active=True) / 1e6:.2f}M active)"
     run.say(f"run: {directory}, {'resumed at' if saved else 'from'} step {run.step} of {config.steps}")
     run.say(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from cli import fail, parse, pick_device, pick_dtype
+from common.cli import fail, parse, pick_device, pick_dtype
 
 
 @dataclass

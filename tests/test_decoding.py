@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import decoding
+import decode_kernels
 import kernels
-from decoding import BudgetControl, Chooser, ThinkingBudget, accept, draw, linear_step, token_probs
+from decode_kernels import linear_step
+from decoding import BudgetControl, Sampler, ThinkingBudget, accept, draw, token_probs
 
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(decoding.triton is None, reason="no triton"))]
+NO_TRITON = pytest.mark.skipif(decode_kernels.triton is None, reason="no triton")
+BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -38,7 +40,7 @@ def test_sampling_follows_the_distribution_that_was_asked_for():
 
 def test_greedy_choices_need_no_probabilities():
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
-    token, probs = Chooser(temperature=0)(logits)
+    token, probs = Sampler(temperature=0)(logits)
     assert probs is None and torch.equal(token, logits.argmax(-1))
 
 
@@ -48,8 +50,8 @@ def test_the_first_of_the_largest(V, backend, monkeypatch):
     monkeypatch.setattr(kernels, "BACKEND", backend)
     x = torch.randint(3, (2, V), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
     expected = [row.index(max(row)) for row in x.tolist()]
-    assert decoding.argmax(x).tolist() == expected
-    assert decoding.argmax(torch.full((1, V), -torch.inf, device=DEVICE)).tolist() == [0]
+    assert decode_kernels.argmax(x).tolist() == expected
+    assert decode_kernels.argmax(torch.full((1, V), -torch.inf, device=DEVICE)).tolist() == [0]
 
 
 @pytest.mark.parametrize("right", [0, 1, 2])
@@ -57,7 +59,7 @@ def test_greedy_guesses_are_right_up_to_the_first_that_is_not(right):
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
     guesses = logits.argmax(-1)[:2].clone()
     guesses[right:] += 1
-    kept, token = Chooser(temperature=0).check(logits, guesses % 9, [None, None])
+    kept, token = Sampler(temperature=0).check(logits, guesses % 9, [None, None])
     assert kept == right and token == logits[right].argmax()
 
 
@@ -123,7 +125,7 @@ def test_a_step_without_extras_is_a_product(backend):
     assert torch.allclose(linear_step(x, weight, backend=backend), x @ weight.T, atol=1e-5)
 
 
-@pytest.mark.skipif(decoding.triton is None, reason="no triton")
+@pytest.mark.skipif(decode_kernels.triton is None, reason="no triton")
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_others():
     x, weight, norm, residual = rand(3, 24), rand(9, 24, seed=1), rand(24, seed=2), rand(3, 9, seed=3)
@@ -134,7 +136,7 @@ def test_a_row_does_not_depend_on_the_others():
     assert torch.equal(whole, torch.cat(rows))
 
 
-@pytest.mark.parametrize("rows", [0, 1, decoding.FEW, decoding.FEW + 1])
+@pytest.mark.parametrize("rows", [0, 1, decode_kernels.FEW, decode_kernels.FEW + 1])
 @torch.no_grad()
 def test_any_number_of_rows(rows):
     x, weight = rand(rows, 48)[:, ::2], rand(9, 24, seed=1)  # a view with gaps
@@ -162,7 +164,7 @@ def test_new_keys_and_values_go_behind_the_old(backend):
     caches, (k, v) = [rand(2, 3, 9, 5), rand(2, 3, 9, 5, seed=1)], (rand(2, 2, 15, seed=s) for s in (2, 3))
     k, v = (t.view(2, 2, 3, 5).transpose(1, 2) for t in (k, v))  # [B, Hkv, T, D], as a projection leaves them
     expected = [torch.cat([c[:, :, :4], new, c[:, :, 6:]], dim=2) for c, new in zip(caches, (k, v))]
-    decoding.append(*caches, k, v, torch.tensor(4, device=DEVICE), backend=backend)
+    decode_kernels.append(*caches, k, v, torch.tensor(4, device=DEVICE), backend=backend)
     assert all(torch.equal(got, wanted) for got, wanted in zip(caches, expected))
 
 
@@ -173,10 +175,11 @@ def test_what_is_not_a_number_stays_so(backend):
     assert linear_step(x, weight, relu2=True, backend=backend).isnan().all()
 
 
-@pytest.mark.skipif(decoding.triton is None, reason="no triton")
+@pytest.mark.skipif(decode_kernels.triton is None, reason="no triton")
 def test_what_does_not_fit_the_room_is_left_out():
     caches, k = [torch.zeros(1, 2, 4, 5, device=DEVICE) for _ in range(2)], rand(1, 2, 3, 5)
-    decoding.append(*(c[:, :1] for c in caches), k[:, :1], k[:, :1], torch.tensor(2, device=DEVICE), backend="triton")
+    position = torch.tensor(2, device=DEVICE)
+    decode_kernels.append(*(c[:, :1] for c in caches), k[:, :1], k[:, :1], position, backend="triton")
     for cache in caches:
         assert torch.equal(cache[:, :1, 2:], k[:, :1, :2]) and not cache[:, 1].any()
 
@@ -187,17 +190,17 @@ def test_attention_on_a_cache_is_causal_attention(backend):
     whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     caches = [F.pad(t[:, :, :4], (0, 0, 0, 8), value=1e4) for t in (k, v)]  # where it is not filled, it would show
     position = torch.tensor(4, device=DEVICE)
-    got = decoding.cached_attention(*(t[:, :, 4:] for t in (q, k, v)), *caches, position, backend=backend)
+    got = decode_kernels.cached_attention(*(t[:, :, 4:] for t in (q, k, v)), *caches, position, backend=backend)
     assert torch.allclose(got, whole[:, :, 4:], atol=1e-5)
     assert all(torch.equal(cache[:, :, :7], t) and (cache[:, :, 7:] == 1e4).all() for cache, t in zip(caches, (k, v)))
 
 
-@pytest.mark.skipif(decoding.triton is None, reason="no triton")
+@pytest.mark.skipif(decode_kernels.triton is None, reason="no triton")
 def test_keys_that_do_not_fit_the_room_are_left_out():
     k = rand(1, 1, 3, 5)
     caches = [torch.zeros(1, 2, 4, 5, device=DEVICE) for _ in range(2)]
     position = torch.tensor(2, device=DEVICE)
-    decoding.cached_attention(k, k, k, *(c[:, :1] for c in caches), position, backend="triton")
+    decode_kernels.cached_attention(k, k, k, *(c[:, :1] for c in caches), position, backend="triton")
     assert all(torch.equal(c[:, :1, 2:], k[:, :, :2]) and not c[:, 1].any() for c in caches)
 
 
@@ -215,8 +218,8 @@ def test_the_end_of_a_step(backend, monkeypatch):
     position = torch.tensor(4, device=DEVICE)
     news = [rand(2, 700, 3, seed=s) for s in range(3)]
     olds = [torch.zeros_like(new) for new in news]
-    decoding.advance(position, 2, olds, news)
-    decoding.advance(position, 1)
+    decode_kernels.advance(position, 2, olds, news)
+    decode_kernels.advance(position, 1)
     assert position == 7 and all(torch.equal(*pair) for pair in zip(olds, news))
     ids, weight = torch.tensor([[3, 0], [1, 1]], device=DEVICE), rand(5, 6)
-    assert torch.equal(decoding.embed(ids, weight), weight[ids])
+    assert torch.equal(decode_kernels.embed(ids, weight), weight[ids])

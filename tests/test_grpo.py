@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import grpo
+from common.data import Tokenizer
+from common.tasks import THINK_END, environment, is_held_out
 from conftest import scramble
-from data import THINK_END, Tokenizer, environment, is_held_out
 from nano_hybrid import Hybrid, HybridConfig
 
 
@@ -775,7 +776,7 @@ def test_a_verifier_that_raises_costs_its_answer_and_not_the_run(monkeypatch):
 def test_an_answer_that_has_not_ended_is_worth_nothing():
     task = environment("sort:2").sample(np.random.default_rng(0))
     nothing, finished = torch.zeros(2, 1), torch.tensor([True, False])
-    answers = grpo.Answers(nothing, nothing, nothing, [task.demo, task.demo], finished)
+    answers = grpo.Answers(nothing, nothing, nothing, [task.demonstration, task.demonstration], finished)
     assert grpo.judged_answers([task, task], answers) == [(1.0, None), (0.0, None)]
 
 
@@ -1181,7 +1182,7 @@ def test_low_effort_marks_prompts_that_think():
     run, marked = think_on(400, low_effort=1.0)
     assert [task.prompt for task in marked[::2]] == ["~" + task.prompt for task in plain[::2]]
     assert [task.prompt for task in marked[1::2]] == [task.prompt for task in plain[1::2]]
-    assert all(a.demo == b.demo and a.check("5") == b.check("5") for a, b in zip(marked, plain))
+    assert all(a.demonstration == b.demonstration and a.check("5") == b.check("5") for a, b in zip(marked, plain))
     assert not any(task.prompt.startswith("~") for task in run.tasks(0, 40, held_out=True))
     _, some = think_on(400, low_effort=0.25)
     assert 30 < sum(task.prompt.startswith("~") for task in some[::2]) < 70
@@ -1219,7 +1220,7 @@ def demos_of(run, tasks):
 
 def test_a_demo_is_shown_whole():
     run, tasks = think_on(20)
-    assert demos_of(run, tasks) == [(task.prompt, task.demo, task.demo) for task in tasks]
+    assert demos_of(run, tasks) == [(task.prompt, task.demonstration, task.demonstration) for task in tasks]
 
 
 @pytest.mark.parametrize("settings, mark", [(dict(cut_thoughts=1.0), ""), (dict(low_effort=1.0), "~")])
@@ -1228,9 +1229,9 @@ def test_thoughts_are_cut_at_whole_lines_and_only_low_effort_learns_to_close_the
     kept = []
     for task, (prompt, written, shown) in zip(tasks, demos_of(run, tasks)):
         if not task.thinks:
-            assert (prompt, written, shown) == (task.prompt, task.demo, task.demo)
+            assert (prompt, written, shown) == (task.prompt, task.demonstration, task.demonstration)
             continue
-        thought, _, answer = task.demo.rpartition("</think>")
+        thought, _, answer = task.demonstration.rpartition("</think>")
         left = written.removesuffix("</think>" + answer)
         kept.append(left.count("\n"))
         assert prompt == task.prompt and prompt.startswith(mark) and thought.startswith(left) and left != thought
@@ -1241,7 +1242,7 @@ def test_thoughts_are_cut_at_whole_lines_and_only_low_effort_learns_to_close_the
 
 def test_the_demos_of_another_step_are_cut_elsewhere(monkeypatch):
     run, tasks = think_on(16, envs="chain:3", cut_thoughts=1.0)
-    monkeypatch.setattr(run, "tasks", lambda step, n: [replace(tasks[0], demo="</think>5"), *tasks[1:]])
+    monkeypatch.setattr(run, "tasks", lambda step, n: [replace(tasks[0], demonstration="</think>5"), *tasks[1:]])
     cuts = [run.batch(small_model(), step)["targets"] for step in (0, 0, 1)]  # a thought without lines stays empty
     assert torch.equal(cuts[0], cuts[1]) and cuts[0].tolist() != cuts[2].tolist()
 
@@ -1249,7 +1250,7 @@ def test_the_demos_of_another_step_are_cut_elsewhere(monkeypatch):
 def test_demos_without_thoughts_are_answers_alone():
     run, tasks = think_on(20, no_thoughts=1.0)
     for task, found in zip(tasks, demos_of(run, tasks)):
-        answer = task.demo.rpartition("</think>")[2]
+        answer = task.demonstration.rpartition("</think>")[2]
         prompt = task.prompt.replace("<think>\n", "<think></think>")
         assert found == (prompt, answer, answer)
 
@@ -1260,7 +1261,7 @@ def test_shares_of_demos_are_cut_and_not_thought():
     silent = sum(prompt.endswith("</think>") for prompt, _, _ in found)
     cut = sum("........" in shown for _, _, shown in found)
     assert 70 < cut < 130 and 160 < silent < 240
-    assert all(task.demo == shown for task, (_, written, shown) in zip(tasks, found) if written.count("\n") == 3)
+    assert all(task.demonstration == shown for task, (_, written, shown) in zip(tasks, found) if written.count("\n") == 3)  # noqa: E501
 
 
 # ---- policies beside the one in training
@@ -1436,7 +1437,7 @@ def test_parts_of_different_width_are_joined():
 
 def test_calls_that_share_their_works_answer_as_calls_that_do_not():
     """Also after other weights, other prompts, a cut of the batch, and a call that needs more room."""
-    model, tokenizer, works, generator = writer(), Tokenizer("bytes"), grpo.Works(), torch.Generator()
+    model, tokenizer, works, generator = writer(), Tokenizer("bytes"), grpo.DecodeSession(), torch.Generator()
     calls = [(["s1="] * 30 + ["c3,5>8="] * 40, 9), (["s3141592="] * 70, 9), (["c3,5>8=", "s1="] * 35, 60)]
     for seed, (prompts, longest) in enumerate(calls):
         change(model, seed)
@@ -1449,7 +1450,7 @@ def test_calls_that_share_their_works_answer_as_calls_that_do_not():
 
 
 def test_works_under_autocast_have_the_weights_of_now_in_16_bits():
-    model, tokenizer, works = writer(), Tokenizer("bytes"), grpo.Works()
+    model, tokenizer, works = writer(), Tokenizer("bytes"), grpo.DecodeSession()
     for seed in (0, 1):
         change(model, seed)
         with torch.autocast("cpu", torch.bfloat16):
@@ -1474,7 +1475,7 @@ def test_alike_prompts_are_read_once():
 
 def test_focus_gives_prompts_to_what_still_teaches(monkeypatch):
     """sort is always solved, so of 64 prompts countdown gets its own eighth and nearly all of what is free."""
-    right = lambda tasks, answers: [(float(t.env == "sort:3" or i % 2), None) for i, t in enumerate(tasks)]  # noqa: E731
+    right = lambda tasks, answers: [(float(t.env == "sort:3" or i % 2), None) for i, t in enumerate(tasks)]  # noqa: E731  # noqa: E501
     monkeypatch.setattr(grpo, "judged_answers", right)
     model, run = writer(), objective(256, focus=0.75, warm_start=0)
     shares = []

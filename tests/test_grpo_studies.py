@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import grpo
-import grpo_studies as studies
-from data import THINK_END, environment
+from common.tasks import THINK_END, environment
+from experiments import grpo as studies
 
 
 @pytest.fixture
@@ -40,15 +40,15 @@ def test_rewards_have_prompts_that_the_demos_had_not():
 def test_wordy_demos_are_right_and_say_some_lines_twice():
     env, rng = environment("wordy"), np.random.default_rng(0)
     tasks = [env.sample(rng) for _ in range(200)]
-    lines = [task.demo.partition(THINK_END)[0].splitlines() for task in tasks]
-    assert all(task.verify(task.demo) == 1 and len(task.demo) < env.max_new_tokens for task in tasks)
+    lines = [task.demonstration.partition(THINK_END)[0].splitlines() for task in tasks]
+    assert all(task.verify(task.demonstration) == 1 and len(task.demonstration) < env.max_new_tokens for task in tasks)
     assert 5.5 < np.mean([len(thought) for thought in lines]) < 6.5 and {len(set(x)) for x in lines} <= {2, 3, 4}
 
 
 def test_sorts_of_any_size_are_of_every_size():
     env, rng = environment("sort-any"), np.random.default_rng(0)
     tasks = [env.sample(rng) for _ in range(300)]
-    assert {len(task.demo) for task in tasks} == set(range(4, 17)) and all(task.verify(task.demo) for task in tasks)
+    assert {len(task.demonstration) for task in tasks} == set(range(4, 17)) and all(task.verify(task.demonstration) for task in tasks)  # noqa: E501
 
 
 def test_tables_and_the_picture(tmp_path, capsys, monkeypatch):

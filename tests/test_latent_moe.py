@@ -212,14 +212,14 @@ def test_the_entropy_is_that_of_all_tokens_counted():
 def test_a_balance_loss_is_taken_once_and_then_the_layer_can_be_copied():
     layer = build(SMALL)
     layer(draw(2, 5, 24))
-    assert layer.take_balance_loss().requires_grad and layer.take_balance_loss() == 0.0
+    assert layer.pop_balance_loss().requires_grad and layer.pop_balance_loss() == 0.0
     copy.deepcopy(layer)
 
 
 @pytest.mark.parametrize("shape", [(4, 24), (0, 5, 24), (2, 0, 24)])
 def test_training_on_tokens_in_any_shape(shape):
     layer = build(SMALL)
-    assert layer(draw(*shape)).shape == shape and layer.take_balance_loss().isfinite()
+    assert layer(draw(*shape)).shape == shape and layer.pop_balance_loss().isfinite()
 
 
 # ---- precision ----

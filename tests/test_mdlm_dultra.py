@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import mdlm_dultra
-from data import BLANK, FILL_INS, Tokenizer, environment, sample_task, sudoku_grids
+from common.data import Tokenizer
+from common.tasks import BLANK, FILL_INS, environment, sample_task, sudoku_grids
 from grpo import advantages
 from mdlm_dultra import (
     DUltra,
@@ -576,14 +577,14 @@ def test_canvas_of_a_task_and_back():
     tasks = [sample_task(sudoku, rng) for _ in range(4)]
     canvas = canvas_of(tasks, tokenizer, 319, sudoku.max_new_tokens)
     assert canvas.ids.shape == (4, 16) and canvas.keys is None and (canvas.maskable(319).sum(1) == 11).all()
-    assert completions(tasks, canvas.solved, tokenizer, 16) == [task.demo for task in tasks]
-    assert all(task.verify(task.demo) == 1 and task.template.count(BLANK) == 11 for task in tasks)
-    wrong = tasks[0].demo[::-1] if tasks[0].demo[0] != tasks[0].demo[-1] else tasks[0].demo[1:] + tasks[0].demo[0]
+    assert completions(tasks, canvas.solved, tokenizer, 16) == [task.demonstration for task in tasks]
+    assert all(task.verify(task.demonstration) == 1 and task.template.count(BLANK) == 11 for task in tasks)
+    wrong = tasks[0].demonstration[::-1] if tasks[0].demonstration[0] != tasks[0].demonstration[-1] else tasks[0].demonstration[1:] + tasks[0].demonstration[0]  # noqa: E501
     assert tasks[0].verify(wrong[:-1]) == 0
     tasks = [sample_task(env, rng) for env in (add, environment("add:3"), add)]
     canvas = canvas_of(tasks, tokenizer, 319, 12)
     assert canvas.keys is not None and canvas.keys.sum(1).tolist() == [len(t.prompt) + 12 for t in tasks]
-    assert completions(tasks, canvas.solved, tokenizer, 12) == [task.demo for task in tasks]
+    assert completions(tasks, canvas.solved, tokenizer, 12) == [task.demonstration for task in tasks]
     assert ((canvas.ids == 319).sum(1) == 12).all()
 
 
@@ -591,7 +592,7 @@ def test_progressions_are_worth_their_right_groups():
     task = environment("progressions:2", FILL_INS).sample(np.random.default_rng(0))
     steps = [int(d) for d in task.template[::4]]
     good = "".join(f"{s}7{(7 + s) % 10}{(7 + 2 * s) % 10}" for s in steps)
-    assert task.template == f"{steps[0]}___{steps[1]}___" and task.verify(good) == 1 and task.verify(task.demo) == 1
+    assert task.template == f"{steps[0]}___{steps[1]}___" and task.verify(good) == 1 and task.verify(task.demonstration) == 1  # noqa: E501
     assert task.verify(good[:7] + str((int(good[7]) + 1) % 10)) == 0.5
     other = str((steps[0] + 1) % 10)
     assert task.verify(good[:7]) == 0 and task.verify("abcdefgh") == 0 and task.verify(other + good[1:]) == 0
@@ -688,7 +689,7 @@ def test_loss_is_the_formula():
 
 def test_tokens_that_are_no_text_are_not_free():
     tokenizer, task = Tokenizer("bytes"), environment("add:2").sample(np.random.default_rng(0))
-    good = tokenizer.encode(task.demo)
+    good = tokenizer.encode(task.demonstration)
     for extra, worth in ((256, 1), (300, 0)):  # an end of text; an id beyond the tokenizer's
         row = torch.tensor([[*good, extra] + [256] * (11 - len(good))])
         assert task.verify(completions([task], row, tokenizer, 12)[0]) == worth
@@ -706,7 +707,7 @@ def test_experts_stay_balanced():
     model = tiny(scale=1, **experts, moe_shared_expert_intermediate_size=8, router_aux_loss_coef=10.0).train()
     ids = torch.randint(7, (4, 9), generator=torch.Generator().manual_seed(0))
     loss, metrics = model.loss(ids, generator=torch.Generator().manual_seed(0))
-    assert loss - metrics["loss"] > 1 and model.take_balance_losses() == 0
+    assert loss - metrics["loss"] > 1 and model.pop_balance_losses() == 0
     loss, metrics = model.eval().loss(ids, generator=torch.Generator().manual_seed(0))
     assert loss == metrics["loss"]
 
@@ -751,7 +752,7 @@ def test_teacher_scores_completions(tmp_path):
     solved = found.canvas(model, tasks).solved
     logprob = found.teacher_logprob(tasks, solved)
     for task, value in zip(tasks, logprob.tolist()):
-        ids = torch.tensor([[256, *task.prompt.encode(), *task.demo.encode(), 256]])
+        ids = torch.tensor([[256, *task.prompt.encode(), *task.demonstration.encode(), 256]])
         logp = found.teacher(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
         assert value == pytest.approx(logp[len(task.prompt) :].mean().item(), abs=1e-4)
     loss, _ = found.loss(model, found.batch(model, 2))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from common.data import PASSKEY_VOCAB
 from conftest import TINY, scramble
-from data import PASSKEY_VOCAB
 from decoding import DraftStats, ThinkingBudget
 from nano_hybrid import (
     CG_STEPS,
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_transformers_opens_here(tmp_path):
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_mixture_of_experts_is_that_of_transformers(kind, tmp_path):
     model = build(**MIXTURES[kind])
-    for moe in model.mixtures():
+    for moe in model.moe_layers():
         moe.gate.e_score_correction_bias.uniform_(-0.2, 0.2)
     theirs = oracle(model, tmp_path / "ours")
     ids = draw_ids(2, 11)
@@ -142,7 +142,7 @@ def test_a_release_opens(tmp_path):
     spell_as_a_release(tmp_path)
     again = Hybrid.from_pretrained(tmp_path)
     assert again.lm_head.weight.dtype == torch.bfloat16  # as saved
-    assert all(moe.gate.e_score_correction_bias.dtype == torch.float32 for moe in again.mixtures())
+    assert all(moe.gate.e_score_correction_bias.dtype == torch.float32 for moe in again.moe_layers())
     assert torch.equal(again.float().eval()(draw_ids(1, 9)), model(draw_ids(1, 9)))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     (tmp_path / index["language_model.lm_head.weight"]).unlink()
@@ -212,11 +212,11 @@ def test_the_loss_of_mixtures_has_their_balance_and_their_routers_move():
     model, ids = build(**MOE, router_aux_loss_coef=0.5, router_bias_update_rate=0.1), draw_ids(2, 20)
     plain, _ = model.loss(ids[:, :-1], ids[:, 1:])
     model.train().model(ids[:, :-1])
-    balance = model.take_balance_losses().item()
+    balance = model.pop_balance_losses().item()
     loss, metrics = model.loss(ids[:, :-1], ids[:, 1:])
     assert loss.item() == pytest.approx(plain.item() + 0.5 * balance, rel=1e-5)
     assert metrics["loss"].item() == pytest.approx(plain.item(), rel=1e-5)
-    gates = [moe.gate for moe in model.mixtures()]
+    gates = [moe.gate for moe in model.moe_layers()]
     busiest = [gate.counts.argmax() for gate in gates]
     found = model.balance_routers(torch.tensor(False))  # a step that was left out
     assert found["load_max"] >= 1 and 0 <= found["dead_experts"] < 1 and 0 < found["router_entropy"] <= 1

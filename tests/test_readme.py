@@ -9,7 +9,7 @@ import pytest
 
 import sample
 import train
-from cli import parse
+from common.cli import parse
 from conftest import ROOT
 from nano_hybrid import HybridConfig
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 import grpo
 import train
+from common.objectives import NextToken
 from conftest import ROOT
 from grpo import GRPO
 from mdlm_dultra import DUltra, MaskedDiffusion, MaskedDiffusionLM
-from nano_hybrid import Hybrid, NextToken
+from nano_hybrid import Hybrid
 
 MODEL = (
     "--hidden_size=32 --intermediate_size=48 --mamba_num_heads=2 --mamba_head_dim=16 --ssm_state_size=16 "

@@ -7,9 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import decoding
+import decode_kernels
 import kernels
 import ssd
+from benchmarks import decode_kernels as bench_decode
+from benchmarks import harness
+from benchmarks import kernels as bench_kernels
+from benchmarks import ssd as bench_ssd
 from conftest import TINY, scramble
 from nano_hybrid import Hybrid, HybridConfig
 
@@ -35,8 +39,8 @@ def draw(*shape, seed=0):
 def compare(op, inputs, dtypes, low, **options):
     """Asserts that every output, state and gradient of op is as exact as kernels.py promises."""
     inputs = [t.to(DEVICE, t.dtype if d == low else d) if torch.is_tensor(t) else t for t, d in zip(inputs, dtypes)]
-    for k, (error, reference) in enumerate(kernels.errors(op, inputs, low, **options)):
-        assert error <= kernels.allowed_error(reference, low), (k, error, reference)
+    for k, (error, reference) in enumerate(harness.errors(op, inputs, low, **options)):
+        assert error <= harness.allowed_error(reference, low), (k, error, reference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,7 +126,7 @@ def test_long_texts_are_cut_into_segments():
 
 
 def bench(op):
-    return next(b for b in kernels.BENCHES + ssd.BENCHES + decoding.BENCHES if b.op is op)
+    return next(b for b in bench_kernels.BENCHES + bench_ssd.BENCHES + bench_decode.BENCHES if b.op is op)
 
 
 def compare_bench(op, sizes, dtype, **options):
@@ -183,7 +187,7 @@ def test_states_after_every_token_are_those_of_shorter_texts(backend):
 @pytest.mark.parametrize("sizes", [(2, 6, 2, 3, 70, 40, 90), (3, 4, 4, 1, 700, 64), (1, 8, 1, 5, 9, 16)], ids=str)
 def test_attention_on_a_cache(sizes, dtype):
     with torch.no_grad():
-        compare_bench(decoding.cached_attention, sizes, dtype)
+        compare_bench(decode_kernels.cached_attention, sizes, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -192,7 +196,7 @@ def test_attention_on_a_cache(sizes, dtype):
 )
 def test_products_of_a_few_rows(sizes, dtype):
     with torch.no_grad():
-        compare_bench(decoding.linear_step, sizes, dtype)
+        compare_bench(decode_kernels.linear_step, sizes, dtype)
 
 
 def test_a_model_in_triton_writes_what_it_writes_in_torch(monkeypatch):
@@ -252,14 +256,14 @@ def test_linear_cross_entropy_in_blocks_with_ignored_rows(reduction, monkeypatch
     monkeypatch.setattr(kernels, "WORKSPACE", 4 * 7 * 301)  # blocks of seven rows
     h, w, targets = kernels.projection_inputs(kernels.normal(DEVICE), 23, 8, 301)
     targets[::5] = -100
-    pairs = kernels.errors(kernels.linear_cross_entropy, [h, w, targets], torch.float32, reduction=reduction)
-    assert all(error <= kernels.allowed_error(reference, torch.float32) for error, reference in pairs)
+    pairs = harness.errors(kernels.linear_cross_entropy, [h, w, targets], torch.float32, reduction=reduction)
+    assert all(error <= harness.allowed_error(reference, torch.float32) for error, reference in pairs)
 
 
 def test_logprob_with_temperature():
     inputs = kernels.projection_inputs(kernels.normal(DEVICE), 9, 8, 40)
-    pairs = kernels.errors(kernels.linear_logprob, inputs, torch.float32, temperature=0.7)
-    assert all(error <= kernels.allowed_error(reference, torch.float32) for error, reference in pairs)
+    pairs = harness.errors(kernels.linear_logprob, inputs, torch.float32, temperature=0.7)
+    assert all(error <= harness.allowed_error(reference, torch.float32) for error, reference in pairs)
 
 
 def test_the_projection_under_autocast_keeps_float32_gradients():

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
-from data import THINK_END, Chain, Sort, Tokenizer
+from common import tasks
+from common.data import Tokenizer
+from common.tasks import THINK_END, Chain, Sort
 from decoding import ThinkingBudget
 from grpo import GRPO, GRPOConfig, judged_answers, learn, sample_answers
 from nano_hybrid import PRESETS, Hybrid
@@ -128,12 +129,12 @@ class WordyChain(Chain):
     def sample(self, rng):
         """Returns a Task."""
         task = super().sample(rng)
-        thought, answer = task.parts(task.demo)
+        thought, answer = task.parts(task.demonstration)
         lines = "".join(line * int(rng.integers(1, 3)) for line in thought.splitlines(keepends=True))
-        return replace(task, demo=lines + THINK_END + answer)
+        return replace(task, demonstration=lines + THINK_END + answer)
 
 
-data.ENVIRONMENTS |= {env.name: env for env in (SortOfAnySize, WordyChain)}  # as yours would be added
+tasks.ENVIRONMENTS |= {env.name: env for env in (SortOfAnySize, WordyChain)}  # as yours would be added
 
 TOGETHER = ("sort:8", "countdown", "brackets", "chain:3")
 

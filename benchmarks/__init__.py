@@ -1,0 +1,1 @@
+"""Timings beside peers, and their records: python -m benchmarks.ssd."""

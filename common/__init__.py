@@ -1,0 +1,1 @@
+"""What serves every paper file: flags, data, tasks, objectives, checkpoints, logs."""

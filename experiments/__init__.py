@@ -1,0 +1,1 @@
+"""The papers' claims at length: python -m experiments.lla."""
