@@ -82,7 +82,7 @@ def accept(p, q, drafts, generator=None):
 
     p [n+1, V]: the model's probabilities after 0, 1, ... n of the drafts [n]; q [n, V]: those each was drawn by. A
     draft token is accepted with probability min(1, p / q); in place of the first that is rejected, a token is drawn
-    from max(0, p - q), the part of p that acceptance does not cover. Source: Leviathan et al., arXiv:2211.17192, Alg. 1.
+    from max(0, p - q), the part of p that acceptance does not cover. Source: Leviathan et al., Alg. 1.
     """
     at = torch.arange(len(drafts), device=p.device)
     keep = torch.rand(len(drafts), generator=generator, device=p.device) * q[at, drafts] < p[at, drafts]

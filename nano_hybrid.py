@@ -30,7 +30,7 @@ Symbols  code               paper  meaning
          A_log              A      A = -exp(A_log) < 0, how fast a head forgets
          dt_bias            delta  dt = softplus(dt + dt_bias), how strongly a token writes
 Limits   One chunk is the recurrence; a prompt in pieces is the prompt at once; half a run plus a resume is the run:
-         see tests/test_kernels.py, tests/test_nano_hybrid.py and tests/test_train.py.
+         tests/test_nano_hybrid.py, tests/test_train.py.
 Differs  From `transformers` 5: dt is not clamped below at time_step_min (neither NVIDIA's training code nor the
          published time_step_limit of [0, inf) does that), and A starts uniform in [1, 16] as in Megatron-LM, not 1..H.
          From Megatron-LM: a LatentMoE's experts start as wide as their own input asks, and only its last projection is
@@ -39,8 +39,7 @@ Differs  From `transformers` 5: dt is not clamped below at time_step_min (neithe
 Files    nano_hybrid.py + ssd.py + lla.py + latent_moe.py + kernels.py + common/: 0 lines in all
 
 Read     Mamba2 in ssd.py, then sections 3 and 4 here. `generate` is plain; decoding.py yields the same tokens fast.
-         `python nano_hybrid.py` shows the claim; `python -m experiments.nano_hybrid` and `python -m
-         benchmarks.nano_hybrid` at length.
+         `python nano_hybrid.py` shows the claim; `python -m experiments.nano_hybrid` at length.
 """
 
 import math
@@ -53,6 +52,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from common import accounting
 from common.checkpoints import config_fields, expect_weights, read_config, read_weights, save_weights
 from common.objectives import NextToken, Recipe
 from common.presets import SHAPES
@@ -374,18 +374,13 @@ class LocalLinear(LocalLinearAttention):
         return out
 
 
-def mamba2_of(c):
-    """Returns the Mamba-2 layer of a HybridConfig."""
-    return Mamba2(
-        c.hidden_size, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, c.n_groups, c.conv_kernel, c.chunk_size,
-        c.layer_norm_epsilon, c.use_bias, c.use_conv_bias,
-    )  # fmt: skip
-
-
 # A letter of the pattern -> the function that makes its mixer from a HybridConfig. A letter of your own is one class
 # and one more row. A class that keeps a state has `new_state`, and takes (x, state, attention_mask).
 MIXERS = {
-    "M": mamba2_of,
+    "M": lambda c: Mamba2(
+        c.hidden_size, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, c.n_groups, c.conv_kernel, c.chunk_size,
+        c.layer_norm_epsilon, c.use_bias, c.use_conv_bias,
+    ),  # fmt: skip
     "*": Attention,
     "L": LocalLinear,
     "-": lambda c: MLP(c.hidden_size, c.intermediate_size, c.mlp_bias),
@@ -395,7 +390,6 @@ MIXERS = {
 # ---- 4. the model -----------------------------------------------------------------------------------------------
 
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")  # they write to the residual stream
-CG_STEPS = 8  # counted for each solve of local linear attention: about what normalised q and k need at ridge 1
 
 
 class Block(nn.Module):
@@ -417,14 +411,11 @@ class Block(nn.Module):
 
 def through(layers, x, cache=None):
     """Returns x [B, T, C] after the layers, and brings `cache`, if there is one, up to date."""
-    if cache is None:
-        for layer in layers:
-            x = layer(x)
-        return x
-    attention_mask = cache.attention_mask(x.shape[1])
-    for layer, state in zip(layers, cache.states):
+    attention_mask = cache.attention_mask(x.shape[1]) if cache else None
+    for layer, state in zip(layers, cache.states if cache else [None] * len(layers)):
         x = layer(x, state, attention_mask)
-    cache.length += x.shape[1]
+    if cache:
+        cache.length += x.shape[1]
     return x
 
 
@@ -600,43 +591,12 @@ class Hybrid(nn.Module):
         return tuple(f.new_zeros(mask.shape).masked_scatter(mask, f) for f in found)
 
     def num_parameters(self, active=False):
-        """Returns how many numbers are trained; a tied matrix counts once. active: those that one token uses.
-
-        Without the multi-token predictor, as in the published figures.
-        """
-        return sum(self._size(p, n, active) for n, p in self.named_parameters() if not n.startswith("mtp."))
-
-    def _size(self, p, name, active):
-        """Returns how many numbers a parameter has; of stacked experts, if `active`, those that one token uses."""
-        c = self.config
-        return p.numel() * c.num_experts_per_tok // c.n_routed_experts if active and ".experts." in name else p.numel()
+        """Returns how many numbers are trained, without the multi-token predictor; active: those that a token uses."""
+        return accounting.num_parameters(self, active)
 
     def flops_per_token(self, context):
-        """Returns the floating-point operations to train on one token: 6 per matrix weight, plus what mixes tokens.
-
-        Forward counts 2 per weight, backward twice that. Attention: scores and values over half the context (causal).
-        SSD: the chunked algorithm, causal half of a chunk, with C.B once per group. Multi-token prediction: block and
-        projection for each depth. Local linear attention: where attention has 2 products of queries with keys or values
-        forward and 4 backward, it has 4 and 8, and 2 for each step of each of its two solves by conjugate gradients
-        (lla.py). As everywhere, what a kernel computes again does not count.
-        """
-        c, pattern = self.config, self.config.hybrid_override_pattern
-        matrices = [
-            (n, p) for n, p in self.named_parameters() if p.dim() >= 2 and "embed" not in n and "conv1d" not in n
-        ]
-        main = sum(self._size(p, n, True) for n, p in matrices if not n.startswith("mtp."))
-        further = sum(self._size(p, n, True) for n, p in matrices if n.startswith("mtp."))
-        if c.tie_word_embeddings:
-            main += c.vocab_size * c.hidden_size
-        attention = 2 * context / 2 * c.num_attention_heads * c.head_dim
-        Q = min(c.chunk_size, context)
-        scan = Q / 2 * (c.ssm_state_size * c.n_groups + c.mamba_size) + 2 * c.mamba_size * c.ssm_state_size
-        local_linear = (4 + 8 + 2 * 2 * CG_STEPS) / (2 + 4) * attention
-        main += pattern.count("*") * attention + pattern.count("L") * local_linear + pattern.count("M") * scan
-        if self.mtp:
-            again = further + c.mtp_hybrid_override_pattern.count("*") * attention + c.vocab_size * c.hidden_size
-            main += c.mtp_depths * again
-        return 6 * main
+        """Returns the floating-point operations to train on one token, in rows of `context` tokens."""
+        return accounting.flops_per_token(self, context)
 
     @torch.inference_mode()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None):
@@ -695,7 +655,7 @@ class Hybrid(nn.Module):
             self.lm_head.weight = self.model.embeddings.weight
 
 
-# ---- 5. shapes and recipes ------------------------------------------------------------------------------------------
+# ---- 5. shapes and recipes ----------------------------------------------------------------------------------------
 
 PRESETS = {name: HybridConfig(**shape) for name, shape in SHAPES.items()}  # tiny, small, ..., nano-9b-v2, ...
 TEXT_CPU = dict(tokenizer="python4k", context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250)
@@ -710,11 +670,11 @@ RECIPES = {
 }
 
 
-# ---- 6. python nano_hybrid.py: what a hybrid remembers a sequence with, beside attention --------------------------
+# ---- 6. python nano_hybrid.py -------------------------------------------------------------------------------------
 
 
 def demo(lengths=(64, 1024, 4096)):
-    """Prints, for the hybrid and an attention-only baseline, the bytes of state and the time of the next token."""
+    """Prints the bytes of state and the time of the next token, for a hybrid and an attention-only baseline."""
     hybrid = HybridConfig(hybrid_override_pattern="M-M-M*-M-M-", hidden_size=256, intermediate_size=1024)
     baseline = replace(hybrid, hybrid_override_pattern=hybrid.hybrid_override_pattern.replace("M", "*"))
     print("Few attention layers among Mamba-2 layers: what is remembered hardly grows. One sequence, float32.")

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from common.accounting import CG_STEPS
 from conftest import TINY, scramble
 from decoding import DraftStats, StaticCache, ThinkingBudget, decode_step, generate, step_logits, to_static
 from experiments.nano_hybrid import PASSKEY_VOCAB, PasskeyStudy, attention_baseline, passkey, state_bytes
 from nano_hybrid import (
-    CG_STEPS,
     PRESETS,
     Hybrid,
     HybridConfig,
