@@ -435,7 +435,6 @@ def _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx):
 
 
 # ---- 4. the kernels: backward -----------------------------------------------------------------------------------
-
 # Let g_c be the gradient of the state that leaves chunk c. Where the state runs forward, g runs backward:
 #
 #       state_{c+1} = exp(s_Q) state_c + sum_j (exp(s_Q - s_j) dt_j x_j) B_j^T
@@ -838,7 +837,7 @@ def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_w
 def mamba2_inner(
     projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128, backend="auto"
 ):
-    """Returns `mamba2_inner_ref(...)` on the backend asked for; in Triton fused where gradients are wanted (training)."""
+    """Returns `mamba2_inner_ref(...)` on the backend asked for: in Triton fused, where gradients are wanted."""
     weights = conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps
     P, N = norm_weight.shape[0] // A.shape[0], (conv_weight.shape[0] - norm_weight.shape[0]) // (2 * n_groups)
     fusible = conv_bias is not None and projected.shape[1] > 0 and P % 8 == 0 and N % 8 == 0
