@@ -35,7 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import at_least_float32, expert_mlp
+from expert_kernels import expert_mlp
+from kernels import at_least_float32
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
 
