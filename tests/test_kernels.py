@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from benchmarks import harness
 from expert_kernels import expert_mlp
 
 
@@ -228,3 +229,24 @@ def test_an_expert_listed_twice_counts_twice():
 def test_shapes_that_do_not_match_are_named(call, wrong):
     with pytest.raises(ValueError, match=wrong):
         call()
+
+
+# ---- records ----
+
+
+def test_a_record_says_how_where_and_from_which_commit(monkeypatch):
+    monkeypatch.setattr(harness.sys, "argv", [str(harness.ROOT / "benchmarks" / "ssd.py"), "a b"])
+    source = harness.provenance()
+    assert source["command"] == "python -m benchmarks.ssd 'a b'" and f"torch {torch.__version__}" in source["machine"]
+    assert source.keys() == {"command", "machine", "commit"} and source["commit"]
+    assert harness.provenance("python x.py")["command"] == "python x.py"
+    monkeypatch.setattr(harness.sys, "argv", [str(harness.ROOT / "ssd.py")])
+    assert harness.running_command() == "python ssd.py"
+
+
+def test_a_copy_without_git_has_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert harness.commit() == "unknown"
+    monkeypatch.setenv("GIT_COMMIT", "abc1234")
+    assert harness.commit() == "abc1234"
