@@ -117,7 +117,7 @@ def update_bias(bias, counts, rate=1e-3):
     Call it after the optimizer's step, with the counts of the whole batch; rate may be a tensor.
     Source: arXiv:2408.15664, Alg. 1.
     """
-    bias.add_(torch.sign(counts.sum() - len(counts) * counts) * rate)  # times E: integers, so the sign is exact
+    bias.add_(torch.sign(counts.sum() - len(counts) * counts) * rate)  # both sides times E: exact in integers
 
 
 def sequence_balance_loss(scores, top_k):

@@ -1,4 +1,7 @@
-"""python -m benchmarks.expert_kernels: checks the experts of a mixture, then times them on a GPU."""
+"""python -m benchmarks.expert_kernels: checks the experts of a mixture, then times them on a GPU.
+
+Their rows are in assets/bench/kernels.json, beside those of benchmarks.kernels.
+"""
 
 import torch
 import torch.nn.functional as F
