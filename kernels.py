@@ -1,36 +1,42 @@
-"""The primitives under every paper in this suite: the few lines of PyTorch that define each, and a Triton kernel.
+"""The primitives that the papers in this suite share: each defined in a few lines of PyTorch, with a Triton kernel.
 
 What is here
-    rms_norm              the norm in front of every layer
-    gated_rms_norm        the norm at the end of a Mamba-2 mixer: gate first, then one RMS per group
-    causal_conv1d         the short depthwise convolution at the start of a Mamba-2 mixer
-    linear_cross_entropy  output projection + loss, without ever holding the [S, V] logits
-    linear_logprob        output projection + log-probability and entropy, likewise
-    expert_mlp            the experts of a mixture: each token through the few that it was sent to
+    1. the backend switch     pick_backend, and small helpers that other files with kernels import
+    2. rms_norm               the norm in front of every layer
+       gated_rms_norm         the norm at the end of a Mamba-2 mixer: gate first, then one RMS per group
+    3. causal_conv1d          the short depthwise convolution at the start of a Mamba-2 mixer
+    4. linear_cross_entropy   output projection and loss, without ever holding the [S, V] logits
+       linear_logprob         output projection, log-probability and entropy, likewise
 
-Names. `op_ref` is the definition: the equations in order, any float dtype, float64 too. `op_triton` is the fast path,
-forward and backward. `op` is what callers use; `backend=` picks. `python kernels.py` checks every kernel against its
-definition and times it beside what else is installed. The Mamba-2 scan has a file of its own, `ssd.py`.
+Names. `op_ref` is the definition: the equations in order, in any float dtype, float64 too. `op_triton` is the fast
+path, forward and backward. `op` is what callers use: it checks shapes and picks one of the two.
+
+The switch. `backend="auto"`, the default of every op, means Triton for CUDA tensors and PyTorch for all others. The
+environment variable NANO_BACKEND=torch or =triton changes what "auto" means for the whole process. "torch" or "triton"
+as the argument decides for one call. If "triton" cannot run, the op raises and says why; it never falls back silently.
 
 Letters. B batch, T time, S = B*T flattened, C channels, V vocabulary, W convolution width.
 
-Precision. Inputs may be float16, bfloat16, float32 or float64 (definitions only). Norms and losses are computed in
-float32 (float64 for float64 inputs); only the large matrix products run in the dtype of the inputs.
+Precision. Inputs may be float16, bfloat16 or float32, for the definitions also float64. Norms and losses are computed
+in float32 (float64 for float64 inputs); only the large matrix products run in the dtype of the inputs.
 
-How the kernels are written. A program (one instance of a kernel) owns a piece of the output and writes it once: there
-are no atomics, so a run repeats bit for bit. A sum over programs is written as partial sums and added up by PyTorch.
-Backwards save little beside the inputs and compute again what they need; there are no second derivatives. Time and
-channels may be of any size: loads are masked. In a kernel a comment like [ROWS, BLOCK] is the shape of a tile, each
-side padded to a power of two. `index < tl.where(condition, size, 0)` is a mask for `index < size and condition` that
-Triton's interpreter takes too. Tensors must be on the current CUDA device, as for any Triton kernel.
+How the kernels are written. A program (one instance of a kernel) owns a piece of the output and writes it once. There
+are no atomics, so a run repeats bit for bit: a sum over programs is written as partial sums, which PyTorch adds up.
+A backward saves little beside the inputs and recomputes what it needs; there are no second derivatives. Time and
+channels may have any size, as loads are masked. In a kernel a comment like [ROWS, BLOCK] is the shape of a tile; each
+side of a tile is a power of two. The mask `index < tl.where(condition, size, 0)` means `index < size and condition`
+in a form that Triton's interpreter accepts too. Tensors must be on the current CUDA device, as for any Triton kernel.
 
-Sources. RMSNorm: Zhang and Sennrich, arXiv:1910.07467. Gated norm and conv: state-spaces/mamba, `Mamba2`. Gradients of
-the loss made in the forward: Liger-Kernel, arXiv:2410.10989.
+To copy it, take this file alone: it needs torch, and triton for the fast path. The kernels of the Mamba-2 scan are in
+`ssd.py`, those of a mixture's experts in `expert_kernels.py`, those of one decode step in `decode_kernels.py`; each
+needs this file. `python -m benchmarks.kernels` checks every kernel against its definition and times it.
+
+Sources. RMSNorm: Zhang and Sennrich, arXiv:1910.07467. Gated norm and conv: state-spaces/mamba, `Mamba2`. Computing
+the gradients of the loss in its forward: Liger-Kernel, arXiv:2410.10989.
 """
 
 import os
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,23 +46,22 @@ from torch.utils.checkpoint import checkpoint
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows: the definitions work, the kernels do not
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 # ---- 1. the backend switch --------------------------------------------------------------------------------
 
-BACKEND = os.environ.get("NANO_BACKEND", "auto")  # what "auto" stands for, for the whole process
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs its kernels in Python, on the CPU
+BACKEND = os.environ.get("NANO_BACKEND", "auto")  # what "auto" means in this process
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels in Python, on the CPU
 jit = triton.jit if triton else lambda kernel: kernel
 
 
 def pick_backend(backend="auto", device="cpu", dtype=torch.float32):
     """Returns "triton" or "torch": what an op will run on, for tensors of this device and dtype.
 
-    backend: "auto" takes the environment variable NANO_BACKEND (it has no say otherwise); where that is unset too,
-    Triton on CUDA tensors and PyTorch elsewhere. "triton" asked for by name (here or in NANO_BACKEND) never falls back.
-    Raises ValueError for an unknown name, and for "triton" where it cannot run, saying why.
+    backend: "torch", "triton", or "auto", which means what NANO_BACKEND says; if that is unset, Triton for CUDA tensors
+    (float64 excepted) and PyTorch for all others. Raises ValueError for an unknown name, and if "triton" was asked for
+    (here or by NANO_BACKEND) but cannot run; the message says why.
     """
     choice = BACKEND if backend == "auto" else backend
     if choice not in ("auto", "torch", "triton"):
@@ -74,22 +79,25 @@ def pick_backend(backend="auto", device="cpu", dtype=torch.float32):
 
 
 def at_least_float32(x):
-    """Returns x in float32, or unchanged if it is float64: what sums, exponentials and states are computed in."""
+    """Returns x in float32, or unchanged if it is float64: the dtype for sums, exponentials and states."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def expect(name, tensor, *shape, hint=""):
-    """Raises ValueError unless `tensor` is None or has this shape: a kernel would read whatever lies behind it."""
+    """Raises ValueError unless `tensor` is None or has this shape: a kernel would read past its end."""
     if tensor is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}{hint}")
 
 
 def number_documents(seq_idx):
-    """Returns seq_idx [B, T] with every document numbered anew, 0, 1, ...: a number that comes again is another one."""
+    """Returns seq_idx [B, T] with the documents of each row renumbered 0, 1, ...; None stays None.
+
+    Two documents with the same number, with another between them, get different numbers.
+    """
     return None if seq_idx is None else F.pad(seq_idx.diff(dim=1).ne(0), (1, 0)).cumsum(1)
 
 
-# What the Triton halves share.
+# What the Triton paths share.
 
 
 @torch.compiler.assume_constant_result
@@ -101,21 +109,22 @@ def shared_memory():
 
 
 def small_card():
-    """Returns whether the GPU has less than 100 KB of it: smaller tiles then."""
+    """Returns whether the GPU has less than 100 KB of shared memory a block, so that tiles must be smaller."""
     return shared_memory() < 100_000
 
 
 @torch.compiler.assume_constant_result
 def dot_precision():
-    """Returns how a kernel multiplies float32 tiles, by torch.set_float32_matmul_precision.
+    """Returns the `input_precision` of tl.dot for float32 tiles; torch.set_float32_matmul_precision decides it.
 
-    Below "highest": three TF32 products, nearly exact. One alone cuts its operands off where cuBLAS rounds them.
+    "highest" gives "ieee", everything else "tf32x3": three TF32 products, nearly exact. A single TF32 product would be
+    less exact than cuBLAS's, because Triton truncates the operands where cuBLAS rounds them.
     """
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
 
 
 def tail_contiguous(x, dims=1):
-    """Returns x, copied if its last `dims` dimensions are not contiguous: kernels take the outer strides only."""
+    """Returns x, copied if its last `dims` dimensions are not contiguous: kernels take strides of the others only."""
     expected = 1
     for size, stride in zip(reversed(x.shape[-dims:]), reversed(x.stride()[-dims:])):
         if size != 1 and stride != expected:
@@ -125,7 +134,7 @@ def tail_contiguous(x, dims=1):
 
 
 def early_launch():
-    """Returns options for a kernel that may begin while the one before it ends: on Hopper, by dependent launch."""
+    """Returns launch options that let a kernel start before the previous one has ended (Hopper's dependent launch)."""
     if INTERPRET or torch.cuda.get_device_capability() < (9, 0):
         return dict(PDL=False)
     return dict(PDL=True, launch_pdl=True)
@@ -133,9 +142,10 @@ def early_launch():
 
 @jit
 def wait_for_the_kernel_before(PDL: tl.constexpr):
-    """To be called once in a kernel launched with `early_launch`, before it reads what is new and before it writes.
+    """Waits until the previous kernel's results are visible; does nothing unless PDL.
 
-    Until then it may load only what no kernel of the last few has written: weights.
+    A kernel launched with `early_launch` calls this once, before its first write and before it reads anything that a
+    recent kernel has written. Until then it may load only weights.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -143,7 +153,7 @@ def wait_for_the_kernel_before(PDL: tl.constexpr):
 
 
 def block_of(size):
-    """Returns the side of the tile that holds `size`: a power of two, and 16 or more, as matrix units want."""
+    """Returns the side of a tile that holds `size`: a power of two, at least 16, as tl.dot requires."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -176,18 +186,19 @@ def gated_rms_norm_ref(x, gate, weight, group_size, eps=1e-5):
 # A program owns ROWS rows of one group and holds them in registers:
 #
 #       x, gate [S, C]   row |####|    |    |    |      one read of x and gate, one write of y: 6 bytes an element in
-#                        row |####|    |    |    |      bf16, 4 without gate. The definition, op by op: 66 and 40.
+#                        row |####|    |    |    |      bf16, 4 without gate. The definition in eager mode: 66 and 40.
 #                             group_size
 #
 # Backward, with v = x silu(gate), n = v / rms(v), dn = dy weight:   dv = (dn - n mean(dn n)) / rms(v)
 #       dx = dv silu(gate),   dgate = dv x silu'(gate),   dweight = sum over rows of dy n
-# n is made again from x and gate, so nothing is saved: 5 passes over [S, C] in all, 10 bytes an element. A program
-# walks down many rows of its group and adds up its part of dweight.
+# n is recomputed from x and gate, so only the inputs are saved: 5 passes over [S, C] in all, 10 bytes an element. A
+# program loops over many rows of its group and sums its part of dweight.
 
 
 @jit
 def _norm_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, S, C, stride_x, stride_gate, group_size, eps,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Writes y [S, C]; gate_ptr may be None."""
     eps = tl.cast(eps, tl.float32)  # torch.compile passes a Python float as float64
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # int64: S * C may pass 2^31
     in_group = tl.arange(0, BLOCK)[None, :]
@@ -206,6 +217,7 @@ def _norm_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, S, C, stride_x, stride_gate
 def _norm_bwd_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr,
                      S, C, stride_x, stride_gate, stride_dy, stride_dgate, group_size, eps,
                      ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Writes dx and dgate [S, C], and dweight [programs, C], which the caller sums over the programs."""
     eps = tl.cast(eps, tl.float32)
     in_group = tl.arange(0, BLOCK)[None, :]
     columns = tl.program_id(1) * group_size + in_group
@@ -236,7 +248,7 @@ def _norm_bwd_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dwe
 
 
 def _norm_tiles(group_size, elements):
-    """Returns the tile of a norm kernel: about `elements` numbers, whole rows of a group, 8 to a thread."""
+    """Returns the tile of a norm kernel as its arguments: about `elements` numbers in whole rows, 8 for each thread."""
     BLOCK = triton.next_power_of_2(group_size)
     ROWS = max(1, elements // BLOCK)
     return dict(ROWS=ROWS, BLOCK=BLOCK, num_warps=min(16, max(1, ROWS * BLOCK // 256)))
@@ -251,7 +263,7 @@ def as_rows(x):
 
 
 def norm_forward(x, gate, weight, group_size, eps):
-    """Returns y like x: `gated_rms_norm_ref`, or without a gate the plain norm of each group."""
+    """Returns `gated_rms_norm_ref(...)`; with gate=None the plain norm of each group."""
     C, y = x.shape[-1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (x, stride_x), (gate, stride_gate) = as_rows(x), as_rows(gate)
     tiles = _norm_tiles(group_size, 1024)
@@ -261,7 +273,7 @@ def norm_forward(x, gate, weight, group_size, eps):
 
 
 def norm_backward(x, gate, weight, dy, group_size, eps, dgate=None):
-    """Returns (dx, dgate, dweight). dgate, where given, is where to write: it may be a slice of wider rows."""
+    """Returns (dx, dgate, dweight). If dgate is given, it is written in place; it may be a slice of wider rows."""
     C, dx = x.shape[-1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if gate is not None and dgate is None:
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
@@ -280,6 +292,8 @@ def norm_backward(x, gate, weight, dy, group_size, eps, dgate=None):
 
 
 class _GatedNorm(torch.autograd.Function):
+    """Both norms with their backward; gate may be None."""
+
     @staticmethod
     def forward(ctx, x, gate, weight, group_size, eps):
         ctx.save_for_backward(x, gate, weight)
@@ -306,8 +320,8 @@ def gated_rms_norm_triton(x, gate, weight, group_size, eps=1e-5):
 def rms_norm(x, weight, eps=1e-5, backend="auto"):
     """Returns `rms_norm_ref(x, weight, eps)` on the backend asked for; under torch.compile, "auto" is the definition.
 
-    A compiler makes as good a kernel of it, and adds what stands before and after (the residual sum) to the same pass.
-    Raises ValueError for a weight of another size.
+    The compiler's kernel is as good, and fuses the residual sum around the norm into the same pass.
+    Raises ValueError unless weight has one number for each channel.
     """
     expect("weight", weight, x.shape[-1])
     if backend == "auto" and BACKEND == "auto" and torch.compiler.is_compiling():
@@ -339,8 +353,9 @@ def causal_conv1d_ref(
 
     x [B, T, C]; weight [C, W], tap W-1 is the current token; bias [C] or None; initial_state [B, C, W-1], the
     W-1 inputs before x, newest last (None: zeros); activation "silu" or None. With return_final_state, returns
-    (out [B, T, C], state [B, C, W-1]): the state to continue from. seq_idx [B, T] int, for several documents packed
-    in one row: the number of each token's document. A token sees its own document only; initial_state is of the first.
+    (out [B, T, C], state [B, C, W-1]): the state to continue from. seq_idx [B, T] int is for several documents packed
+    into one row: the number of each token's document. A token sees its own document only; initial_state belongs to the
+    first document.
     """
     W = weight.shape[1]
     history = _with_history(x, initial_state, W)  # [B, W-1+T, C]
@@ -364,23 +379,23 @@ def _with_history(x, initial_state, W):
     return torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], dim=1)
 
 
-# The kernels. A program owns BLOCK channels and walks down TIME steps of them, STEP at a time, with the last W-1 inputs
-# in registers, so that each input is loaded once:
+# The kernels. A program owns BLOCK channels and TIME steps of them. It advances STEP steps at a time and keeps the last
+# W-1 inputs in registers, so that each input is loaded once:
 #
 #                        xs: W-1 old | STEP new                y_t = act(bias + w_0 xs[r] + ... + w_{W-1} xs[r + W-1])
 #       time  ---------->  . . . o o o o o o o
 #                                ^---------^  y of the first new step
 #
-# Read x, write y: 4 bytes an element in bf16, and about 2 W FLOPs: bound by memory by far.
-# Backward: z_t = bias + sum_j w_j x_{t-W+1+j} is computed again, dz_t = dy_t silu'(z_t), and
+# It reads x and writes y: 4 bytes and about 2 W FLOPs an element in bf16, so memory is the limit by far.
+# Backward: z_t = bias + sum_j w_j x_{t-W+1+j} is recomputed, dz_t = dy_t silu'(z_t), and
 #       dx_t = sum_k w_{W-1-k} dz_{t+k}      dw_j = sum_t dz_t x_{t-W+1+j}      dbias = sum_t dz_t
-# dz is a second sliding window behind the first; the walk runs W-1 steps over the end of its TIME to fill it. Read x
-# and dy, write dx: 6 bytes an element.
+# dz is a second sliding window. As dx_t needs dz up to t+W-1, dx is written W-1 steps after dz, and the loop runs W-1
+# steps past the program's TIME. It reads x and dy and writes dx: 6 bytes an element.
 
 
 @jit
 def _input_row(x_ptr, start_ptr, t, channels, T, C, stride_xt, W: tl.constexpr):
-    """Returns x[t] [BLOCK] in float32; before 0 the initial state's, zeros where there is none."""
+    """Returns x[t] [BLOCK] in float32; for t < 0 the initial state's input, or zeros without one (start_ptr None)."""
     x = tl.load(x_ptr + t * stride_xt + channels, mask=channels < tl.where((t >= 0) & (t < T), C, 0),
                 other=0.0).to(tl.float32)  # fmt: skip
     if start_ptr is not None:
@@ -391,7 +406,7 @@ def _input_row(x_ptr, start_ptr, t, channels, T, C, stride_xt, W: tl.constexpr):
 
 @jit
 def document_of(seq_ptr, t, T):
-    """Returns the document number of step t; what is before 0 belongs to the first document."""
+    """Returns the document number of step t; steps before 0 belong to the first document."""
     return tl.load(seq_ptr + tl.minimum(tl.maximum(t, 0), T - 1))
 
 
@@ -404,9 +419,28 @@ def _if_same(value, seq_ptr, s, t, T):
 
 
 @jit
+def _conv_taps(weight_ptr, channels, C, W: tl.constexpr):
+    """Returns the tuple of W taps [BLOCK], float32."""
+    w = ()
+    for j in tl.static_range(W):
+        w += (tl.load(weight_ptr + channels * W + j, mask=channels < C, other=0.0).to(tl.float32),)
+    return w
+
+
+@jit
+def _conv_at(bias, w, xs, seq_ptr, t, T, W: tl.constexpr):
+    """Returns z_t = bias + sum_j w_j xs_j, where xs are the W inputs up to step t."""
+    z = bias
+    for j in tl.static_range(W):
+        z += _if_same(w[j] * xs[j], seq_ptr, t - W + 1 + j, t, T)
+    return z
+
+
+@jit
 def _conv_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, y_ptr, T, C, stride_xb, stride_xt,
                  SILU: tl.constexpr, W: tl.constexpr,
                  TIME: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Writes y [B, T, C]; bias_ptr, start_ptr and seq_ptr may be None."""
     first = tl.program_id(0) * TIME
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(2).to(tl.int64)
@@ -420,18 +454,14 @@ def _conv_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, y_ptr, T, C, s
     bias = tl.zeros([BLOCK], tl.float32)
     if bias_ptr is not None:
         bias += tl.load(bias_ptr + channels, mask=channels < C, other=0.0)
-    w, xs = (), ()
-    for j in tl.static_range(W):
-        w += (tl.load(weight_ptr + channels * W + j, mask=channels < C, other=0.0).to(tl.float32),)
+    w, xs = _conv_taps(weight_ptr, channels, C, W), ()
     for j in tl.static_range(W - 1):
         xs += (_input_row(x_ptr, start_ptr, first - W + 1 + j, channels, T, C, stride_xt, W),)
     for t in range(first, tl.minimum(first + TIME, T), STEP):
-        for r in tl.static_range(STEP):  # all loads first, so that they travel together
+        for r in tl.static_range(STEP):  # all loads first, so that they overlap
             xs += (_input_row(x_ptr, None, t + r, channels, T, C, stride_xt, W),)
         for r in tl.static_range(STEP):
-            z = bias
-            for j in tl.static_range(W):
-                z += _if_same(w[j] * xs[r + j], seq_ptr, t + r - W + 1 + j, t + r, T)
+            z = _conv_at(bias, w, xs[r : r + W], seq_ptr, t + r, T, W)
             if SILU:
                 z *= tl.sigmoid(z)
             tl.store(y_ptr + (t + r) * stride_yt + channels, z, mask=channels < tl.where(t + r < T, C, 0))
@@ -439,10 +469,29 @@ def _conv_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, y_ptr, T, C, s
 
 
 @jit
+def _conv_dz(dy, z, SILU: tl.constexpr):
+    """Returns the gradient of z for the gradient dy of act(z)."""
+    if SILU:
+        sigmoid = tl.sigmoid(z)
+        dy *= sigmoid * (1 + z * (1 - sigmoid))
+    return dy
+
+
+@jit
+def _conv_dx(dzs, w, seq_ptr, s, T, W: tl.constexpr):
+    """Returns dx_s = sum_k w_{W-1-k} dz_{s+k}, where dzs are the W gradients from step s on."""
+    dx = tl.zeros_like(dzs[0])
+    for k in tl.static_range(W):
+        dx += _if_same(w[W - 1 - k] * dzs[k], seq_ptr, s, s + k, T)
+    return dx
+
+
+@jit
 def _conv_bwd_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, dy_ptr, dx_ptr, dstart_ptr, dweight_ptr,
                      T, C, stride_xb, stride_xt, stride_dyb, stride_dyt, stride_dxb, stride_dxt,
                      SILU: tl.constexpr, W: tl.constexpr,
                      TIME: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Writes dx, dstart, and dweight [blocks, W + 1, C] (last row: dbias), which the caller sums over the blocks."""
     first = tl.program_id(0) * TIME
     last = tl.minimum(first + TIME, T)  # one past it
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -460,43 +509,32 @@ def _conv_bwd_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, dy_ptr, dx
     bias, dbias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if bias_ptr is not None:
         bias += tl.load(bias_ptr + channels, mask=channels < C, other=0.0)
-    w, dw, xs, dzs = (), (), (), ()
-    for j in tl.static_range(W):
-        w += (tl.load(weight_ptr + channels * W + j, mask=channels < C, other=0.0).to(tl.float32),)
+    w, dw, xs, dzs = _conv_taps(weight_ptr, channels, C, W), (), (), ()
+    for _ in tl.static_range(W):
         dw += (tl.zeros([BLOCK], tl.float32),)
     for j in tl.static_range(W - 1):
         xs += (_input_row(x_ptr, start_ptr, first - W + 1 + j, channels, T, C, stride_xt, W),)
-        dzs += (tl.zeros([BLOCK], tl.float32),)  # of steps before `first`: their part of dx is another program's
+        dzs += (tl.zeros([BLOCK], tl.float32),)  # of steps before `first`, whose dx other programs write
     for t in range(first, last + W - 1, STEP):
         for r in tl.static_range(STEP):
             xs += (_input_row(x_ptr, None, t + r, channels, T, C, stride_xt, W),)
-            dzs += (_input_row(dy_ptr, None, t + r, channels, T, C, stride_dyt, W),)  # dy for now
+            dzs += (_input_row(dy_ptr, None, t + r, channels, T, C, stride_dyt, W),)  # dy, until the next loop
         for r in tl.static_range(STEP):
-            z = bias
-            for j in tl.static_range(W):
-                z += _if_same(w[j] * xs[r + j], seq_ptr, t + r - W + 1 + j, t + r, T)
-            dz = dzs[W - 1 + r]
-            if SILU:
-                sigmoid = tl.sigmoid(z)
-                dz *= sigmoid * (1 + z * (1 - sigmoid))
+            z = _conv_at(bias, w, xs[r : r + W], seq_ptr, t + r, T, W)
+            dz = _conv_dz(dzs[W - 1 + r], z, SILU)
             dzs = dzs[: W - 1 + r] + (dz,) + dzs[W + r :]
-            mine = tl.where(t + r < last, dz, 0.0)
+            mine = tl.where(t + r < last, dz, 0.0)  # the program of the next steps counts the rest
             dbias += mine
             for j in tl.static_range(W):
                 part = _if_same(mine * xs[r + j], seq_ptr, t + r - W + 1 + j, t + r, T)
                 dw = dw[:j] + (dw[j] + part,) + dw[j + 1 :]
-            # the input whose last reader is t + r
-            s = t + r - W + 1
-            dx = tl.zeros([BLOCK], tl.float32)
-            for k in tl.static_range(W):
-                dx += _if_same(w[W - 1 - k] * dzs[r + k], seq_ptr, s, s + k, T)
+            s = t + r - W + 1  # t + r is the last step that reads input s, so its gradient is complete
+            dx = _conv_dx(dzs[r : r + W], w, seq_ptr, s, T, W)
             tl.store(dx_ptr + s * stride_dxt + channels, dx, mask=channels < tl.where((s >= first) & (s < last), C, 0))
             if start_ptr is not None:
                 tl.store(dstart_ptr + channels * (W - 1) + s + W - 1, dx,
                          mask=channels < tl.where((s < 0) & (s >= 1 - W), C, 0))  # fmt: skip
-        xs = xs[STEP:]
-        dzs = dzs[STEP:]
-    # dweight [time blocks * B, W + 1, C]: one row per tap, then dbias
+        xs, dzs = xs[STEP:], dzs[STEP:]
     dweight_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * (W + 1) * C + channels
     for j in tl.static_range(W):
         tl.store(dweight_ptr + j * C, dw[j], mask=channels < C)
@@ -504,7 +542,7 @@ def _conv_bwd_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, dy_ptr, dx
 
 
 def _conv_tiles(T, TIME):
-    """Returns the tile of a convolution kernel: TIME steps, STEP of them at once, 128 channels."""
+    """Returns the tile of a convolution kernel as its arguments: TIME steps, STEP of them at once, 128 channels."""
     whole = triton.next_power_of_2(max(1, T))
     return dict(TIME=min(TIME, whole), STEP=min(4, whole), BLOCK=128, num_warps=1)
 
@@ -524,7 +562,7 @@ def conv_forward(x, weight, bias, start, seq_idx, silu):
 
 
 def conv_backward(x, weight, bias, start, seq_idx, silu, dy, dx=None):
-    """Returns (dx, dweight, dbias, dstart). dx, where given, is where to write: it may be a slice of wider rows."""
+    """Returns (dx, dweight, dbias, dstart). If dx is given, it is written in place; it may be a slice of wider rows."""
     (B, T, C), W = x.shape, weight.shape[1]
     x, weight, dy = tail_contiguous(x), weight.contiguous(), tail_contiguous(dy)
     bias, start, seq_idx = (None if v is None else v.contiguous() for v in (bias, start, seq_idx))
@@ -542,6 +580,8 @@ def conv_backward(x, weight, bias, start, seq_idx, silu, dy, dx=None):
 
 
 class _CausalConv(torch.autograd.Function):
+    """The convolution with its backward, without the final state."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, start, seq_idx, silu):
         ctx.save_for_backward(x, weight, bias, start, seq_idx)
@@ -564,7 +604,7 @@ def causal_conv1d_triton(
     out = _CausalConv.apply(x, weight, bias, start, seq_idx, activation == "silu")
     if not return_final_state:
         return out
-    recent = x[:, max(0, T - W + 1) :]  # the W-1 newest inputs, some of them from before x if x is short
+    recent = x[:, max(0, T - W + 1) :]  # at most W-1 inputs; if x is shorter, the state supplies the others
     return out, _with_history(recent, initial_state, W)[:, recent.shape[1] :].transpose(1, 2)
 
 
@@ -587,18 +627,18 @@ def causal_conv1d(
     return op(x, weight, bias, initial_state, activation, return_final_state, seq_idx)
 
 
-# ---- 4. the output projection and what is wanted of it --------------------------------------------------------
+# ---- 4. output projection: loss, log-probability, entropy -------------------------------------------------
 #
-# A vocabulary is so large that the logits [S, V] outweigh every other activation of a small model. None of the
-# quantities below needs them all at once: they are made for a block of rows, used and dropped, and made again in the
-# backward (a third matrix product instead of two). Up to MAX_LOGITS of them are one block, and kept.
+# With a large vocabulary, the logits [S, V] take more memory than any other activation of a small model. Nothing below
+# needs all of them at once: they are computed for a block of rows, used, dropped, and recomputed in the backward (three
+# matrix products instead of two). If there are no more than MAX_LOGITS, they form a single block and are kept.
 
 MAX_LOGITS = 1 << 24  # logits of one block: 64 MB in float32
-MAX_BLOCKS = 16  # blocks grow rather than become more than this: torch.compile unrolls the loop over them
+MAX_BLOCKS = 16  # beyond this number, blocks grow instead: torch.compile unrolls the loop over them
 
 
 def _by_rows(of_logits, hidden, weight, targets, outputs=1):
-    """Returns of_logits(logits, targets), which maps to `outputs` tensors [S], computed a block of rows at a time."""
+    """Returns of_logits(logits, targets), a tensor [S] or a tuple of `outputs` of them, one block of rows at a time."""
 
     def block(hidden, weight, targets):
         return of_logits(at_least_float32(F.linear(hidden, weight)), targets)
@@ -616,8 +656,8 @@ def _by_rows(of_logits, hidden, weight, targets, outputs=1):
 def linear_cross_entropy_ref(hidden, weight, targets, ignore_index=-100, reduction="mean"):
     """Returns the cross-entropy in nats of softmax(hidden @ weight.T) against targets.
 
-    hidden [S, C]; weight [V, C]; targets [S] int64, ignore_index where there is none. reduction "mean" (over the
-    rows that count; nan if none does, as in PyTorch), "sum", or "none" -> [S].
+    hidden [S, C]; weight [V, C]; targets [S] int64, ignore_index for rows that do not count. reduction "mean" (over the
+    rows that count; nan if there are none, as in PyTorch), "sum", or "none" -> [S].
     """
 
     def nll(logits, targets):
@@ -642,20 +682,20 @@ def linear_logprob_ref(hidden, weight, targets, temperature=1.0):
     return _by_rows(both, hidden, weight, targets, outputs=2)
 
 
-# The kernel. The products are the vendor's: nothing beats them. Between them stands one kernel over a block of logits
-# [rows, V], a program to a row: read it for its log-sum-exp and entropy, and if gradients are wanted read it again
-# (from the L2 cache, where it still is) and write the gradient in its place:
+# The kernel. The matrix products are left to cuBLAS, which is hard to beat. Between them runs one kernel over a block
+# of logits [rows, V], with a program for each row. It reads the row for its log-sum-exp and entropy; if gradients are
+# wanted, it reads the row again (from the L2 cache, where it still is) and overwrites it with the gradient:
 #
 #       hidden [rows, C] --product--> logits [rows, V] --kernel--> logprob, entropy, and dlogits in the place of logits
 #                                                                        |-- product with weight --> dhidden [rows, C]
-#                                                                        '-- product with hidden, added up --> dweight
+#                                                                        '-- product with hidden, summed --> dweight
 #
 #       logprob = l_t - lse,  p = exp(l - lse),  entropy = lse - sum p l,       l = logits / temperature
 #       dl_v = dlogprob (1[v = t] - p_v) - dentropy p_v (log p_v + entropy)
 #
-# A loss that is one number knows its gradient, up to a factor, as soon as it is computed: `_CrossEntropy` makes it
-# in the forward, three products in all. The rows of `_Logprob` learn their factors in the backward, so the logits are
-# made again there: four products. The logits of a block take at most WORKSPACE bytes.
+# A loss that is one number knows its gradient, up to a factor, as soon as it is computed. `_CrossEntropy` therefore
+# computes the gradient in the forward: three products in all. In `_Logprob` each row gets its factor only in the
+# backward, so the logits are computed a second time: four products. The logits of a block take at most WORKSPACE bytes.
 
 WORKSPACE = 384 << 20
 
@@ -663,6 +703,7 @@ WORKSPACE = 384 << 20
 @jit
 def _softmax_kernel(logits_ptr, targets_ptr, logprob_ptr, entropy_ptr, dlogprob_ptr, dentropy_ptr,
                     V, temperature, BLOCK: tl.constexpr):  # fmt: skip
+    """Writes logprob and entropy [rows]; given dlogprob, overwrites logits [rows, V] with their gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     target = tl.load(targets_ptr + row)
@@ -685,7 +726,7 @@ def _softmax_kernel(logits_ptr, targets_ptr, logprob_ptr, entropy_ptr, dlogprob_
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, entropy)
     if dlogprob_ptr is not None:
-        tl.debug_barrier()  # of_target is read before it is written over
+        tl.debug_barrier()  # every thread has read of_target before it is overwritten
         dlogprob = tl.load(dlogprob_ptr + row).to(tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
@@ -698,7 +739,7 @@ def _softmax_kernel(logits_ptr, targets_ptr, logprob_ptr, entropy_ptr, dlogprob_
 
 
 def _softmax_rows(logits, targets, temperature=1.0, dlogprob=None, dentropy=None):
-    """Returns (logprob, entropy) [rows] of logits [rows, V]; given gradients of those, writes dlogits over logits."""
+    """Returns (logprob [rows], entropy [rows]) of logits [rows, V]; given their gradients, overwrites the logits."""
     targets = targets.contiguous()
     rows, V = logits.shape
     logprob, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -711,7 +752,7 @@ def _softmax_rows(logits, targets, temperature=1.0, dlogprob=None, dentropy=None
 
 
 def _row_blocks(S, V, dtype):
-    """Yields slices of S rows: equal blocks whose logits fit WORKSPACE."""
+    """Yields slices that cover S rows: blocks of about equal size whose logits fit into WORKSPACE."""
     most = max(1, WORKSPACE // (V * dtype.itemsize))
     blocks = -(-S // most)
     rows = -(-S // max(1, blocks))
@@ -721,7 +762,7 @@ def _row_blocks(S, V, dtype):
 
 
 def _add_product(total, a, b):
-    """Adds a @ b to `total`, in place. Its dtype may be float32 while a and b are in 16 bits."""
+    """Adds a @ b to `total`, in place; `total` may be float32 where a and b are in 16 bits."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -731,11 +772,13 @@ def _add_product(total, a, b):
 
 
 def _sum_dtype(weight):
-    """Returns the dtype dweight is added up in: float32 unless that would take more than half of WORKSPACE."""
+    """Returns the dtype in which dweight is summed: float32 unless that takes more than half of WORKSPACE."""
     return torch.float32 if weight.numel() * 4 <= WORKSPACE // 2 else weight.dtype
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """The summed or mean loss, whose gradients are computed in the forward."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, mean, dtype, needs_grad):
         (S, C), V = hidden.shape, weight.shape[0]
@@ -743,7 +786,7 @@ class _CrossEntropy(torch.autograd.Function):
         counts = targets != ignore_index
         n = counts.sum() if mean else torch.ones((), device=h.device)
         scale = 1 / n if dtype != torch.float16 else torch.ones((), device=h.device)  # 1/n would underflow in float16
-        slope = torch.where(counts, -scale, 0.0)  # [S] d loss / d logprob, up to the factor that backward adds
+        slope = torch.where(counts, -scale, 0.0)  # [S] d loss / d logprob, up to a factor that the backward applies
         dhidden = torch.empty(S, C, dtype=hidden.dtype, device=h.device) if needs_grad else None
         dweight = torch.zeros(V, C, dtype=_sum_dtype(weight), device=h.device) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=h.device)
@@ -754,7 +797,7 @@ class _CrossEntropy(torch.autograd.Function):
             if needs_grad:
                 dhidden[rows] = logits @ w
                 _add_product(dweight, logits.t(), h[rows])
-            del logits  # before the next block is made
+            del logits  # frees the memory before the next block
         ctx.save_for_backward(dhidden, dweight, (1 / n) / scale)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total / n
@@ -768,6 +811,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Logprob(torch.autograd.Function):
+    """Log-probability and entropy of each row; the backward recomputes the logits."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, dtype):
         h, w = hidden.to(dtype), weight.to(dtype)
@@ -782,7 +827,7 @@ class _Logprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogprob, dentropy):
         hidden, weight, targets = ctx.saved_tensors
-        dlogprob, dentropy = dlogprob.contiguous(), dentropy.contiguous()  # of a plain sum: one number, expanded
+        dlogprob, dentropy = dlogprob.contiguous(), dentropy.contiguous()  # a plain sum passes one number, expanded
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
         dweight = torch.zeros(weight.shape, dtype=_sum_dtype(weight), device=h.device)
@@ -791,12 +836,12 @@ class _Logprob(torch.autograd.Function):
             _softmax_rows(logits, targets[rows], ctx.temperature, dlogprob[rows], dentropy[rows])
             dhidden[rows] = logits @ w
             _add_product(dweight, logits.t(), h[rows])
-            del logits  # before the next block is made
+            del logits  # frees the memory before the next block
         return dhidden, dweight.to(weight.dtype), None, None, None
 
 
 def _product_dtype(hidden, weight):
-    """Returns the dtype of hidden @ weight.T: autocast's where it is on, as for any torch product."""
+    """Returns the dtype of hidden @ weight.T: that of autocast where it is on, as for any torch product."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -805,9 +850,9 @@ def _product_dtype(hidden, weight):
     return hidden.dtype
 
 
-@torch.compiler.disable  # large products and one large kernel: nothing for a compiler to gain
+@torch.compiler.disable  # a compiler has nothing to gain around large products and one large kernel
 def linear_cross_entropy_triton(hidden, weight, targets, ignore_index=-100, reduction="mean"):
-    """Returns `linear_cross_entropy_ref(...)`. For "mean" and "sum" the gradients are made in the forward."""
+    """Returns `linear_cross_entropy_ref(...)`. For "mean" and "sum" the forward computes the gradients too."""
     if reduction == "none":
         counts = targets != ignore_index
         logprob, _ = linear_logprob_triton(hidden, weight, torch.where(counts, targets, 0))
@@ -820,7 +865,7 @@ def linear_cross_entropy_triton(hidden, weight, targets, ignore_index=-100, redu
 
 @torch.compiler.disable
 def linear_logprob_triton(hidden, weight, targets, temperature=1.0):
-    """Returns `linear_logprob_ref(...)`. The backward makes the logits again."""
+    """Returns `linear_logprob_ref(...)`. The backward recomputes the logits."""
     dtype = _product_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         return _Logprob.apply(hidden, weight, targets, temperature, dtype)
@@ -840,8 +885,9 @@ def _expect_projection(hidden, weight, targets):
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="mean", backend="auto"):
     """Returns `linear_cross_entropy_ref(...)` on the backend asked for, float32.
 
-    A target outside [0, V) that is not ignore_index gives nan: nothing waits for the device to look. Under autocast the
-    products run in its dtype. Raises ValueError for another reduction, or if shapes or dtypes do not match.
+    A target outside [0, V) that is not ignore_index gives nan, not an error: a check would wait for the device. Under
+    autocast the products run in its dtype. Raises ValueError for an unknown reduction, or if shapes or dtypes do not
+    match.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; use 'mean', 'sum' or 'none'")
@@ -861,433 +907,3 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, backend="auto"):
     _expect_projection(hidden, weight, targets)
     op = linear_logprob_triton if pick_backend(backend, hidden.device, hidden.dtype) == "triton" else linear_logprob_ref
     return op(hidden, weight, targets, temperature)
-
-
-# ---- 5. experts -------------------------------------------------------------------------------------------
-
-
-def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
-    """Returns y [S, C], for each token the weighted sum of its K experts: y = sum_k w_k down_k relu(up_k x)^2.
-
-    x [S, C]; up [E, F, C] and down [E, C, F], the two matrices of each expert, without bias; expert_ids [S, K] integers
-    in [0, E); expert_weights [S, K] float. No expert has a limit, so no token is ever dropped.
-    """
-    y = torch.zeros(x.shape, dtype=at_least_float32(x).dtype, device=x.device)
-    for expert in range(len(up)):
-        token, k = torch.where(expert_ids == expert)  # [n], the rows of this expert
-        hidden = F.relu(x[token] @ up[expert].T).square()  # [n, F]
-        out = hidden @ down[expert].T  # [n, C]
-        y = y.index_add(0, token, at_least_float32(out) * expert_weights[token, k, None])
-    return y.to(x.dtype)
-
-
-# The kernels. A token and one of its experts make a row; there are R = S K of them. Rows are sorted by expert, so that
-# an expert's rows stand together, and only their *numbers* are sorted: the products gather the tokens as they go.
-#
-#       expert_ids [S, K] --count, sum, place--> order [R]      order[r] = token * K + k of sorted row r
-#                                                offsets [E+1]  expert e has the rows offsets[e] ... offsets[e+1] - 1
-#
-#       x [S, C] --gather--> | up product, relu^2, w | h [R, F] | down product |--put back--> [S, K, C] --sum_k--> y
-#
-# A program of a product owns a tile [BLOCK_M rows of one expert, BLOCK_N columns]. How many tiles each expert needs is
-# known on the device alone, and the host never asks: it starts programs for as many as there could be, R / BLOCK_M + E,
-# and each reads from a table (_tiles_kernel) which rows are its own, or that there are none left. A graph can therefore
-# replay it.
-# Weights, and rows that stand together, come in by tensor descriptor: on Hopper one thread asks the copy engine for a
-# whole tile (a tenth to a third faster than a pointer for each element; elsewhere Triton makes pointers of it).
-# A tile may reach into the rows of the next expert; what is computed from them is not stored.
-#
-# Backward. For row r of token t with weight w, h = relu(u)^2, y_t += down (w h):
-#       dh = down^T dy_t,  dw = <dh, h>,  du = w dh 2 relu(u),  dx_t = sum_k up^T du,
-#       ddown = sum_r dy_t (w h)^T,  dup = sum_r du x_t^T
-# Of the activations only w h is kept, which both `down` and `ddown` take as it is (a product that has to scale one of
-# its sides first cannot overlap its copies and its multiplications); h = w h / w, and relu(u) is its square root, as
-# exact as a u kept in the same dtype. So that w = 0 keeps its h, it counts as TINY. (Not in float16, whose smallest
-# numbers are 6e-8: there a weight of 0 gets no gradient, and w h below 6e-5 loses digits.) du is written over w h when
-# that has had its last reader: the activations never take more than one [R, F].
-#
-# Operations: 2 products of 2 R F C each, and twice that backward. Bytes, forward: each weight once (the tiles of an
-# expert run side by side and share it in the L2 cache), [R, F] written and read, [R, C] written and read; backward:
-# weights twice, [R, F] six times, [R, C] six times.
-
-TINY = 1e-30
-
-
-@jit
-def _count_kernel(ids_ptr, counts_ptr, R, E, n_blocks, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """counts [E, n_blocks]: how many of a block's ids name each expert."""
-    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ids = tl.load(ids_ptr + flat, mask=flat < R, other=E).to(tl.int32)  # E: a bin of its own for what is not there
-    bins = tl.arange(0, BINS)
-    tl.store(counts_ptr + bins * n_blocks + tl.program_id(0), tl.histogram(ids, BINS), mask=bins < E)
-
-
-@jit
-def _place_kernel(ids_ptr, ends_ptr, order_ptr, R, E, n_blocks, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """order [R], from the running sum of the counts: where a block's rows of an expert end."""
-    block = tl.program_id(0)
-    flat = block * BLOCK + tl.arange(0, BLOCK)[:, None]
-    ids = tl.load(ids_ptr + flat, mask=flat < R, other=E).to(tl.int32)  # [BLOCK, 1]
-    earlier = tl.zeros([BLOCK, 1], tl.int32)  # rows of the same expert before this one, in the block
-    for first in range(0, BLOCK, CHUNK):
-        other = block * BLOCK + first + tl.arange(0, CHUNK)[None, :]
-        others = tl.load(ids_ptr + other, mask=other < R, other=E).to(tl.int32)  # [1, CHUNK]
-        earlier += tl.sum(((ids == others) & (other < flat)).to(tl.int32), 1, keep_dims=True)
-    cell = ids * n_blocks + block  # in counts
-    start = tl.load(ends_ptr + cell - 1, mask=(flat < R) & (cell > 0), other=0)
-    tl.store(order_ptr + start + earlier, flat, mask=flat < R)
-
-
-@jit
-def _tiles_kernel(offsets_ptr, tiles_ptr, E, BLOCK_M: tl.constexpr, BINS: tl.constexpr):
-    """tiles [., 3]: expert, first row and end of its rows, of each tile; the last two are equal past the last tile."""
-    tile, experts = tl.program_id(0), tl.arange(0, BINS)
-    starts = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
-    ends = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
-    n_tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
-    done = tl.cumsum(n_tiles, 0)  # tiles up to the end of each expert
-    expert = tl.sum((done <= tile).to(tl.int32), 0)
-    first = tl.sum(tl.where(experts == expert, starts + (tile - done + n_tiles) * BLOCK_M, 0), 0)
-    end = tl.sum(tl.where(experts == expert, ends, 0), 0)
-    tl.store(tiles_ptr + 3 * tile, expert)
-    tl.store(tiles_ptr + 3 * tile + 1, first)
-    tl.store(tiles_ptr + 3 * tile + 2, end)
-
-
-class _Routing(NamedTuple):
-    """Which row stands where; int32 all."""
-
-    order: torch.Tensor  # [R] token * K + k of each sorted row
-    offsets: torch.Tensor  # [E + 1] the first row of each expert
-    tiles: torch.Tensor  # [most there can be, 3] expert, first row, end of the expert's rows
-
-
-def _route(expert_ids, E, BLOCK_M):
-    """Returns the _Routing of expert_ids [S, K]: rows sorted by expert, in their old order within each."""
-    ids, R, BLOCK = expert_ids.contiguous(), expert_ids.numel(), 256
-    n_blocks = triton.cdiv(R, BLOCK)
-    counts, order, tiles = (
-        torch.empty(shape, dtype=torch.int32, device=ids.device)
-        for shape in ((E, n_blocks), (R,), (R // BLOCK_M + min(E, R), 3))
-    )
-    _count_kernel[(n_blocks,)](ids, counts, R, E, n_blocks, BINS=triton.next_power_of_2(E + 1), BLOCK=BLOCK)
-    ends = counts.flatten().cumsum(0, dtype=torch.int32)  # [E * n_blocks]
-    offsets = F.pad(ends[n_blocks - 1 :: n_blocks], (1, 0))
-    _place_kernel[(n_blocks,)](ids, ends, order, R, E, n_blocks, BLOCK=BLOCK, CHUNK=32)
-    _tiles_kernel[(len(tiles),)](offsets, tiles, E, BLOCK_M=BLOCK_M, BINS=triton.next_power_of_2(E))
-    return _Routing(order, offsets, tiles)
-
-
-@jit
-def _load_tile(tiles_ptr, tile):
-    """Returns (expert, first row, end of the expert's rows) of a tile."""
-    return tl.load(tiles_ptr + 3 * tile), tl.load(tiles_ptr + 3 * tile + 1), tl.load(tiles_ptr + 3 * tile + 2)
-
-
-@jit
-def _gathered_product(a_ptr, tokens, stride_a, w_desc, w_row, n, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      K_FIRST: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """Returns a[tokens] @ w, float32 [BLOCK_M, BLOCK_N], for the columns from n of w [K, N] below row w_row of w_desc.
-
-    K_FIRST: w stands as [N, K]. EVEN: K is a multiple of BLOCK_K.
-    """
-    k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + tokens.to(tl.int64)[:, None] * stride_a + k[None, :]
-    acc = tl.zeros([tokens.shape[0], BLOCK_N], tl.float32)
-    for first in range(0, K, BLOCK_K):
-        if EVEN:
-            a = tl.load(a_ptrs)  # [BLOCK_M, BLOCK_K]
-        else:
-            a = tl.load(a_ptrs, mask=k[None, :] < K - first, other=0.0)
-        w = w_desc.load([w_row + n, first]).T if K_FIRST else w_desc.load([w_row + first, n])  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        a_ptrs += BLOCK_K
-    return acc
-
-
-@jit
-def _expert_up_kernel(x_ptr, up_desc, weights_ptr, order_ptr, tiles_ptr, h_ptr, F, C, stride_x, tiny,
-                      K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """h [R, F] = w relu(x[token] up^T)^2."""
-    n_tiles = tl.cdiv(F, BLOCK_N)
-    expert, first, end = _load_tile(tiles_ptr, tl.program_id(0) // n_tiles)
-    if first == end:
-        return
-    n = tl.program_id(0) % n_tiles * BLOCK_N
-    rows, columns = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-    flat = tl.load(order_ptr + rows, mask=rows < end, other=0)
-    u = _gathered_product(
-        x_ptr, flat // K, stride_x, up_desc, expert * F, n, C, BLOCK_N, BLOCK_K, True, PRECISION, EVEN
-    )
-    u = tl.maximum(u, 0.0)
-    weight = tl.load(weights_ptr + flat, mask=rows < end, other=0.0).to(tl.float32)
-    h = u * u * tl.where(tl.abs(weight) < tiny, tiny, weight)[:, None]
-    mask = (rows < end)[:, None] & (columns < F)[None, :]
-    tl.store(h_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :], h, mask=mask)
-
-
-@jit
-def _expert_rows_kernel(a_desc, w_desc, order_ptr, tiles_ptr, out_ptr, F, C, first_column, N, K_FIRST: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                        PRECISION: tl.constexpr):  # fmt: skip
-    """out [R, N] = N columns of a w for a [R, F] and w [F, C], each row put back to where its (token, k) stands.
-
-    K_FIRST: w stands as [C, F].
-    """
-    n_tiles = tl.cdiv(N, BLOCK_N)
-    expert, first, end = _load_tile(tiles_ptr, tl.program_id(0) // n_tiles)
-    if first == end:
-        return
-    n = tl.program_id(0) % n_tiles * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, F, BLOCK_K):
-        a = a_desc.load([first, k])  # [BLOCK_M, BLOCK_K]; 0 past F
-        if K_FIRST:
-            w = w_desc.load([expert * C + first_column + n, k]).T  # [BLOCK_K, BLOCK_N]
-        else:
-            w = w_desc.load([expert * F + k, first_column + n])
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
-    rows, columns = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-    flat = tl.load(order_ptr + rows, mask=rows < end, other=0)
-    mask = (rows < end)[:, None] & (columns < N)[None, :]
-    tl.store(out_ptr + flat.to(tl.int64)[:, None] * N + columns[None, :], acc, mask=mask)
-
-
-@jit
-def _expert_hidden_bwd_kernel(dy_ptr, down_desc, weights_ptr, order_ptr, tiles_ptr, h_ptr, dweights_ptr,
-                              F, C, R, stride_dy, tiny, K: tl.constexpr,
-                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                              PRECISION: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """du over w h [R, F], and dweights [n_tiles, R], to be summed over the tiles."""
-    n_tiles = tl.cdiv(F, BLOCK_N)
-    expert, first, end = _load_tile(tiles_ptr, tl.program_id(0) // n_tiles)
-    if first == end:
-        return
-    n = tl.program_id(0) % n_tiles * BLOCK_N
-    rows = first + tl.arange(0, BLOCK_M)
-    flat = tl.load(order_ptr + rows, mask=rows < end, other=0)
-    dh = _gathered_product(
-        dy_ptr, flat // K, stride_dy, down_desc, expert * C, n, C, BLOCK_N, BLOCK_K, False, PRECISION, EVEN
-    )
-    weight = tl.load(weights_ptr + flat, mask=rows < end, other=1.0).to(tl.float32)
-    of_h = 1 / tl.where(tl.abs(weight) < tiny, tiny, weight)
-    halves = tl.split(tl.permute(tl.reshape(dh, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1)))  # a whole h would spill
-    dweight = tl.zeros([BLOCK_M], tl.float32)
-    for half in tl.static_range(2):
-        columns = n + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        mask = (rows < end)[:, None] & (columns < F)[None, :]
-        h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
-        h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32) * of_h[:, None]
-        dweight += tl.sum(halves[half] * h, 1)  # h is 0 outside
-        tl.store(h_ptrs, halves[half] * tl.sqrt(h) * (2 * weight)[:, None], mask=mask)
-    tl.store(dweights_ptr + tl.program_id(0) % n_tiles * R + flat, dweight, mask=rows < end)
-
-
-@jit
-def _expert_weight_kernel(a_desc, b_desc, offsets_ptr, out_ptr, M, N, stride_oe, stride_om, stride_on,
-                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                          PRECISION: tl.constexpr):  # fmt: skip
-    """out [E, M, N] = a^T b over the rows of each expert, for a [R, M] and b [R, N]."""
-    expert, m_tiles = tl.program_id(1), tl.cdiv(M, BLOCK_M)
-    m, n = tl.program_id(0) % m_tiles * BLOCK_M, tl.program_id(0) // m_tiles * BLOCK_N
-    start, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
-    whole = start + (end - start) // BLOCK_K * BLOCK_K
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for row in range(start, whole, BLOCK_K):
-        acc = tl.dot(a_desc.load([row, m]).T, b_desc.load([row, n]), acc, input_precision=PRECISION)
-    if whole < end:  # the last rows, without those of the next expert
-        inside = whole + tl.arange(0, BLOCK_K)[:, None] < end
-        a, b = a_desc.load([whole, m]), b_desc.load([whole, n])  # [BLOCK_K, BLOCK_M], [BLOCK_K, BLOCK_N]
-        a, b = tl.where(inside, a, tl.zeros_like(a)), tl.where(inside, b, tl.zeros_like(b))
-        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-    rows, columns = m + tl.arange(0, BLOCK_M)[:, None], n + tl.arange(0, BLOCK_N)[None, :]
-    out_ptrs = out_ptr + expert.to(tl.int64) * stride_oe + rows * stride_om + columns * stride_on
-    tl.store(out_ptrs, acc, mask=(rows < M) & (columns < N))
-
-
-@jit
-def _gather_kernel(x_ptr, order_ptr, out_ptr, R, N, stride_x, K: tl.constexpr,
-                   BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """out [R, N] = x[token]."""
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    token = tl.load(order_ptr + r, mask=r < R, other=0) // K
-    row = tl.load(x_ptr + token.to(tl.int64) * stride_x + n, mask=(r < R) & (n < N), other=0.0)
-    tl.store(out_ptr + r.to(tl.int64) * N + n, row, mask=(r < R) & (n < N))
-
-
-@jit
-def _combine_kernel(rows_ptr, y_ptr, S, N, stride_y, K: tl.constexpr,
-                    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """y [S, N] = sum over k of rows [S, K, N]."""
-    s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (s < S) & (n < N)
-    y = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
-    for k in range(K):
-        y += tl.load(rows_ptr + (s * K + k) * N + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + s * stride_y + n, y, mask=mask)
-
-
-def _expert_tiles(R, E, dtype, columns=None):
-    """Returns the tile of a product: as many rows as an expert has on average, up to 128.
-
-    It is 256 columns wide where `columns` are given and fill such tiles: half as many loads of the rows (on Hopper; an
-    A100 would spill). Square tiles are small enough for two at a time on a multiprocessor, which hides the start and
-    the end of each.
-    """
-    wide = columns is not None and -columns % 256 <= columns // 4 and shared_memory() > 200_000
-    rows = 128 if R > 64 * E else 64 if R > 16 * E else 16
-    if small_card() or dtype == torch.float32:
-        tiles = dict(BLOCK_M=min(64, rows), BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    elif wide:
-        tiles = dict(BLOCK_M=rows, BLOCK_N=256, BLOCK_K=64, num_warps=8 if rows > 64 else 4, num_stages=4)
-    else:
-        tiles = dict(BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, num_warps=8 if rows > 64 else 4, num_stages=3)
-    return tiles | dict(PRECISION=dot_precision())
-
-
-def _tensor_blocks(x, *block):
-    """Returns a descriptor of x as [rows, its last dimension], to be loaded in blocks of this shape."""
-    x = x.clone() if x.data_ptr() % 16 else x  # a slice of something larger may begin anywhere
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), list(block))
-
-
-def _column_slices(R, C, room, like):
-    """Yields (slice of columns, empty [R, columns] for them), which one after the other cover C columns.
-
-    room: how many numbers may be held at a time.
-    """
-    width = min(C, max(128, room // R // 256 * 256))  # whole tiles
-    buffer = torch.empty(R * width, dtype=like.dtype, device=like.device)
-    for first in range(0, C, width):
-        columns = slice(first, min(C, first + width))
-        n = columns.stop - first
-        yield columns, buffer[: R * n].view(R, n)
-
-
-def _rows_and_sum(a, w, k_first, routing, room, out):
-    """Writes sum_k a w to out [S, C], for a [R, F] and each expert's w [F, C]; k_first: it stands as [C, F]."""
-    (R, width), (S, C), E = a.shape, out.shape, len(w)
-    for columns, rows in _column_slices(R, C, room, a):
-        n = rows.shape[1]
-        tiles = _expert_tiles(R, E, a.dtype, columns=None if k_first else n)
-        M, N, K = (tiles[f"BLOCK_{side}"] for side in "MNK")
-        _expert_rows_kernel[(len(routing.tiles) * triton.cdiv(n, N),)](
-            _tensor_blocks(a, M, K), _tensor_blocks(w, N, K) if k_first else _tensor_blocks(w, K, N),
-            routing.order, routing.tiles, rows, width, C, columns.start, n, K_FIRST=k_first, **tiles,
-        )  # fmt: skip
-        block = min(256, triton.next_power_of_2(n))
-        _combine_kernel[(triton.cdiv(S, 2048 // block), triton.cdiv(n, block))](
-            rows, out[:, columns], S, n, C, K=R // S, BLOCK_S=2048 // block, BLOCK_N=block
-        )
-
-
-def _weight_tiles(columns, dtype):
-    """Returns the tile of a gradient of the weights. The sum is over rows: BLOCK_K of them at a time."""
-    if small_card() or dtype == torch.float32:
-        tiles = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2)
-    elif 2 * triton.cdiv(columns, 256) == triton.cdiv(columns, 128) and shared_memory() > 200_000:  # none more empty
-        tiles = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=32, num_warps=8, num_stages=5)
-    else:
-        tiles = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
-    return tiles | dict(PRECISION=dot_precision())
-
-
-def _weight_gradient(a, b, routing, room, out):
-    """Writes sum_r a b[token]^T of each expert to out [E, M, N] (of any strides), for a [R, M] and b [S, N].
-
-    The rows of b are gathered first: a product that gathered them in its loop would take half as long again.
-    """
-    (R, M), (S, C), E = a.shape, b.shape, len(out)
-    for columns, rows in _column_slices(R, C, room, a):
-        n = rows.shape[1]
-        tiles = _weight_tiles(n, a.dtype)
-        block = min(512, triton.next_power_of_2(n))
-        _gather_kernel[(triton.cdiv(R, 4096 // block), triton.cdiv(n, block))](
-            b[:, columns], routing.order, rows, R, n, b.stride(0), K=R // S, BLOCK_R=4096 // block, BLOCK_N=block
-        )
-        a_desc = _tensor_blocks(a, tiles["BLOCK_K"], tiles["BLOCK_M"])
-        b_desc = _tensor_blocks(rows, tiles["BLOCK_K"], tiles["BLOCK_N"])
-        _expert_weight_kernel[(triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]), E)](
-            a_desc, b_desc, routing.offsets, out[:, :, columns], M, n, *out.stride(), **tiles
-        )
-
-
-class _ExpertMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, up, down, expert_ids, expert_weights):
-        x, up, down, weights = tail_contiguous(x), up.contiguous(), down.contiguous(), expert_weights.contiguous()
-        (S, C), (E, width, _), K = x.shape, up.shape, expert_ids.shape[1]
-        tiles = _expert_tiles(S * K, E, x.dtype, columns=width)
-        routing = _route(expert_ids, E, tiles["BLOCK_M"])
-        h = torch.empty(S * K, width, dtype=x.dtype, device=x.device)
-        _expert_up_kernel[(len(routing.tiles) * triton.cdiv(width, tiles["BLOCK_N"]),)](
-            x, _tensor_blocks(up, tiles["BLOCK_N"], tiles["BLOCK_K"]), weights, routing.order, routing.tiles, h,
-            width, C, x.stride(0), TINY, K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
-        )  # fmt: skip
-        y = torch.empty(S, C, dtype=x.dtype, device=x.device)
-        # The rows [R, C] may take a fifth of what has to be there in the end: x, y, up, down, their gradients, and h.
-        ctx.room = (4 * x.numel() + 4 * up.numel() + h.numel()) // 5
-        _rows_and_sum(h, down, True, routing, ctx.room + 2 * x.numel() + 2 * up.numel(), y)  # no gradients yet
-        ctx.save_for_backward(x, up, down, weights, h, *routing)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, up, down, weights, h, *routing = ctx.saved_tensors
-        routing, dy = _Routing(*routing), tail_contiguous(dy)
-        (S, C), (E, width, _), K = x.shape, up.shape, weights.shape[1]
-        ddown = torch.empty_like(down)
-        _weight_gradient(h, dy, routing, ctx.room + x.numel() + up.numel(), ddown.transpose(1, 2))  # no dx, dup yet
-        tiles = _expert_tiles(S * K, E, x.dtype, columns=width)
-        n_tiles = triton.cdiv(width, tiles["BLOCK_N"])
-        dweights = torch.empty(n_tiles, S, K, dtype=torch.float32, device=x.device)
-        _expert_hidden_bwd_kernel[(len(routing.tiles) * n_tiles,)](
-            dy, _tensor_blocks(down, tiles["BLOCK_K"], tiles["BLOCK_N"]), weights, routing.order, routing.tiles, h,
-            dweights, width, C, S * K, dy.stride(0), TINY, K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
-        )  # fmt: skip
-        torch.autograd.graph.increment_version(h)  # a second backward then gets torch's error, not wrong numbers
-        du, dup = h, torch.empty_like(up)
-        _weight_gradient(du, x, routing, ctx.room + x.numel(), dup)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _rows_and_sum(du, up, False, routing, ctx.room, dx)
-        return dx, dup, ddown, None, dweights.sum(0).to(weights.dtype)
-
-
-@torch.compiler.disable  # nothing around the products for a compiler to gain
-def expert_mlp_triton(x, up, down, expert_ids, expert_weights):
-    """Returns `expert_mlp_ref(...)`. Its backward can run once: the activations are written over.
-
-    torch.compile leaves it as it is, and breaks its graph there; a CUDA graph takes it.
-    """
-    C, width = x.shape[1], up.shape[1]
-    if C % 8 or width % 8:  # descriptors want rows of whole 16 bytes
-        more_C, more_width = -C % 8, -width % 8
-        x, up = F.pad(x, (0, more_C)), F.pad(up, (0, more_C, 0, more_width))
-        down = F.pad(down, (0, more_width, 0, more_C))
-    if not expert_ids.numel():
-        return expert_mlp_ref(x, up, down, expert_ids, expert_weights)[:, :C]
-    return _ExpertMLP.apply(x, up, down, expert_ids, expert_weights)[:, :C]
-
-
-def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
-    """Returns `expert_mlp_ref(x, up, down, expert_ids, expert_weights)` on the backend asked for.
-
-    Under autocast the products run in its dtype. Nothing waits for the device, so an id outside [0, E) is not caught.
-    Raises ValueError if shapes or dtypes do not match.
-    """
-    (S, C), (E, width), K = x.shape, up.shape[:2], expert_ids.shape[-1]
-    expect("up", up, E, width, C)
-    expect("down", down, E, C, width)
-    expect("expert_ids", expert_ids, S, K)
-    expect("expert_weights", expert_weights, S, K)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x, up, down = (t.to(torch.get_autocast_dtype(device)) for t in (x, up, down))
-    if not x.dtype == up.dtype == down.dtype:
-        raise ValueError(f"x is {x.dtype}, up {up.dtype}, down {down.dtype}; cast them to one, or use torch.autocast")
-    op = expert_mlp_triton if pick_backend(backend, device, x.dtype) == "triton" else expert_mlp_ref
-    return op(x, up, down, expert_ids, expert_weights)

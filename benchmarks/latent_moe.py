@@ -2,9 +2,9 @@
 
 import torch
 
+from benchmarks.expert_kernels import expert_inputs, grouped_mm_experts
 from benchmarks.harness import Bench, check_and_time
-from benchmarks.kernels import expert_inputs, grouped_mm_experts
-from kernels import expert_mlp
+from expert_kernels import expert_mlp
 
 
 def latent_experts(x, fc1, up, down, fc2, expert_ids, expert_weights, backend="auto"):

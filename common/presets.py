@@ -30,7 +30,7 @@ SHAPES = {  # the shapes we train (tiny, small) and the papers' models
     # The same with a mixture of experts for each MLP, of as many active parameters: Nemotron 3 Nano, arXiv:2512.20848.
     "nano3-tiny": dict(**_NANO3_TINY),
     "nano3": dict(**SMALL, **_NANO3_SMALL),
-    # And with LatentMoE, alpha 4 (`latent_moe.latent_twin` of those), and multi-token prediction: Nemotron 3 Super.
+    # And with LatentMoE, alpha 4 (`latent_moe.to_latent` of those), and multi-token prediction: Nemotron 3 Super.
     "super3-tiny": dict(
         **_NANO3_TINY
         | dict(moe_latent_size=32, n_routed_experts=64, num_experts_per_tok=12, routed_scaling_factor=5.0),

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from benchmarks import harness
+from expert_kernels import expert_mlp
 
 
 def draw(*shape, seed=0, dtype=torch.float64, grad=False):
@@ -178,25 +180,25 @@ def test_all_experts_with_their_weights_are_a_dense_sum():
     ids, weights = torch.arange(5).expand(6, 5), draw(6, 5, seed=4)
     hidden = torch.einsum("sc,efc->sef", x, up).relu().square()
     dense = torch.einsum("sef,ecf,se->sc", hidden, down, weights)
-    assert_same(kernels.expert_mlp(x, up, down, ids, weights), dense)
+    assert_same(expert_mlp(x, up, down, ids, weights), dense)
 
 
 def test_one_expert_of_weight_one_is_an_mlp():
     x, up, down, _, _ = expert_inputs(E=1, K=1)
-    y = kernels.expert_mlp(x, up, down, torch.zeros(6, 1).long(), torch.ones(6, 1).double())
+    y = expert_mlp(x, up, down, torch.zeros(6, 1).long(), torch.ones(6, 1).double())
     assert_same(y, F.linear(F.linear(x, up[0]).relu().square(), down[0]))
 
 
 def test_expert_mlp_gradients():
     x, up, down, ids, weights = expert_inputs()
-    f = lambda x, up, down, weights: kernels.expert_mlp(x, up, down, ids, weights)  # noqa: E731
+    f = lambda x, up, down, weights: expert_mlp(x, up, down, ids, weights)  # noqa: E731
     assert torch.autograd.gradcheck(f, (x, up, down, weights))
 
 
 def test_an_expert_listed_twice_counts_twice():
     x, up, down, _, _ = expert_inputs()
-    twice = kernels.expert_mlp(x, up, down, torch.full((6, 2), 3), torch.full((6, 2), 0.5).double())
-    once = kernels.expert_mlp(x, up, down, torch.full((6, 1), 3), torch.ones(6, 1).double())
+    twice = expert_mlp(x, up, down, torch.full((6, 2), 3), torch.full((6, 2), 0.5).double())
+    once = expert_mlp(x, up, down, torch.full((6, 1), 3), torch.ones(6, 1).double())
     assert_same(twice, once)
 
 
@@ -215,11 +217,11 @@ def test_an_expert_listed_twice_counts_twice():
         (lambda: kernels.linear_cross_entropy(draw(2, 8), draw(5, 8), torch.zeros(2).int()), "int64"),
         (lambda: kernels.linear_logprob(draw(2, 8), draw(5, 8), torch.zeros(3).long()), "targets"),
         (
-            lambda: kernels.expert_mlp(draw(2, 8), draw(3, 4, 8), draw(3, 4, 8), torch.zeros(2, 1).long(), draw(2, 1)),
+            lambda: expert_mlp(draw(2, 8), draw(3, 4, 8), draw(3, 4, 8), torch.zeros(2, 1).long(), draw(2, 1)),
             "down",
         ),
         (
-            lambda: kernels.expert_mlp(draw(2, 8), draw(3, 4, 8), draw(3, 8, 4), torch.zeros(2, 2).long(), draw(2, 1)),
+            lambda: expert_mlp(draw(2, 8), draw(3, 4, 8), draw(3, 8, 4), torch.zeros(2, 2).long(), draw(2, 1)),
             "weights",
         ),
     ],
@@ -227,3 +229,24 @@ def test_an_expert_listed_twice_counts_twice():
 def test_shapes_that_do_not_match_are_named(call, wrong):
     with pytest.raises(ValueError, match=wrong):
         call()
+
+
+# ---- records ----
+
+
+def test_a_record_says_how_where_and_from_which_commit(monkeypatch):
+    monkeypatch.setattr(harness.sys, "argv", [str(harness.ROOT / "benchmarks" / "ssd.py"), "a b"])
+    source = harness.provenance()
+    assert source["command"] == "python -m benchmarks.ssd 'a b'" and f"torch {torch.__version__}" in source["machine"]
+    assert source.keys() == {"command", "machine", "commit"} and source["commit"]
+    assert harness.provenance("python x.py")["command"] == "python x.py"
+    monkeypatch.setattr(harness.sys, "argv", [str(harness.ROOT / "ssd.py")])
+    assert harness.running_command() == "python ssd.py"
+
+
+def test_a_copy_without_git_has_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert harness.commit() == "unknown"
+    monkeypatch.setenv("GIT_COMMIT", "abc1234")
+    assert harness.commit() == "abc1234"

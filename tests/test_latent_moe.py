@@ -1,21 +1,24 @@
 """latent_moe.py: parity with transformers' NemotronHMoE, limit cases, balancing, the paper's counts."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import latent_moe
+from experiments import latent_moe as study
 from latent_moe import (
     MLP,
     MoE,
     MoEConfig,
     choose_experts,
-    latent_twin,
     layer_cost,
     load_metrics,
     sequence_balance_loss,
+    to_latent,
     update_bias,
 )
 from nano_hybrid import PRESETS
@@ -239,16 +242,16 @@ def test_router_and_bias_stay_in_float32_when_the_model_does_not():
 # ---- costs ----
 
 
-def test_the_twin_of_the_paper_s_layer_has_the_paper_s_counts():
+def test_the_latent_form_of_the_paper_s_layer_has_the_paper_s_counts():
     standard = MoEConfig(4096, 128, 6, 2688, 5376)
-    twin = latent_twin(standard, 4)
-    assert (twin.latent_size, twin.n_routed_experts, twin.num_experts_per_tok) == (1024, 512, 22)
-    ours, theirs = layer_cost(standard), layer_cost(twin)
+    latent = to_latent(standard, 4)
+    assert (latent.latent_size, latent.n_routed_experts, latent.num_experts_per_tok) == (1024, 512, 22)
+    ours, theirs = layer_cost(standard), layer_cost(latent)
     assert ours["routed"] == theirs["routed"] == 2 * 4096 * 2688 * 128
     assert 0.99 < theirs["active"] / ours["active"] <= 1
     assert theirs["dispatched_bytes"] / ours["dispatched_bytes"] == pytest.approx(22 / 24)
     assert theirs["read_bytes"] / ours["read_bytes"] == pytest.approx(22 / 24)
-    assert latent_twin(standard, 4, more_experts=False).n_routed_experts == 128
+    assert to_latent(standard, 4, more_experts=False).n_routed_experts == 128
 
 
 @pytest.mark.parametrize("config", [SMALL, KINDS["latent"]])
@@ -257,9 +260,9 @@ def test_layer_cost_counts_the_parameters(config):
 
 
 @pytest.mark.parametrize("size", ["", "-tiny"])
-def test_super3_is_the_twin_of_nano3(size):
-    twin = latent_twin(PRESETS["nano3" + size].moe(), 4)
-    assert PRESETS["super3" + size].moe() == replace(twin, routed_scaling_factor=5.0)  # as Super has it
+def test_super3_is_the_latent_form_of_nano3(size):
+    latent = to_latent(PRESETS["nano3" + size].moe(), 4)
+    assert PRESETS["super3" + size].moe() == replace(latent, routed_scaling_factor=5.0)  # as Super has it
 
 
 @pytest.mark.parametrize(
@@ -277,14 +280,41 @@ def test_impossible_layers_are_refused(changes, wrong):
         replace(SMALL, **changes)
 
 
-def test_impossible_twins_are_refused():
+def test_impossible_latent_layers_are_refused():
     with pytest.raises(ValueError, match="multiple of alpha=5"):
-        latent_twin(SMALL, 5)
+        to_latent(SMALL, 5)
     with pytest.raises(ValueError, match="alpha=1"):
-        latent_twin(replace(SMALL, num_experts_per_tok=1), 1)
+        to_latent(replace(SMALL, num_experts_per_tok=1), 1)
 
 
 def test_dense_gradients_reach_the_router_only_through_the_weights():
     layer = build(replace(SMALL, num_experts_per_tok=1))  # one expert, normalised: its weight is 1 whatever the score
     grad = torch.autograd.grad(F.mse_loss(layer(draw(1, 6, 24)), draw(1, 6, 24, seed=1)), layer.gate.weight)[0]
     assert grad.abs().max() < 1e-6
+
+
+# ---- the demo and the study ----
+
+
+def test_the_demo_prints_the_paper_s_layers(capsys):
+    latent_moe.demo()
+    table = capsys.readouterr().out
+    assert " 512    22   1024   2.873B   175.6M" in table and "differ by 0.03B here" in table
+
+
+def test_the_study_trains_and_records_where_it_ran(monkeypatch, tmp_path, corpus_dir):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets" / "bench").mkdir(parents=True)
+    setting = study.SETTINGS["cpu"] | dict(context=8, batch_size=2, steps=3, val_batches=1)
+    setting["moe"] = MoEConfig(32, 4, 2, 8, 8)
+    for name, value in dict(ROOT=tmp_path, SETTINGS=dict(cpu=setting, cuda=setting), SEEDS=range(2)).items():
+        monkeypatch.setattr(study, name, value)
+    latent = to_latent(replace(setting["moe"], moe_intermediate_size=64), 4)
+    monkeypatch.setattr(study, "variants", lambda moe: {"standard": (moe, ""), "latent, alpha 4": (latent, "")})
+    load = study.load_corpus
+    monkeypatch.setattr(study, "load_corpus", lambda data, tokenizer, context: load(f"{corpus_dir}/*.txt", tokenizer))
+    study.main()
+    (record,) = json.loads((tmp_path / "assets/bench/latent_moe.json").read_text()).values()
+    assert record["rows"].keys() == {"standard", "latent, alpha 4"} and record["machine"] and record["commit"]
+    assert len(record["rows"]["standard"]) == len(record["columns"].split())
+    assert (tmp_path / "out/latent_moe.png").exists()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import decode_kernels
+import expert_kernels
 import kernels
 import ssd
 from benchmarks import decode_kernels as bench_decode
@@ -15,6 +16,7 @@ from benchmarks import harness
 from benchmarks import kernels as bench_kernels
 from benchmarks import ssd as bench_ssd
 from conftest import TINY, scramble
+from expert_kernels import expert_mlp
 from nano_hybrid import Hybrid, HybridConfig
 
 pytest.importorskip("triton")
@@ -131,7 +133,7 @@ def bench(op):
 
 def compare_bench(op, sizes, dtype, **options):
     """Asserts the same of op on the inputs that the benchmark draws for it."""
-    inputs = bench(op).inputs(kernels.normal(DEVICE), *sizes)
+    inputs = bench(op).inputs(harness.normal(DEVICE), *sizes)
     compare(op, inputs, [getattr(t, "dtype", None) for t in inputs], dtype, **options)
 
 
@@ -159,8 +161,8 @@ def test_the_inside_of_a_layer_for_a_few_tokens(sizes, dtype):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_gate_does_not_overflow_float16(backend):
     inputs = [
-        kernels.in_low(t, torch.float16)
-        for t in bench(decode_kernels.mamba2_steps).inputs(kernels.normal(DEVICE), 1, 2, 2, 8, 1, 8)
+        harness.in_low(t, torch.float16)
+        for t in bench(decode_kernels.mamba2_steps).inputs(harness.normal(DEVICE), 1, 2, 2, 8, 1, 8)
     ]
     inputs[0][..., :32] = 200.0  # z, and x before the convolution
     inputs[7] *= 10  # D
@@ -171,8 +173,8 @@ def test_the_gate_does_not_overflow_float16(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_states_after_every_token_are_those_of_shorter_texts(backend):
     inputs = [
-        kernels.in_low(t, torch.float32)
-        for t in bench(decode_kernels.mamba2_steps).inputs(kernels.normal(DEVICE), 2, 4, 4, 8, 2, 8)
+        harness.in_low(t, torch.float32)
+        for t in bench(decode_kernels.mamba2_steps).inputs(harness.normal(DEVICE), 2, 4, 4, 8, 2, 8)
     ]
     projected, *rest = inputs[:-1]
     _, trail, states = decode_kernels.mamba2_steps(projected, *rest, every=True, backend=backend)
@@ -227,8 +229,8 @@ def test_writing_under_autocast(monkeypatch):
 def test_the_step_size_keeps_its_digits(raw):
     """dt * x * B goes into the state: with A = 0, x and B known, the state tells dt."""
     inputs = [
-        kernels.in_low(t, torch.float32)
-        for t in bench(decode_kernels.mamba2_steps).inputs(kernels.normal(DEVICE), 1, 1, 2, 8, 1, 8)
+        harness.in_low(t, torch.float32)
+        for t in bench(decode_kernels.mamba2_steps).inputs(harness.normal(DEVICE), 1, 1, 2, 8, 1, 8)
     ]
     inputs[0][..., -2:], inputs[2][:], inputs[5][:] = raw, 0.0, 0.0  # raw dt, state, dt_bias
     states = [decode_kernels.mamba2_steps(*inputs, backend=backend)[2] for backend in ("torch", "triton")]
@@ -242,8 +244,8 @@ def test_the_fused_inside_of_a_layer(sizes, dtype):
 
 
 def test_the_fused_inside_is_used_only_to_train(monkeypatch):
-    inputs = bench(ssd.mamba2_inner).inputs(kernels.normal(DEVICE), 1, 5, 2, 8, 1, 8)
-    inputs = [kernels.in_low(t, torch.float32) for t in inputs]
+    inputs = bench(ssd.mamba2_inner).inputs(harness.normal(DEVICE), 1, 5, 2, 8, 1, 8)
+    inputs = [harness.in_low(t, torch.float32) for t in inputs]
     expected = ssd.mamba2_inner(*inputs, backend="triton")
     monkeypatch.delattr(ssd, "mamba2_inner_triton")
     with torch.no_grad():
@@ -253,20 +255,20 @@ def test_the_fused_inside_is_used_only_to_train(monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear_cross_entropy_in_blocks_with_ignored_rows(reduction, monkeypatch):
     monkeypatch.setattr(kernels, "WORKSPACE", 4 * 7 * 301)  # blocks of seven rows
-    h, w, targets = kernels.projection_inputs(kernels.normal(DEVICE), 23, 8, 301)
+    h, w, targets = bench_kernels.projection_inputs(harness.normal(DEVICE), 23, 8, 301)
     targets[::5] = -100
     pairs = harness.errors(kernels.linear_cross_entropy, [h, w, targets], torch.float32, reduction=reduction)
     assert all(error <= harness.allowed_error(reference, torch.float32) for error, reference in pairs)
 
 
 def test_logprob_with_temperature():
-    inputs = kernels.projection_inputs(kernels.normal(DEVICE), 9, 8, 40)
+    inputs = bench_kernels.projection_inputs(harness.normal(DEVICE), 9, 8, 40)
     pairs = harness.errors(kernels.linear_logprob, inputs, torch.float32, temperature=0.7)
     assert all(error <= harness.allowed_error(reference, torch.float32) for error, reference in pairs)
 
 
 def test_the_projection_under_autocast_keeps_float32_gradients():
-    h, w, targets = kernels.projection_inputs(kernels.normal(DEVICE), 12, 8, 40)
+    h, w, targets = bench_kernels.projection_inputs(harness.normal(DEVICE), 12, 8, 40)
     h, w = h.float().requires_grad_(), w.float().requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16):
         losses = [kernels.linear_cross_entropy(h, w, targets, backend=b) for b in ("triton", "torch")]
@@ -346,15 +348,15 @@ def experts(S, C, width, E, K, skew=0, seed=0):
 )
 def test_expert_mlp(S, C, width, E, K, skew, dtype, monkeypatch):
     if C > 128:
-        slices = kernels._column_slices
-        monkeypatch.setattr(kernels, "_column_slices", lambda R, C, room, like: slices(R, C, 0, like))
-    compare(kernels.expert_mlp, experts(S, C, width, E, K, skew), [dtype, dtype, dtype, None, torch.float32], dtype)
+        slices = expert_kernels._column_slices
+        monkeypatch.setattr(expert_kernels, "_column_slices", lambda R, C, workspace, like: slices(R, C, 0, like))
+    compare(expert_mlp, experts(S, C, width, E, K, skew), [dtype, dtype, dtype, None, torch.float32], dtype)
 
 
 def test_no_tokens_give_no_output_and_gradients_of_zero():
     x, up, down, ids, weights = (t.to(DEVICE) for t in experts(0, 8, 16, 3, 2))
     up = up.float().requires_grad_()
-    y = kernels.expert_mlp(x.float(), up, down.float(), ids, weights.float(), backend="triton")
+    y = expert_mlp(x.float(), up, down.float(), ids, weights.float(), backend="triton")
     y.sum().backward()
     assert y.shape == (0, 8) and not up.grad.any()
 
@@ -364,7 +366,7 @@ def test_an_expert_weight_of_zero_gets_its_gradient():
     grads = []
     for backend in ("torch", "triton"):
         w = torch.zeros_like(weights).float().requires_grad_()
-        y = kernels.expert_mlp(x.float(), up.float(), down.float(), ids, w, backend)
+        y = expert_mlp(x.float(), up.float(), down.float(), ids, w, backend)
         (grad,) = torch.autograd.grad(y.sum(), w)
         grads.append(grad)
         assert y.abs().max() < 1e-20
@@ -373,7 +375,7 @@ def test_an_expert_weight_of_zero_gets_its_gradient():
 
 def test_a_second_backward_through_the_experts_is_refused():
     x, up, down, ids, weights = (t.to(DEVICE) for t in experts(9, 16, 8, 4, 2))
-    y = kernels.expert_mlp(x.float().requires_grad_(), up.float(), down.float(), ids, weights.float(), "triton").sum()
+    y = expert_mlp(x.float().requires_grad_(), up.float(), down.float(), ids, weights.float(), "triton").sum()
     y.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
@@ -406,7 +408,7 @@ def test_experts_replay_from_a_cuda_graph_and_repeat_bit_for_bit():
     leaves = [t.bfloat16().requires_grad_() for t in (x, up, down)]
 
     def step():
-        y = kernels.expert_mlp(*leaves, ids, weights.float(), backend="triton")
+        y = expert_mlp(*leaves, ids, weights.float(), backend="triton")
         return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     stream = torch.cuda.Stream()
@@ -441,6 +443,6 @@ def test_experts_take_a_quarter_more_memory_than_they_must(S, C, width, E, K):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     others = torch.cuda.memory_allocated() - size(leaves) - size([dy])
-    y = kernels.expert_mlp(*leaves, backend="triton")
+    y = expert_mlp(*leaves, backend="triton")
     torch.autograd.grad(y, wanted, dy)
     assert torch.cuda.max_memory_allocated() - others <= 1.25 * must
