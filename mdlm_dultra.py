@@ -61,11 +61,14 @@ from tqdm import tqdm
 
 from common.checkpoints import config_fields, read_config, read_weights
 from common.data import Tokenizer
-from common.objectives import NextToken
+from common.objectives import NextToken, Objective, Recipe
 from common.tasks import BLANK, ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
-from grpo import LARGEST, advantages, choose, policy_loss
+from grpo import LARGEST, REWARDS, advantages, check_dropout, check_given, check_run, choose, policy_loss
 from kernels import at_least_float32, block_of, jit, linear_logprob, pick_backend
+from nano_hybrid import PRESETS as TEXT_PRESETS
 from nano_hybrid import (
+    TEXT_CPU,
+    TEXT_GPU,
     Attention,
     Block,
     Hybrid,
@@ -141,6 +144,8 @@ class MaskedDiffusionLM(Hybrid):
     names are those of `Hybrid`, with `positions` and `planner`.
     Raises ValueError for layers that read from left to right, and for a model without positions of any kind.
     """
+
+    parts = ("planner",)
 
     def __init__(self, config, positions=None, planner=False):
         if set(config.hybrid_override_pattern) - set("*-E") or config.num_nextn_predict_layers:
@@ -926,7 +931,7 @@ DULTRA_LIMITS = [  # bounds included
 ]  # fmt: skip
 
 
-class DUltra:
+class DUltra(Objective):
     """Masked diffusion on a task, a planner that imitates a rule, then rewards: dUltra in one run.
 
     Metrics of a step of rewards, beside those of `grpo.policy_loss` (whose tokens are decoding steps here):
@@ -937,10 +942,13 @@ class DUltra:
     And of a step of imitation: coins, the mean chance that a masked token is written; wanted, what the rule writes.
     """
 
+    Settings = DUltraConfig
+    fixed = ("task", "pretrain", "imitate", "group_size", "batch_size")
     extra_tokens = 1  # the mask
 
     def __init__(self, config, tokenizer, batch_size, seed=0, rank=0, world_size=1):
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        self.settings = config
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.env = environment(config.task, ENVIRONMENTS | FILL_INS)
         if batch_size % config.group_size:
@@ -966,8 +974,19 @@ class DUltra:
             )
         return Hybrid.from_pretrained(self.config.teacher).eval().requires_grad_(False)
 
+    @classmethod
+    def from_run(cls, run, settings):
+        """Returns the objective of a run. Raises ValueError for settings that do not go together."""
+        before = settings.pretrain + settings.imitate
+        check_run(run, before, f"pretrain and --imitate, {before} steps together,")
+        where = dict(seed=run.seed, rank=run.rank, world_size=run.world_size)
+        objective = cls(settings, Tokenizer(run.tokenizer), run.config.batch_size, **where)
+        check_given(run, "--task")
+        return objective
+
     def build(self, config):
         """Returns the model to train."""
+        check_dropout(config)
         return MaskedDiffusionLM(config, self.length, planner=True)
 
     def about(self):
@@ -980,18 +999,12 @@ class DUltra:
         """The first step of rewards."""
         return self.config.pretrain + self.config.imitate
 
-    def lr_scale(self, step, lr):
-        """Returns the factor on the learning rate `lr` of the backbone for a step; `part_scale` has the planner's."""
-        if step >= self.config.pretrain:
-            return self.config.backbone_lr / lr
-        return min(1.0, 2 * (1 - step / self.config.pretrain))  # down to 0 over the second half
-
-    def part_scale(self, step, part):
-        """Returns the factor on the learning rate of a part of the model, the planner, beside that of all others."""
-        if step < self.config.pretrain:
-            return 0.0
-        lr = self.config.imitate_lr if step < self.begin_rewards else self.config.planner_lr
-        return lr / self.config.backbone_lr  # theirs: `lr_scale`
+    def lr_scale(self, step, lr, part=""):
+        """Returns the factor on the run's peak learning rate `lr` for a step: of the planner, or of the backbone."""
+        c = self.config
+        if part == "planner":
+            return 0.0 if step < c.pretrain else (c.imitate_lr if step < self.begin_rewards else c.planner_lr) / lr
+        return c.backbone_lr / lr if step >= c.pretrain else min(1.0, 2 * (1 - step / c.pretrain))  # down to 0
 
     def tasks(self, step, n, held_out=False):
         """Returns n tasks."""
@@ -1150,6 +1163,32 @@ class DUltra:
         return decoded, self.right(tasks, decoded.ids)
 
 
+# fmt: off
+PRESETS = {
+    # For mdlm_dultra.py, Transformers that look both ways: 1.9 M and 88 M for text, 0.2 M and 0.8 M for tasks.
+    "mdlm-tiny": HybridConfig(
+        hybrid_override_pattern="*-*-*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32, rotary_base=1e4
+    ),
+    "mdlm": replace(TEXT_PRESETS["small"], hybrid_override_pattern="*-" * 12, rotary_base=1e4),
+    "dultra-tiny": HybridConfig(
+        hybrid_override_pattern="*-*-", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+        intermediate_size=256,
+    ),
+    "dultra": HybridConfig(
+        hybrid_override_pattern="*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+    ),
+}
+# fmt: on
+RECIPES = {
+    # Its autoregressive baseline: --recipe=hybrid --preset=mdlm-tiny (on a GPU --preset=mdlm).
+    "mdlm": Recipe(MaskedDiffusion, cpu=dict(preset="mdlm-tiny", **TEXT_CPU), gpu=dict(preset="mdlm", **TEXT_GPU)),
+    "dultra": Recipe(
+        DUltra,
+        cpu=dict(preset="dultra-tiny", **REWARDS | dict(lr=2e-3), batch_size=256, steps=900, eval_every=100),
+        gpu=dict(preset="dultra", **REWARDS | dict(lr=2e-3), batch_size=2048, steps=2000, eval_every=200),
+    ),
+}
+
 # ---- 9. python mdlm_dultra.py: accuracy against forwards; python mdlm_dultra.py bench: the kernel ------------------
 
 CURVES = {  # rules, each with settings from safe to fast
@@ -1202,9 +1241,9 @@ def fit(model, objective, steps, lr, name, begin=0):
     optimizer = torch.optim.AdamW([dict(params=planner), dict(params=rest)], lr, betas=(0.9, 0.95), weight_decay=0.0)
     rows = []
     for i in tqdm(range(steps), desc=name, delay=2, leave=False, disable=not sys.stderr.isatty()):
-        now = lr * objective.lr_scale(begin + i, lr) * min(1, (i + 1) / 20, (steps - i) / (0.2 * steps))
-        optimizer.param_groups[0]["lr"] = now * objective.part_scale(begin + i, "planner")
-        optimizer.param_groups[1]["lr"] = now
+        now = lr * min(1, (i + 1) / 20, (steps - i) / (0.2 * steps))
+        optimizer.param_groups[0]["lr"] = now * objective.lr_scale(begin + i, lr, "planner")
+        optimizer.param_groups[1]["lr"] = now * objective.lr_scale(begin + i, lr)
         loss, metrics = objective.loss(model, objective.batch(model, begin + i))
         optimizer.zero_grad()
         loss.backward()

@@ -60,8 +60,8 @@ from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
-from common.checkpoints import config_fields, read_config, read_weights, replacing, to_disk_names
-from common.objectives import to_device
+from common.checkpoints import config_fields, fit_weights, read_config, read_weights, replacing, to_disk_names
+from common.objectives import NextToken, Recipe, to_device
 from decode_kernels import advance, append, cached_attention, embed, linear_step
 from decoding import (
     BudgetControl,
@@ -216,27 +216,6 @@ PRESETS = {  # the shapes we train (tiny, small) and the papers' models
     # heads of 32: on a CPU a D x D system is solved for each position and head.
     "lla-tiny": HybridConfig(hybrid_override_pattern="M-ML-M-", head_dim=32),
     "lla": HybridConfig(**_SMALL, hybrid_override_pattern="M-M-ML-M-M-ML-M-M-"),
-    # For grpo.py's tasks of a few dozen bytes: 0.4 M and 7 M parameters.
-    "grpo-tiny": HybridConfig(
-        hybrid_override_pattern="M*-M*-", hidden_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
-        intermediate_size=384, mamba_num_heads=4, mamba_head_dim=48, ssm_state_size=32, chunk_size=32,
-    ),
-    "grpo": HybridConfig(
-        hybrid_override_pattern="M*-M*-M*-M*-", hidden_size=320, num_attention_heads=5, num_key_value_heads=5,
-        head_dim=64, intermediate_size=1280, mamba_num_heads=10, mamba_head_dim=64, ssm_state_size=32, chunk_size=32,
-    ),
-    # For mdlm_dultra.py, Transformers that look both ways: 1.9 M and 88 M for text, 0.2 M and 0.8 M for tasks.
-    "mdlm-tiny": HybridConfig(
-        hybrid_override_pattern="*-*-*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32, rotary_base=1e4
-    ),
-    "mdlm": HybridConfig(**_SMALL, hybrid_override_pattern="*-*-*-*-*-*-*-*-*-*-*-*-", rotary_base=1e4),
-    "dultra-tiny": HybridConfig(
-        hybrid_override_pattern="*-*-", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
-        intermediate_size=256,
-    ),
-    "dultra": HybridConfig(
-        hybrid_override_pattern="*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-    ),
     # Nemotron Nano 2, arXiv:2508.14444: 12.31 B, and the 8.89 B pruned from it.
     "nano-12b-v2": HybridConfig(
         **_RELEASED, hidden_size=5120, intermediate_size=20480, initializer_range=0.0125,
@@ -815,6 +794,8 @@ class DecodeSession:
 class Hybrid(nn.Module):
     """The language model. Parameter names are those of `transformers`' NemotronHForCausalLM."""
 
+    parts = ()  # submodules whose learning rate an objective sets apart
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -861,12 +842,13 @@ class Hybrid(nn.Module):
 
         Layers of a kind share their graph, so a deep model compiles as fast as a shallow one.
         """
-        for layer in self.blocks():
+        for layer in self.layers:
             layer.compile(**options)
         self.cross_entropy = torch.compile(linear_cross_entropy, **options)
 
-    def blocks(self):
-        """Returns all residual layers, those of the multi-token predictor too."""
+    @property
+    def layers(self):
+        """All residual layers, those of the multi-token predictor too."""
         return [*self.model.layers, *(self.mtp.layers if self.mtp else ())]
 
     def new_cache(self, pad=None, room=0):
@@ -924,7 +906,7 @@ class Hybrid(nn.Module):
 
     def moe_layers(self):
         """Returns the MoE layers."""
-        return [layer.mixer for layer in self.blocks() if isinstance(layer.mixer, MoE)]
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, MoE)]
 
     @torch.no_grad()
     def balance_routers(self, finite=True):
@@ -1219,20 +1201,26 @@ class Hybrid(nn.Module):
 
     def load_weights(self, tensors, source):
         """Takes `tensors` (name -> tensor) as the weights. Raises ValueError naming `source` unless all fit exactly."""
-        expected = self.state_dict()
-        wrong = [
-            f"{n} {list(tensors[n].shape) if n in tensors else 'missing'}"
-            for n in expected
-            if n not in tensors or tensors[n].shape != expected[n].shape
-        ] + [f"{n} unexpected" for n in tensors if n not in expected]
-        if wrong:
-            raise ValueError(f"{source} does not fit its config: {wrong[0]}, the first of {len(wrong)}")
+        fit_weights(self.state_dict(), tensors, source)
         self.load_state_dict(tensors, assign=True)
         for moe in self.moe_layers():
             moe.gate.reset_counts()  # not in the file
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight
 
+
+# ---- recipes of train.py ----
+
+TEXT_CPU = dict(tokenizer="python4k", context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250)
+TEXT_GPU = dict(tokenizer="python4k", context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250)
+RECIPES = {
+    "hybrid": Recipe(NextToken, cpu=dict(preset="tiny", **TEXT_CPU), gpu=dict(preset="small", **TEXT_GPU)),
+    "nano3": Recipe(NextToken, cpu=dict(preset="nano3-tiny", **TEXT_CPU), gpu=dict(preset="nano3", **TEXT_GPU)),
+    "super3": Recipe(NextToken, cpu=dict(preset="super3-tiny", **TEXT_CPU), gpu=dict(preset="super3", **TEXT_GPU)),
+    # Its softmax baseline is the same command with * for L in the pattern: --hybrid_override_pattern='M-M*-M-' on a
+    # CPU, 'M-M-M*-M-M-M*-M-M-' on a GPU. It lacks D + H parameters a layer: the norm of q and k, and the ridges.
+    "lla": Recipe(NextToken, cpu=dict(preset="lla-tiny", **TEXT_CPU), gpu=dict(preset="lla", **TEXT_GPU)),
+}
 
 # ---- 7. python nano_hybrid.py: what a hybrid saves when it writes ---------------------------------------------------
 

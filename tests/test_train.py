@@ -114,20 +114,20 @@ def test_gradient_accumulation_is_a_larger_batch(flags):
 
 def test_text_read_many_times_is_held_back(flags, capsys):
     run = train.set_up([*flags, "--steps=2"])
-    assert run.model.config.hidden_dropout == 0 and run.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert run.model.config.hidden_dropout == 0 and run.optimizers[0].param_groups[0]["weight_decay"] == 0.1
     run = train.set_up([*flags, "--steps=5000"])
-    assert run.model.config.hidden_dropout > 0 and run.optimizer.param_groups[0]["weight_decay"] > 0.1
+    assert run.model.config.hidden_dropout > 0 and run.optimizers[0].param_groups[0]["weight_decay"] > 0.1
     assert "epochs: dropout" in capsys.readouterr().out
     run = train.set_up([*flags, "--steps=5000", "--hidden_dropout=0.25", "--weight_decay=0.3"])
-    assert run.model.config.hidden_dropout == 0.25 and run.optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert run.model.config.hidden_dropout == 0.25 and run.optimizers[0].param_groups[0]["weight_decay"] == 0.3
 
 
 def test_only_matrices_decay(flags):
     run = train.set_up([*flags, *LOCAL_LINEAR, "--steps=2"])
     names = {id(p): n for n, p in run.model.named_parameters()}
-    spared = {names[id(p)].split(".")[-1] for p in run.optimizer.param_groups[1]["params"]}
+    spared = {names[id(p)].split(".")[-1] for p in run.optimizers[0].param_groups[1]["params"]}
     assert spared == {"weight", "bias", "A_log", "D", "dt_bias", "raw_ridge", "qk_norm"}
-    assert all(p.dim() == 1 for p in run.optimizer.param_groups[1]["params"])
+    assert all(p.dim() == 1 for p in run.optimizers[0].param_groups[1]["params"])
 
 
 # ---- resuming ----
