@@ -255,7 +255,7 @@ def shard(model, device, config):
     if config.optimizer == "muon":
         raise ValueError("--optimizer=muon runs in one process; leave it out under torchrun")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in model.layers:
+    for layer in model.model.layers:  # a multi-token predictor reads weights of its layers from outside of them
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for method in ("loss", "logprobs"):
@@ -364,10 +364,10 @@ def schedule(step, config):
     return min(1, (step + 1) / max(1, config.warmup)) * (1 - math.sqrt(max(0, progress)))
 
 
-def optimizer_step(run, interrupted):
+def optimizer_step(run, interrupt):
     """Makes a step. Returns (learning rate, name -> tensor to log). The host waits for nothing: see common/runlog.py.
 
-    interrupted: whether this process was asked to stop; all processes read the sum, so they stop together.
+    interrupt: whether this process was asked to stop is one of the numbers, so that all processes stop together.
     """
     config, objective, model, scaler = run.config, run.objective, run.model, run.scaler
     torch.manual_seed(hash((config.seed, run.step, run.rank)))  # dropout, and whatever a rollout samples
@@ -387,7 +387,7 @@ def optimizer_step(run, interrupted):
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     norm = norm.full_tensor() if run.world_size > 1 else norm
-    numbers = means.over_processes(interrupted)
+    numbers = means.over_processes(interrupt.interrupted)
     finite = torch.isfinite(numbers["loss"]) & torch.isfinite(norm)
     for optimizer in run.optimizers:  # a step that is not finite is left out, by all of them
         if optimizer.defaults.get("fused") and not scaler.is_enabled():
@@ -418,7 +418,7 @@ def train(run):
     report = Report(run)
     run.model.train()
     while run.step < config.steps:
-        lr, numbers = optimizer_step(run, interrupt.interrupted)
+        lr, numbers = optimizer_step(run, interrupt)
         run.step += 1
         report.add(run.step, lr, numbers)
 

@@ -6,7 +6,8 @@ of that file's RECIPES; `python train.py --recipe=my/file.py` takes yours.
 What train.py asks of a model, besides being an nn.Module (`nano_hybrid.Hybrid` is one):
 
     config                        a dataclass: its fields are flags of train.py and part of the checkpoint
-    layers                        the list of residual layers: sharded one by one; Muon trains their matrices
+    layers                        the list of its residual layers: Muon trains the matrices inside them
+    model.layers                  those of its backbone: with many processes they are sharded one by one
     loss(ids, targets), ...       whatever its objective calls
     compile(**options)            torch.compile, where it pays
     num_parameters(active=False)  how many numbers are trained; active: those that one token uses
