@@ -675,7 +675,7 @@ class GRPO(Objective):
     """
 
     Settings = GRPOConfig
-    fixed = ("envs", "updates", "group_size", "curriculum", "batch_size")
+    fixed = ("envs", "updates", "group_size", "curriculum")
 
     def __init__(self, config, tokenizer, batch_size, seed=0, rank=0, world_size=1):
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size

@@ -943,7 +943,7 @@ class DUltra(Objective):
     """
 
     Settings = DUltraConfig
-    fixed = ("task", "pretrain", "imitate", "group_size", "batch_size")
+    fixed = ("task", "pretrain", "imitate", "group_size")
     extra_tokens = 1  # the mask
 
     def __init__(self, config, tokenizer, batch_size, seed=0, rank=0, world_size=1):

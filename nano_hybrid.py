@@ -56,11 +56,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
-from common.checkpoints import config_fields, fit_weights, read_config, read_weights, replacing, to_disk_names
+from common.checkpoints import config_fields, expect_weights, read_config, read_weights, save_weights
 from common.objectives import NextToken, Recipe, to_device
 from decode_kernels import advance, append, cached_attention, embed, linear_step
 from decoding import (
@@ -1173,15 +1172,8 @@ class Hybrid(nn.Module):
         Each file is written beside its name and moved there when whole. On disk the backbone is called "backbone.",
         as in NVIDIA's releases; tied weights are written twice, since transformers does not tie this model.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         config = asdict(self.config) | {"num_hidden_layers": len(self.config.hybrid_override_pattern)} | extra
-        config = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"} | config
-        tensors = to_disk_names(state_dict or self.state_dict())
-        with replacing(directory / "config.json") as path:
-            path.write_text(json.dumps(config, indent=2) + "\n")
-        with replacing(directory / "model.safetensors") as path:
-            save_file(tensors, path, metadata={"format": "pt"})
+        save_weights(directory, config, state_dict or self.state_dict())
 
     @classmethod
     def from_pretrained(cls, directory, **overrides):
@@ -1201,7 +1193,7 @@ class Hybrid(nn.Module):
 
     def load_weights(self, tensors, source):
         """Takes `tensors` (name -> tensor) as the weights. Raises ValueError naming `source` unless all fit exactly."""
-        fit_weights(self.state_dict(), tensors, source)
+        expect_weights(tensors, self.state_dict(), source)
         self.load_state_dict(tensors, assign=True)
         for moe in self.moe_layers():
             moe.gate.reset_counts()  # not in the file
@@ -1492,6 +1484,41 @@ def bench():
 
 # ---- 10. python nano_hybrid.py passkey: how far beyond its training texts a model finds a key again ---------------
 
+PASSKEY_VOCAB = 64  # token ids: ten digits, two marks, and the filler
+PASSKEY_DIGITS = 5
+KEY_MARK, QUERY_MARK, FIRST_FILLER = 10, 11, 12
+
+
+def passkey_batch(rng, n, length, depth=None, digits=PASSKEY_DIGITS):
+    """Returns (ids, targets), int64 [n, length]: n texts, each with a number somewhere in it that its end asks for.
+
+        filler ... KEY_MARK 4 7 1 1 9 filler ... filler QUERY_MARK 4 7 1 1|9      (9: the last target)
+
+    The filler is random and has no digits. targets are one token ahead, and -100 except for the answer: the last
+    `digits` positions.
+    rng: a numpy Generator. depth: where the key stands, 0 at the start, 1 right before the question, anything between
+    (rounded to a token); None: anywhere, each text by itself. Raises ValueError for a depth that is none of that, and
+    a length that the key and the question do not fit in.
+
+    Source: the passkey test of Mohtashami and Jaggi, arXiv:2305.16300, in random tokens.
+    """
+    last = length - 2 * digits - 1  # where a key stands that has no filler after it
+    if last < 0:
+        raise ValueError(f"length={length} is too short for a key of {digits} digits: need at least {2 * digits + 1}")
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth={depth} must be between 0 (key at the start) and 1 (key before the question)")
+    block = rng.integers(FIRST_FILLER, PASSKEY_VOCAB, (n, length + 1))
+    key = rng.integers(10, size=(n, digits))
+    place = rng.integers(last + 1, size=n) if depth is None else np.full(n, round(depth * last))
+    block[np.arange(n), place] = KEY_MARK
+    block[np.arange(n)[:, None], place[:, None] + 1 + np.arange(digits)] = key
+    block[:, -digits - 1] = QUERY_MARK
+    block[:, -digits:] = key
+    targets = block[:, 1:].copy()
+    targets[:, :-digits] = -100
+    return block[:, :-1], targets
+
+
 SEEDS = (0,)  # of weights and texts; with more of them a cell is their mean
 DEPTHS = (0, 0.25, 0.5, 0.75, 1)  # where the key stands, of the text
 PASSKEY_SHAPE = HybridConfig(
@@ -1542,8 +1569,6 @@ def autocast(device):
 
 def train_on_passkeys(config, study, seed, device):
     """Returns a Hybrid trained to answer texts of up to study.context tokens. The loss is that of the answer alone."""
-    from common.data import passkey_batch
-
     torch.manual_seed(seed)
     model, rng = Hybrid(config).to(device), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=study.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -1569,8 +1594,6 @@ def passkey_accuracy(model, length, depth, study, seed):
 
     The digits before each are given: all right so is all right when written greedily.
     """
-    from common.data import passkey_batch
-
     rng, device, right = np.random.default_rng([seed, length]), model.lm_head.weight.device.type, 0
     ids, targets = map(torch.from_numpy, passkey_batch(rng, study.texts, length, depth))
     answers = targets[targets >= 0].view(study.texts, -1)  # [texts, digits]

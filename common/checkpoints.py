@@ -3,7 +3,7 @@
 A folder out/<run>/ that train.py wrote, or one from Hugging Face:
 
     config.json          the model's config, in Hugging Face's names: `read_config`, `config_fields`
-    model.safetensors    weights, in the names of NVIDIA's releases: `to_disk_names`, `read_weights`; large ones come in
+    model.safetensors    weights, in the names of NVIDIA's releases: `save_weights`, `read_weights`; large ones come in
                          parts, listed in model.safetensors.index.json
     trainer.pt           all that a run needs to go on, weights included, in one file: `write_trainer`, `read_trainer`
 
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 # ---- 1. whole files -------------------------------------------------------------------------------------------------
 
@@ -115,6 +116,21 @@ def to_disk_names(state_dict):
     return tensors
 
 
+def save_weights(directory, config, state_dict):
+    """Writes config.json and model.safetensors: each beside its name, and moved there when whole.
+
+    config: dict. Tied weights are written twice, since transformers does not tie this model.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"} | config
+    tensors = to_disk_names(state_dict)
+    with replacing(directory / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    with replacing(directory / "model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
 def checkpoint_tensors(directory):
     """Yields (name, tensor) for every tensor of a checkpoint, in one file or several, one at a time."""
     index = directory / "model.safetensors.index.json"
@@ -166,8 +182,8 @@ def read_weights(directory, n_experts):
     return state_dict
 
 
-def fit_weights(expected, tensors, source):
-    """Raises ValueError, naming `source`, unless tensors (name -> tensor) are in names and shapes those expected."""
+def expect_weights(tensors, expected, source):
+    """Raises ValueError naming `source` unless `tensors` have the names and shapes of `expected`, both state_dicts."""
     wrong = []
     for name, parameter in expected.items():
         if name not in tensors:

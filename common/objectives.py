@@ -125,7 +125,7 @@ def make_settings(config, objective, given, begun, saved):
     if saved:
         begun = saved["objective"]
         was, asked = saved["config"] | begun, asdict(config) | begun | flags
-        for name in objective.fixed:
+        for name in (*objective.fixed, "batch_size") if objective.fixed else ():  # batches are what steps count
             if name in was and asked[name] != was[name]:
                 raise ValueError(f"--{name}={asked[name]}: the run was begun with {was[name]}; start a new run")
     return objective.Settings(**begun | {name: flags[name] for name in own & set(flags)}) if own else None
@@ -135,7 +135,7 @@ class Objective:
     """What is learnt. A subclass needs `from_run`, `batch` and `loss`; the rest has a default here."""
 
     Settings = None  # a dataclass: its fields become flags of train.py, their comments the --help text
-    fixed = ()  # names of flags, its own or train.py's, that a resumed run may not change
+    fixed = ()  # names of settings that a resumed run may not change; where there are any, nor --batch_size
     example = "def "  # a prompt to try the trained model with
     tokenizer = None  # a common.data.Tokenizer
     extra_tokens = 0  # rows that the vocabulary needs beyond the tokenizer's: a mask token, for one

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from common.data import PASSKEY_VOCAB
 from conftest import TINY, scramble
 from decoding import DraftStats, ThinkingBudget
 from nano_hybrid import (
     CG_STEPS,
+    PASSKEY_VOCAB,
     PRESETS,
     Cache,
     Hybrid,
