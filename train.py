@@ -208,7 +208,10 @@ def set_up(argv):
     resume, recipe = early.get("resume", False), early.get("recipe", TrainConfig.recipe)
     directory = find_run(OUT, early.get("run"), resume, run_name(recipe))
     saved = load_checkpoint(directory) if resume else None
-    recipe = early.get("recipe", saved["config"]["recipe"]) if saved else recipe
+    if saved and "recipe" not in early:
+        recipe = saved["config"].get("recipe", recipe)
+        if directory.resolve() in Path(recipe).resolve().parents:  # a checkpoint that came with code: it is not run
+            raise ValueError(f"--resume: {recipe} lies in the run's own folder; to trust it, add --recipe={recipe}")
     recipes, presets = recipes_with(recipe, RECIPES, PRESETS)
     classes = settings_classes(recipes)
     about = f"Trains a model. With no flags: a language model on Python source. Recipes: {', '.join(recipes)}."
@@ -223,8 +226,6 @@ def set_up(argv):
     kind = recipes[config.recipe].objective
     begun = recipes[config.recipe].settings_gpu if on_gpu(config) else {}
     settings = make_settings(config, kind, dict(zip(classes, rest)), begun, saved)
-    if saved:
-        check_fields(saved, directory, kind)
     names = frozenset(given) | frozenset(shape) | frozenset().union(*rest)
     objective = kind.from_run(RunInfo(config, config.tokenizer, names, config.seed, rank, world_size), settings)
     objective.settings = settings
@@ -240,7 +241,7 @@ def set_up(argv):
     if config.compile:
         model.compile()
     if world_size > 1:
-        shard(model, device, config)
+        shard(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers = make_optimizers(model, config)
     run = Run(config, directory, device, dtype, rank, world_size, objective, model, optimizers, scaler)
@@ -250,10 +251,8 @@ def set_up(argv):
     return run
 
 
-def shard(model, device, config):
-    """Shards a model over all processes (FSDP2), layer by layer. Raises ValueError for an optimiser that cannot."""
-    if config.optimizer == "muon":
-        raise ValueError("--optimizer=muon runs in one process; leave it out under torchrun")
+def shard(model, device):
+    """Shards a model over all processes (FSDP2), layer by layer."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.layers:  # a multi-token predictor reads weights of its layers from outside of them
         fully_shard(layer, mesh=mesh)
@@ -267,9 +266,9 @@ def make_optimizers(model, config):
     """Returns the optimisers of a model: [AdamW], or with --optimizer=muon [AdamW, Muon].
 
     Muon trains the matrices inside the model's layers; embeddings, head, vectors, convolutions and stacked experts stay
-    with AdamW. A group holds parameters of one part of the model (`parts`) that all decay or all do not, and "peak_lr".
-    Muon's updates are scaled to the size of AdamW's, so that one learning rate and weight decay fit both. Source of the
-    scale, 0.2 sqrt(larger side): Liu et al., Muon is Scalable for LLM Training, arXiv:2502.16982, section 2.2.
+    with AdamW. A group holds parameters of one part of the model (`parts`) that all decay or all do not, and has its
+    "peak_lr". Muon's updates are scaled to the size of AdamW's, by 0.2 sqrt(longer side), so that one learning rate and
+    one weight decay fit both. Source: Liu et al., Muon is Scalable for LLM Training, arXiv:2502.16982, section 2.2.
     """
     inside = {p for layer in model.layers for p in layer.parameters()} if config.optimizer == "muon" else ()
     groups = {}  # (by Muon, part, decays) -> parameters
@@ -315,15 +314,12 @@ def save_checkpoint(run):
 
 def load_checkpoint(directory):
     """Returns the dict that `save_checkpoint` wrote. Raises ValueError for a damaged file, or one that is not ours."""
-    return read_trainer(directory / "trainer.pt", IN_CHECKPOINT)
-
-
-def check_fields(saved, directory, objective):
-    """Raises ValueError for a checkpoint with settings that this version of the code does not know."""
-    for part, known in dict(config=TrainConfig, model_config=HybridConfig, objective=objective.Settings).items():
-        if set(saved[part]) - {f.name for f in (fields(known) if known else ())}:
-            path = directory / "trainer.pt"
+    path = directory / "trainer.pt"
+    saved = read_trainer(path, IN_CHECKPOINT)
+    for part, known in dict(config=TrainConfig, model_config=HybridConfig).items():
+        if set(saved[part]) - {f.name for f in fields(known)}:
             raise ValueError(f"{path} is not a checkpoint of this version of train.py; choose another --run")
+    return saved
 
 
 def restore(run, saved):

@@ -9,7 +9,8 @@ A folder out/<run>/ that train.py wrote, or one from Hugging Face:
 
 Names      In memory a layer is "model.layers.3.mixer.up_proj.weight", as in `transformers`' NemotronH; on disk "model."
            is "backbone.". The experts of a layer are one stacked tensor [E, ...] in memory and E matrices on disk.
-Trust      Nothing in a checkpoint is executed: safetensors holds numbers, and trainer.pt is read with weights_only.
+Trust      Nothing in a checkpoint is executed: safetensors holds numbers, and trainer.pt is read with weights_only. (A
+           run of a user's own recipe names that file, and resuming runs it, unless it lies in the run's folder.)
 Kills      Every file is written beside its name and moved there when it is whole: `replacing`.
 """
 

@@ -124,6 +124,8 @@ def make_settings(config, objective, given, begun, saved):
             )
     if saved:
         begun = saved["objective"]
+        if unknown := set(begun) - own:
+            raise ValueError(f"the run has a setting {min(unknown)} that --recipe={config.recipe} does not know")
         was, asked = saved["config"] | begun, asdict(config) | begun | flags
         for name in (*objective.fixed, "batch_size") if objective.fixed else ():  # batches are what steps count
             if name in was and asked[name] != was[name]:
