@@ -74,8 +74,10 @@ def parse(*config_classes, prog, about, argv=None):
 
 
 def peek(config_class, prog, argv=None):
-    """Returns a dict of the flags given that a dataclass has, whatever others there are: they may have to decide first
-    which others there can be."""
+    """Returns a dict of the given flags that are fields of a dataclass; all others are left alone.
+
+    For a script in which some flags decide what other flags there are.
+    """
     parser = Parser(prog=prog, allow_abbrev=False, add_help=False)
     add_fields(parser, config_class, set())
     return vars(parser.parse_known_args(argv)[0])

@@ -5,7 +5,7 @@ of that file's RECIPES; `python train.py --recipe=my/file.py` takes yours.
 
 What train.py asks of a model, besides being an nn.Module (`nano_hybrid.Hybrid` is one):
 
-    config                        a dataclass: its fields are flags of train.py and part of the checkpoint
+    config                        a nano_hybrid.HybridConfig: its fields are flags of train.py, and in the checkpoint
     layers                        the list of its residual layers: Muon trains the matrices inside them
     model.layers                  those of its backbone: with many processes they are sharded one by one
     loss(ids, targets), ...       whatever its objective calls
