@@ -74,24 +74,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.data import Tokenizer
+from common.objectives import Objective, Recipe
 from common.tasks import THINK_END, cut_trace, environment, sample_task, score_all, without_thought
-from decoding import DecodeSession, generate
 from kernels import at_least_float32, expect
-from nano_hybrid import Hybrid, HybridConfig
-
-# fmt: off
-PRESETS = {
-    # For grpo.py's tasks of a few dozen bytes: 0.4 M and 7 M parameters.
-    "grpo-tiny": HybridConfig(
-        hybrid_override_pattern="M*-M*-", hidden_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
-        intermediate_size=384, mamba_num_heads=4, mamba_head_dim=48, ssm_state_size=32, chunk_size=32,
-    ),
-    "grpo": HybridConfig(
-        hybrid_override_pattern="M*-M*-M*-M*-", hidden_size=320, num_attention_heads=5, num_key_value_heads=5,
-        head_dim=64, intermediate_size=1280, mamba_num_heads=10, mamba_head_dim=64, ssm_state_size=32, chunk_size=32,
-    ),
-}
-# fmt: on
+from nano_hybrid import DecodeSession, Hybrid, HybridConfig
 
 # ---- 1. advantages ------------------------------------------------------------------------------------------------
 #
@@ -550,9 +536,9 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, g
     known = {prompt: [end, *tokenizer.encode(prompt)] for prompt in set(prompts)}
     starts = [known[prompt] for prompt in prompts]
     model.eval()
-    steps = generate(
-        model, starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget, logprobs=logprobs,
-        session=works,
+    steps = model.generate(
+        starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget, logprobs=logprobs,
+        works=works,
     )  # fmt: skip
     tokens = torch.stack(list(steps), 1)  # [N, new], -1 behind the end
     model.train(training)
@@ -646,7 +632,31 @@ LIMITS = [  # (setting, lowest, highest)
 ]  # fmt: skip
 
 
-class GRPO:
+def check_run(run, before, flags):
+    """Raises ValueError for a run (RunInfo) that rewards cannot be learnt in, after `before` steps without them."""
+    c = run.config
+    if c.grad_accum > 1 or run.world_size > 1:
+        raise ValueError(
+            f"--recipe={c.recipe} runs in one process, without --grad_accum; make --batch_size larger instead"
+        )
+    if before >= c.steps:
+        raise ValueError(f"--{flags} leaves none of --steps={c.steps} for rewards")
+
+
+def check_given(run, source):
+    """Raises ValueError if the run was given flags about text. source: the flag that says what its tasks are."""
+    c = run.config
+    if unused := {"data", "context"} & run.given:
+        raise ValueError(f"--{min(unused)} has no meaning with --recipe={c.recipe}: its tasks come from {source}")
+
+
+def check_dropout(config):
+    """Raises ValueError for a model config with dropout."""
+    if config.hidden_dropout:
+        raise ValueError("--hidden_dropout: with rewards the sampler and the trainer must be one policy; leave it 0")
+
+
+class GRPO(Objective):
     """Reinforcement learning from verifiable rewards, after a supervised warm start in the same run.
 
     Metrics of a step, beside those of `policy_loss`:
@@ -664,8 +674,12 @@ class GRPO:
     mixture of experts is balanced by its bias alone, as in Nemotron's RL; its router is trained, where theirs is not.
     """
 
+    Settings = GRPOConfig
+    fixed = ("envs", "updates", "group_size", "curriculum")
+
     def __init__(self, config, tokenizer, batch_size, seed=0, rank=0, world_size=1):
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        self.settings = config
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.envs = [environment(spec.strip()) for spec in config.envs.split(",")]
         self.max_new_tokens = max(env.max_new_tokens for env in self.envs)
@@ -689,12 +703,25 @@ class GRPO:
             name: Hybrid.from_pretrained(Path(folder)).requires_grad_(False) for name, folder in zip(names, folders)
         }
 
+    @classmethod
+    def from_run(cls, run, settings):
+        """Returns the objective of a run. Raises ValueError for settings that do not go together."""
+        check_run(run, settings.warm_start, f"warm_start={settings.warm_start}")
+        where = dict(seed=run.seed, rank=run.rank, world_size=run.world_size)
+        objective = cls(settings, Tokenizer(run.tokenizer), run.config.batch_size, **where)
+        check_given(run, "--envs")
+        return objective
+
+    def build(self, config):
+        """Returns None: a Hybrid. Raises ValueError for one with dropout."""
+        check_dropout(config)
+
     def about(self):
         """Returns a line about the data."""
         c, prompts = self.config, self.batch_size // self.config.group_size
         return f"{c.envs}; {c.warm_start} steps of demos, then {prompts} prompts x {c.group_size} answers a batch"
 
-    def lr_scale(self, step, lr):
+    def lr_scale(self, step, lr, part=""):
         """Returns what the learning rate `lr` is multiplied by: supervised steps can be larger."""
         return 1.0 if step < self.config.warm_start else self.config.rl_lr / lr
 
@@ -984,6 +1011,31 @@ def joined(parts, fill=0):
     T = max(part.shape[-1] for part in parts)
     return torch.cat([F.pad(part, (0, T - part.shape[1]), value=fill) if part.dim() == 2 else part for part in parts])
 
+
+# fmt: off
+PRESETS = {
+    # For grpo.py's tasks of a few dozen bytes: 0.4 M and 7 M parameters.
+    "grpo-tiny": HybridConfig(
+        hybrid_override_pattern="M*-M*-", hidden_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+        intermediate_size=384, mamba_num_heads=4, mamba_head_dim=48, ssm_state_size=32, chunk_size=32,
+    ),
+    "grpo": HybridConfig(
+        hybrid_override_pattern="M*-M*-M*-M*-", hidden_size=320, num_attention_heads=5, num_key_value_heads=5,
+        head_dim=64, intermediate_size=1280, mamba_num_heads=10, mamba_head_dim=64, ssm_state_size=32, chunk_size=32,
+    ),
+}
+# fmt: on
+EVERYTHING = "sort:10,countdown,countdown:3,add:5,chain,brackets,json,instruct,lookup,tool"  # and again what is hard:
+EVERYTHING += ",sort:10,countdown,countdown:3,add:5,countdown:3,countdown:3"
+REWARDS = dict(tokenizer="bytes", context=64, lr=3e-3, weight_decay=0.0, decay=0.2, warmup=20, compile=False)
+RECIPES = {  # short rows of many lengths: nothing for a compiler to gain. batch_size is prompts times group_size
+    "grpo": Recipe(
+        GRPO,
+        cpu=dict(preset="grpo-tiny", **REWARDS, batch_size=256, steps=420, eval_every=70),
+        gpu=dict(preset="grpo", **REWARDS | dict(lr=1e-3, warmup=100), batch_size=1280, steps=1700, eval_every=100),
+        settings_gpu=dict(envs=EVERYTHING, warm_start=700, rl_lr=2e-4, entropy_coef=0.01),
+    )
+}
 
 # ---- 6. python grpo.py: five losses from the same start; python grpo.py bench: rollouts on a GPU --------------------
 

@@ -61,17 +61,19 @@ from tqdm import tqdm
 
 from common.checkpoints import config_fields, read_config, read_weights
 from common.data import Tokenizer
-from common.objectives import NextToken
-from common.presets import SMALL
+from common.objectives import NextToken, Objective, Recipe
 from common.tasks import BLANK, ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
-from grpo import LARGEST, advantages, choose, policy_loss
+from grpo import LARGEST, REWARDS, advantages, check_dropout, check_given, check_run, choose, policy_loss
 from kernels import at_least_float32, block_of, jit, linear_logprob, pick_backend
+from nano_hybrid import PRESETS as TEXT_PRESETS
 from nano_hybrid import (
+    TEXT_CPU,
+    TEXT_GPU,
     Attention,
     Block,
     Hybrid,
     HybridConfig,
-    apply_rope,
+    rotate,
 )
 
 try:
@@ -79,23 +81,6 @@ try:
     import triton.language as tl
 except ImportError:
     triton = tl = None
-
-# fmt: off
-PRESETS = {
-    # For mdlm_dultra.py, Transformers that look both ways: 1.9 M and 88 M for text, 0.2 M and 0.8 M for tasks.
-    "mdlm-tiny": HybridConfig(
-        hybrid_override_pattern="*-*-*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32, rotary_base=1e4
-    ),
-    "mdlm": HybridConfig(**SMALL, hybrid_override_pattern="*-*-*-*-*-*-*-*-*-*-*-*-", rotary_base=1e4),
-    "dultra-tiny": HybridConfig(
-        hybrid_override_pattern="*-*-", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
-        intermediate_size=256,
-    ),
-    "dultra": HybridConfig(
-        hybrid_override_pattern="*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-    ),
-}
-# fmt: on
 
 # ---- 1. the model -------------------------------------------------------------------------------------------------
 
@@ -107,6 +92,7 @@ class View:
     keys: torch.Tensor | None = None  # bool [B, L], False on padding
     start: int = 0
     kv: dict | None = None  # layer -> (k, v), each [B, Hkv, L, D]: of all positions, as they were last computed
+    fixed = False  # `Block` has a path of its own for caches of CUDA graphs, which have it True
 
     def all(self, layer, k, v):
         """Returns the keys and values of the whole text, those of the computed positions new, the others as stored."""
@@ -123,15 +109,11 @@ class View:
 class BidirectionalAttention(Attention):
     """Grouped-query attention that looks both ways."""
 
-    def __init__(self, config, index):
-        super().__init__(config)
-        self.index = index
-
-    def forward(self, x, view, _=None):
+    def forward(self, x, view):
         """Returns [B, T, C] for the positions x [B, T, C] of a text."""
-        q, k, v = self.qkv(x)  # [B, heads, T, D]
+        q, k, v = self.qkv(lambda projection: projection(x))  # [B, heads, T, D]
         if self.rotary_base:
-            q, k = (apply_rope(t, view.start, self.rotary_base) for t in (q, k))
+            q, k = (rotate(t, view.start, self.rotary_base) for t in (q, k))
         k, v = view.all(self.index, k, v)  # [B, Hkv, L, D]
         mask = None if view.keys is None else view.keys[:, None, None]  # [B, 1, 1, L]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -145,7 +127,7 @@ def places(T, keys, device):
 
 def bidirectional_blocks(config, pattern):
     """Returns the residual layers of a pattern, as nano_hybrid.py has them, with attention that looks both ways."""
-    blocks = nn.ModuleList(Block(config, letter) for letter in pattern)
+    blocks = nn.ModuleList(Block(config, letter, index) for index, letter in enumerate(pattern))
     for index, letter in enumerate(pattern):
         if letter == "*":
             blocks[index].mixer = BidirectionalAttention(config, index)
@@ -162,6 +144,8 @@ class MaskedDiffusionLM(Hybrid):
     names are those of `Hybrid`, with `positions` and `planner`.
     Raises ValueError for layers that read from left to right, and for a model without positions of any kind.
     """
+
+    parts = ("planner",)
 
     def __init__(self, config, positions=None, planner=False):
         if set(config.hybrid_override_pattern) - set("*-E") or config.num_nextn_predict_layers:
@@ -203,7 +187,7 @@ class MaskedDiffusionLM(Hybrid):
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         view = View(keys, start, kv)
         for layer in self.model.layers:
-            x = layer(x, view if layer.stateful else None)
+            x = layer(x, view)
         return self.model.norm_f(x)
 
     def logits(self, hidden):
@@ -775,7 +759,7 @@ class UnmaskPlanner(nn.Module):
             c = c + self.positions(places(masked.shape[1], keys, masked.device))
         x, view = modulated(hidden, self.before(c)), View(keys)
         for block in self.blocks:
-            x = block(x, view if block.stateful else None)
+            x = block(x, view)
         return at_least_float32(self.out(modulated(x, self.after(c))).squeeze(-1))
 
 
@@ -947,7 +931,7 @@ DULTRA_LIMITS = [  # bounds included
 ]  # fmt: skip
 
 
-class DUltra:
+class DUltra(Objective):
     """Masked diffusion on a task, a planner that imitates a rule, then rewards: dUltra in one run.
 
     Metrics of a step of rewards, beside those of `grpo.policy_loss` (whose tokens are decoding steps here):
@@ -958,10 +942,13 @@ class DUltra:
     And of a step of imitation: coins, the mean chance that a masked token is written; wanted, what the rule writes.
     """
 
+    Settings = DUltraConfig
+    fixed = ("task", "pretrain", "imitate", "group_size")
     extra_tokens = 1  # the mask
 
     def __init__(self, config, tokenizer, batch_size, seed=0, rank=0, world_size=1):
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
+        self.settings = config
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.env = environment(config.task, ENVIRONMENTS | FILL_INS)
         if batch_size % config.group_size:
@@ -987,8 +974,19 @@ class DUltra:
             )
         return Hybrid.from_pretrained(self.config.teacher).eval().requires_grad_(False)
 
+    @classmethod
+    def from_run(cls, run, settings):
+        """Returns the objective of a run. Raises ValueError for settings that do not go together."""
+        before = settings.pretrain + settings.imitate
+        check_run(run, before, f"pretrain and --imitate, {before} steps together,")
+        where = dict(seed=run.seed, rank=run.rank, world_size=run.world_size)
+        objective = cls(settings, Tokenizer(run.tokenizer), run.config.batch_size, **where)
+        check_given(run, "--task")
+        return objective
+
     def build(self, config):
         """Returns the model to train."""
+        check_dropout(config)
         return MaskedDiffusionLM(config, self.length, planner=True)
 
     def about(self):
@@ -1001,18 +999,12 @@ class DUltra:
         """The first step of rewards."""
         return self.config.pretrain + self.config.imitate
 
-    def lr_scale(self, step, lr):
-        """Returns the factor on the learning rate `lr` of the backbone for a step; `part_scale` has the planner's."""
-        if step >= self.config.pretrain:
-            return self.config.backbone_lr / lr
-        return min(1.0, 2 * (1 - step / self.config.pretrain))  # down to 0 over the second half
-
-    def part_scale(self, step, part):
-        """Returns the factor on the learning rate of a part of the model, the planner, beside that of all others."""
-        if step < self.config.pretrain:
-            return 0.0
-        lr = self.config.imitate_lr if step < self.begin_rewards else self.config.planner_lr
-        return lr / self.config.backbone_lr  # theirs: `lr_scale`
+    def lr_scale(self, step, lr, part=""):
+        """Returns the factor on the run's peak learning rate `lr` for a step: of the planner, or of the backbone."""
+        c = self.config
+        if part == "planner":
+            return 0.0 if step < c.pretrain else (c.imitate_lr if step < self.begin_rewards else c.planner_lr) / lr
+        return c.backbone_lr / lr if step >= c.pretrain else min(1.0, 2 * (1 - step / c.pretrain))  # down to 0
 
     def tasks(self, step, n, held_out=False):
         """Returns n tasks."""
@@ -1171,6 +1163,32 @@ class DUltra:
         return decoded, self.right(tasks, decoded.ids)
 
 
+# fmt: off
+PRESETS = {
+    # For mdlm_dultra.py, Transformers that look both ways: 1.9 M and 88 M for text, 0.2 M and 0.8 M for tasks.
+    "mdlm-tiny": HybridConfig(
+        hybrid_override_pattern="*-*-*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32, rotary_base=1e4
+    ),
+    "mdlm": replace(TEXT_PRESETS["small"], hybrid_override_pattern="*-" * 12, rotary_base=1e4),
+    "dultra-tiny": HybridConfig(
+        hybrid_override_pattern="*-*-", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+        intermediate_size=256,
+    ),
+    "dultra": HybridConfig(
+        hybrid_override_pattern="*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+    ),
+}
+# fmt: on
+RECIPES = {
+    # Its autoregressive baseline: --recipe=hybrid --preset=mdlm-tiny (on a GPU --preset=mdlm).
+    "mdlm": Recipe(MaskedDiffusion, cpu=dict(preset="mdlm-tiny", **TEXT_CPU), gpu=dict(preset="mdlm", **TEXT_GPU)),
+    "dultra": Recipe(
+        DUltra,
+        cpu=dict(preset="dultra-tiny", **REWARDS | dict(lr=2e-3), batch_size=256, steps=900, eval_every=100),
+        gpu=dict(preset="dultra", **REWARDS | dict(lr=2e-3), batch_size=2048, steps=2000, eval_every=200),
+    ),
+}
+
 # ---- 9. python mdlm_dultra.py: accuracy against forwards; python mdlm_dultra.py bench: the kernel ------------------
 
 CURVES = {  # rules, each with settings from safe to fast
@@ -1223,9 +1241,9 @@ def fit(model, objective, steps, lr, name, begin=0):
     optimizer = torch.optim.AdamW([dict(params=planner), dict(params=rest)], lr, betas=(0.9, 0.95), weight_decay=0.0)
     rows = []
     for i in tqdm(range(steps), desc=name, delay=2, leave=False, disable=not sys.stderr.isatty()):
-        now = lr * objective.lr_scale(begin + i, lr) * min(1, (i + 1) / 20, (steps - i) / (0.2 * steps))
-        optimizer.param_groups[0]["lr"] = now * objective.part_scale(begin + i, "planner")
-        optimizer.param_groups[1]["lr"] = now
+        now = lr * min(1, (i + 1) / 20, (steps - i) / (0.2 * steps))
+        optimizer.param_groups[0]["lr"] = now * objective.lr_scale(begin + i, lr, "planner")
+        optimizer.param_groups[1]["lr"] = now * objective.lr_scale(begin + i, lr)
         loss, metrics = objective.loss(model, objective.batch(model, begin + i))
         optimizer.zero_grad()
         loss.backward()

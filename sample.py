@@ -3,13 +3,13 @@
     python sample.py --prompt='def '                  the newest run in out/
     python sample.py --run=hybrid-2 --num_samples=3 --temperature=0.8 --top_p=0.95
     python sample.py --run=brief --think=20 --prompt=$'m3+5*2-4=<think>\\n'     thinks for 20 tokens, then answers
-    python sample.py --run=super3 --draft=3           guesses three tokens ahead: the same text, in fewer forwards
+    python sample.py --run=super3 --draft=3           speculative decoding: the same distribution, fewer forward passes
     python sample.py --run=path/to/Nemotron           a released checkpoint, with its tokenizer.json
-    python sample.py --run=mdlm --rule=threshold:0.7  masked diffusion: many tokens a forward, in any order
-    python sample.py --run=dultra --prompt=__13______24____     fills in what is blank, by its planner
+    python sample.py --run=mdlm --rule=threshold:0.7  masked diffusion: many tokens a forward pass, in any order
+    python sample.py --run=dultra --prompt=__13______24____     fills in the blanks, by the model's planner
 
 One sample on a terminal (or with --stream) appears as it is made; that of a masked diffusion model in colours that say
-when a token was written (early ones blue, late ones red), and as a picture in its run's folder, order.png.
+when a token was unmasked (early ones blue, late ones red), and as a picture in its run's folder, order.png.
 """
 
 import itertools
@@ -31,6 +31,9 @@ from nano_hybrid import Hybrid
 
 OUT = Path("out")
 NOT_OF_DIFFUSION = ("top_k", "top_p", "draft", "think")
+ONLY_OF_DIFFUSION = ("rule", "block_size")
+
+# ---- 1. settings ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -40,19 +43,45 @@ class SampleConfig:
     run: str | None = None  # a run's name in out/, or the path of a checkpoint folder; default: the newest run
     prompt: str | None = None  # text to go on from; default: the start of a document
     prompt_file: str | None = None  # read the prompt from this file
-    max_new_tokens: int = 200  # tokens to add; a model of tasks (--recipe=dultra) fills in what room it has
+    max_new_tokens: int = 200  # tokens to add; a model of tasks (--recipe=dultra) fills in all its positions
     temperature: float | None = None  # 0: the likeliest token; 1: the model as it is; default: 0.8, with a planner 0
     top_k: int | None = None  # only ever choose among this many tokens
     top_p: float | None = None  # only ever choose among the fewest tokens with this much probability in all
-    num_samples: int = 1  # texts to make from the prompt
+    num_samples: int = 1  # continuations of the prompt
     stream: bool | None = None  # print one sample as it comes, not when it is done; default: on a terminal
-    draft: int = 0  # tokens to guess ahead, by a model trained for that (--recipe=super3)
-    think: int | None = None  # tokens to think for at most: then </think> is written for the model, at a line's end
+    draft: int = 0  # draft tokens per forward pass, by a model trained for that (--recipe=super3)
+    think: int | None = None  # tokens of thinking, at most: </think> is inserted at the end of the line after that
     rule: str | None = None  # of masked diffusion: planner, threshold:0.9, top_k:2, ...; default: planner, or top_k
     block_size: int | None = None  # of masked diffusion: tokens to finish before the next; default: any order
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
+
+
+def check(config, folder, diffusion):
+    """Raises ValueError for settings that do not go together, or that have no meaning for the model in `folder`."""
+    if config.prompt is not None and config.prompt_file is not None:
+        raise ValueError("--prompt and --prompt_file were both given; choose one")
+    if config.max_new_tokens < 1 or config.num_samples < 1:
+        raise ValueError("--max_new_tokens and --num_samples must be at least 1")
+    foreign = NOT_OF_DIFFUSION if diffusion else ONLY_OF_DIFFUSION
+    given = {name for name in foreign if getattr(config, name) != getattr(SampleConfig, name)}
+    if given:
+        kind = "a masked diffusion model" if diffusion else "no masked diffusion model"
+        raise ValueError(f"--{min(given)} has no meaning here: {folder} is {kind}")
+
+
+def thinking_budget(config, tokenizer):
+    """Returns the ThinkingBudget asked for, or None. With --think=0 the thinking is closed before it begins."""
+    if config.think is None:
+        return None
+    if config.think < 0:
+        raise ValueError(f"--think={config.think} must be at least 0")
+    grace = ThinkingBudget.grace if config.think else 0
+    return ThinkingBudget(config.think, tokenizer.encode(THINK_END), tokenizer.encode("\n"), grace)
+
+
+# ---- 2. the model and the prompt ------------------------------------------------------------------------------------
 
 
 def find_checkpoint(run):
@@ -69,44 +98,48 @@ def find_checkpoint(run):
 
 
 def load(config):
-    """Returns (model, tokenizer, prompt ids, ids that end a text).
+    """Returns (model, tokenizer, prompt ids, ids that end a text), and fills in the default of the temperature.
 
     Raises ValueError or OSError with what is wrong in one line.
     """
-    if config.prompt is not None and config.prompt_file is not None:
-        raise ValueError("--prompt and --prompt_file were both given; choose one")
-    if config.max_new_tokens < 1 or config.num_samples < 1:
-        raise ValueError("--max_new_tokens and --num_samples must be at least 1")
     folder = find_checkpoint(config.run)
+    diffusion = read_config(folder).get("architectures") == ["MaskedDiffusionLM"]
+    check(config, folder, diffusion)
     tokenizer, start, stop = load_tokenizer(folder)
     device = pick_device(config.device)
     dtype, _ = pick_dtype(config.dtype, device)
-    diffusion = read_config(folder).get("architectures") == ["MaskedDiffusionLM"]
-    foreign = NOT_OF_DIFFUSION if diffusion else ("rule", "block_size")
-    given = {name for name in foreign if getattr(config, name) != getattr(SampleConfig, name)}
-    if given:
-        kind = "a masked diffusion model" if diffusion else "no masked diffusion model"
-        raise ValueError(f"--{min(given)} has no meaning here: {folder} is {kind}")
     model = (MaskedDiffusionLM if diffusion else Hybrid).from_pretrained(folder).to(device).eval()
-    for name, p in model.named_parameters():
-        # A_log, D, dt_bias, norms, routers and planners stay as they are: small, and states and choices hang on them
-        matrix = p.dim() > 1 and not name.endswith("gate.weight") or name.endswith("_proj.bias")
-        if matrix and not name.startswith("planner."):
-            p.data = p.data.to(dtype)
+    matrices_to(model, dtype)
     if config.temperature is None:
         config.temperature = 0.0 if diffusion and model.planner is not None else 0.8
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(
             f"{folder}: {model.config.vocab_size} tokens in the model, {tokenizer.n_vocab} in {tokenizer.name}"
         )
-    prompt = config.prompt or ""
-    if config.prompt_file is not None:
-        try:
-            prompt = Path(config.prompt_file).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"--prompt_file={config.prompt_file} is not UTF-8 text") from None
     print(f"{folder}: {model.num_parameters() / 1e6:.2f}M parameters, {device}, {str(dtype)[6:]}", file=sys.stderr)
-    return model, tokenizer, [start] + tokenizer.encode(prompt), stop
+    return model, tokenizer, [start] + tokenizer.encode(read_prompt(config)), stop
+
+
+def matrices_to(model, dtype):
+    """Converts the matrices of a model, in place, and the biases beside them.
+
+    A_log, D, dt_bias, norms, routers and planners stay in float32: they are small, and states and decisions depend on
+    their last digits.
+    """
+    for name, p in model.named_parameters():
+        matrix = p.dim() > 1 and not name.endswith("gate.weight") or name.endswith("_proj.bias")
+        if matrix and not name.startswith("planner."):
+            p.data = p.data.to(dtype)
+
+
+def read_prompt(config):
+    """Returns the text of the prompt."""
+    if config.prompt_file is None:
+        return config.prompt or ""
+    try:
+        return Path(config.prompt_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompt_file={config.prompt_file} is not UTF-8 text") from None
 
 
 def load_tokenizer(folder):
@@ -123,72 +156,85 @@ def load_tokenizer(folder):
     return ReleasedTokenizer(path, stop[0]), config.get("bos_token_id", 1), stop
 
 
-def thinking_budget(config, tokenizer):
-    """Returns the ThinkingBudget asked for, or None. With --think=0 the thought is closed before it begins."""
-    if config.think is None:
-        return None
-    if config.think < 0:
-        raise ValueError(f"--think={config.think} must be at least 0")
-    grace = ThinkingBudget.grace if config.think else 0
-    return ThinkingBudget(config.think, tokenizer.encode(THINK_END), tokenizer.encode("\n"), grace)
+# ---- 3. next-token models -------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    """Prints the samples; speed goes to stderr. Returns the exit status: 0 done, 2 a mistake, 130 interrupted."""
-    config = SampleConfig(
-        **parse(SampleConfig, prog="sample.py", about="Continues text with a trained model.", argv=argv)
-    )
-    try:
-        model, tokenizer, prompt, stop = load(config)
-        if isinstance(model, MaskedDiffusionLM):
-            return fill(config, model, tokenizer, prompt)
-        budget = thinking_budget(config, tokenizer)
-        generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
-        steps = generate(
-            model, [prompt] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-            stop=stop, generator=generator, budget=budget, draft=config.draft, draft_stats=(drafts := DraftStats()),
-        )  # fmt: skip
-        write(config, tokenizer, prompt, steps, stop)
-        if drafts.forwards:
-            right = ", ".join(f"{a / max(1, d):.0%}" for a, d in zip(drafts.accepted, drafts.drafted))
-            print(f"{drafts.tokens / drafts.forwards:.2f} tokens a forward; guesses right: {right}", file=sys.stderr)
-        return 0
-    except (ValueError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
+def go_on(config, model, tokenizer, prompt, stop):
+    """Prints continuations of the prompt, and what drafts came to."""
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
+    steps = generate(
+        model, [prompt] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
+        stop=stop, generator=generator, budget=thinking_budget(config, tokenizer),
+        draft=config.draft, draft_stats=(stats := DraftStats()),
+    )  # fmt: skip
+    print_samples(config, tokenizer, prompt, steps, stop)
+    if stats.forwards:
+        shares = ", ".join(f"{a / max(1, d):.0%}" for a, d in zip(stats.accepted, stats.drafted))
+        rate = stats.tokens / stats.forwards
+        print(f"{rate:.2f} tokens a forward pass; draft tokens accepted, by depth: {shares}", file=sys.stderr)
+
+
+def print_samples(config, tokenizer, prompt, steps, stop):
+    """Prints prompt and continuations, and the speed. steps: iterator of tokens [num_samples], -1 where a row ended."""
+    rows, times, totals = [[] for _ in range(config.num_samples)], [time.perf_counter()], [0]
+
+    def collect():
+        """Keeps the tokens of every row, and yields those of the first as they come."""
+        for step in steps:
+            times.append(time.perf_counter())
+            for row, token in zip(rows, step.tolist()):
+                if token not in (-1, *stop):
+                    row.append(token)
+            totals.append(sum(map(len, rows)))
+            if len(rows[0]) == len(times) - 1:
+                yield rows[0][-1]
+
+    stream = sys.stdout.isatty() if config.stream is None else config.stream
+    if stream and config.num_samples == 1:
+        for text in tokenizer.stream(itertools.chain(prompt[1:], collect())):
+            print(text, end="", flush=True)
         print()
-        return 130
+    else:
+        for _ in collect():
+            pass
+        print("\n---\n".join(tokenizer.decode(prompt[1:] + row) for row in rows))
+    half = max(1, len(times) // 2)  # on a GPU the first steps compile and record: the second half tells the speed
+    rate = (totals[-1] - totals[half]) / max(1e-9, times[-1] - times[half])
+    print(f"first token after {times[1] - times[0]:.2f} s; in the second half {rate:,.0f} tokens/s", file=sys.stderr)
 
 
-# ---- masked diffusion ----------------------------------------------------------------------------------------------
+# ---- 4. masked diffusion models -------------------------------------------------------------------------------------
 
 RAMP = (27, 33, 39, 44, 43, 42, 76, 148, 184, 214, 208, 202, 196)  # of a terminal's 256 colours: early to late
 MASKED = "\N{LIGHT SHADE}"
+SHOWN = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "$": r"\$"}  # letters that a plot shows otherwise
 
 
-def fill(config, model, tokenizer, prompt):
-    """Prints texts with their masks filled in, and draws when each token was written. Returns the exit status, 0.
+def masked_ids(config, model, tokenizer, prompt):
+    """Returns (ids with masks, how many at the start are not to be shown).
 
-    A model of text goes on from the prompt; one of tasks (it has a planner) fills in the prompt's blanks, or the room
-    behind a prompt that has none.
+    A model of text goes on from the prompt. One of tasks (it has a planner) fills in the prompt's blanks, or all its
+    positions behind a prompt that has none. Raises ValueError for a prompt that it has no positions for.
     """
     start, given = prompt[:1], prompt[1:]
     if model.planner is None:
-        ids = start + given + [model.mask_id] * config.max_new_tokens
-    else:
-        start = []  # tasks have no end of text in front
-        if model.planner.positions is None:
-            raise ValueError(
-                "this model says nothing of how long its texts are: write the blanks with mdlm_dultra.decode"
-            )
-        room = len(model.planner.positions.weight)
-        blank, newline = tokenizer.encode(BLANK + "\n")
-        given = given[:-1] if blank in given and given[-1] == newline else given  # a file's last line ends
-        ids = [model.mask_id if i == blank else i for i in given]
-        ids += [model.mask_id] * (room - len(ids) if blank not in given else 0)
-        if len(ids) > room:
-            raise ValueError(f"the prompt has {len(ids)} letters, the model {room} positions")
-    ids = torch.tensor([ids] * config.num_samples, device=model.lm_head.weight.device)
+        return start + given + [model.mask_id] * config.max_new_tokens, 1
+    if model.planner.positions is None:
+        raise ValueError("this model does not say how long its texts are: write the blanks with mdlm_dultra.decode")
+    length = len(model.planner.positions.weight)
+    blank, newline = tokenizer.encode(BLANK + "\n")
+    given = given[:-1] if blank in given and given[-1] == newline else given  # a file's last line ends
+    ids = [model.mask_id if i == blank else i for i in given]
+    ids += [model.mask_id] * (length - len(ids) if blank not in given else 0)
+    if len(ids) > length:
+        raise ValueError(f"the prompt has {len(ids)} letters, the model {length} positions")
+    return ids, 0  # tasks have no end of text in front
+
+
+def fill(config, model, tokenizer, prompt):
+    """Prints texts with their masks filled in, and draws at which step each token was unmasked."""
+    ids, hidden = masked_ids(config, model, tokenizer, prompt)
+    ids = torch.tensor([ids] * config.num_samples, device=model.lm_head.weight.device)  # [num_samples, T]
     if not (ids == model.mask_id).any():
         raise ValueError(f"--prompt has nothing to fill in: write {BLANK} for what is open")
     rule = rule_of(config.rule or ("planner" if model.planner is not None else "top_k:1"), model)
@@ -196,8 +242,8 @@ def fill(config, model, tokenizer, prompt):
     screen = Screen(tokenizer, model.mask_id) if stream and config.num_samples == 1 else None
 
     def visible(row):
-        """Returns the ids of a text [T] without the start, up to the first end of text."""
-        row = row.tolist()[len(start) :]
+        """Returns the ids of a text [T] up to its first end of text."""
+        row = row.tolist()[hidden:]
         return row[: row.index(tokenizer.end_of_text)] if tokenizer.end_of_text in row else row
 
     def shown(probs, eligible, step):
@@ -215,11 +261,10 @@ def fill(config, model, tokenizer, prompt):
     else:
         print("\n---\n".join(tokenizer.decode(visible(row)) for row in decoded.ids))
     path = find_checkpoint(config.run) / "order.png"
-    draw_order([tokenizer.decode([i]) for i in visible(decoded.ids[0])], decoded.order[0].tolist()[len(start) :], path)
+    draw_order([tokenizer.decode([i]) for i in visible(decoded.ids[0])], decoded.order[0].tolist()[hidden:], path)
     nfe, rate = decoded.nfe.float().mean().item(), decoded.tokens_per_forward.float().mean().item()
     speed = (decoded.order > 0).sum().item() / seconds
-    print(f"{nfe:.1f} forwards, {rate:.2f} tokens each; {speed:,.0f} tokens/s; order: {path}", file=sys.stderr)
-    return 0
+    print(f"NFE {nfe:.1f}, {rate:.2f} tokens each; {speed:,.0f} tokens/s; order: {path}", file=sys.stderr)
 
 
 class Screen:
@@ -232,7 +277,7 @@ class Screen:
     def show(self, ids):
         """Draws the text of a list of ids as it is."""
         known = [place for place, token in enumerate(ids) if token != self.mask_id]
-        done = sum(place in self.colour_of for place in range(len(ids)))  # an end of text may have cut it
+        done = sum(place in self.colour_of for place in range(len(ids)))  # places behind an end of text do not count
         colour = RAMP[(len(RAMP) - 1) * done // max(1, len(ids))] if self.lines else 0
         for place in known:
             self.colour_of.setdefault(place, colour)
@@ -253,28 +298,29 @@ class Screen:
 
 
 def draw_order(pieces, order, path):
-    """Draws a text whose tokens (pieces of it) have the colour of the step that wrote them; grey was given."""
+    """Draws a text in the colours of the steps that wrote its tokens; what was given is grey.
+
+    pieces: the text of each token. order: the step of each, from 1 on, or 0 where it was given.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    letters = [
-        (c if c.isprintable() or c == "\n" else "\ufffd", step) for text, step in zip(pieces, order) for c in text
-    ]
-    place, rows = [], [0]  # of each letter: (column, row)
+    letters = [(c, step) for text, step in zip(pieces, order) for c in text]
+    places, rows = [], [0]  # (column, row) of each letter; length of each row so far
     for letter, _ in letters:
-        place.append((rows[-1], len(rows) - 1))
+        places.append((rows[-1], len(rows) - 1))
         rows[-1] += 1
         if letter == "\n" or rows[-1] == 80:
             rows.append(0)
     width = max(2.5, 0.11 * max(rows))
     figure, axes = plt.subplots(figsize=(width, 0.24 * len(rows) + 0.8), dpi=150, layout="constrained")
     colours = plt.get_cmap("coolwarm")
-    for (letter, step), (x, y) in zip(letters, place):
+    for (letter, step), (x, y) in zip(letters, places):
         colour = "#888888" if step == 0 else colours(step / max(order))
-        axes.text(x, -y, letter.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace("$", r"\$"),
-                  color=colour, family="monospace", fontsize=8)  # fmt: skip
+        shown = SHOWN.get(letter, letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}")
+        axes.text(x, -y, shown, color=colour, family="monospace", fontsize=8)
     axes.set(
         xlim=(-1, max(rows) + 1), ylim=(-len(rows), 1), title=f"{sum(s > 0 for s in order)} tokens, {max(order)} steps"
     )
@@ -284,33 +330,25 @@ def draw_order(pieces, order, path):
     plt.close(figure)
 
 
-def write(config, tokenizer, prompt, steps, stop):
-    """Prints prompt and continuation of each row, as they come if asked to."""
-    rows, times, written = [[] for _ in range(config.num_samples)], [time.perf_counter()], [0]
+# ---- 5. the command -------------------------------------------------------------------------------------------------
 
-    def collect():
-        """Keeps the tokens of every row, and yields those of the first as they come."""
-        for step in steps:
-            times.append(time.perf_counter())
-            for row, token in zip(rows, step.tolist()):
-                if token not in (-1, *stop):  # -1: this row has stopped
-                    row.append(token)
-            written.append(sum(map(len, rows)))
-            if len(rows[0]) == len(times) - 1:
-                yield rows[0][-1]
 
-    stream = sys.stdout.isatty() if config.stream is None else config.stream
-    if stream and config.num_samples == 1:
-        for text in tokenizer.stream(itertools.chain(prompt[1:], collect())):
-            print(text, end="", flush=True)
+def main(argv=None):
+    """Prints the samples; speed goes to stderr. Returns the exit status: 0 done, 2 a mistake, 130 interrupted."""
+    about = "Continues text with a trained model."
+    config = SampleConfig(**parse(SampleConfig, prog="sample.py", about=about, argv=argv))
+    try:
+        model, tokenizer, prompt, stop = load(config)
+        if isinstance(model, MaskedDiffusionLM):
+            fill(config, model, tokenizer, prompt)
+        else:
+            go_on(config, model, tokenizer, prompt, stop)
+        return 0
+    except (ValueError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
         print()
-    else:
-        for _ in collect():
-            pass
-        print("\n---\n".join(tokenizer.decode(prompt[1:] + row) for row in rows))
-    half = max(1, len(times) // 2)  # on a GPU the first steps compile and record: the second half tells the speed
-    rate = (written[-1] - written[half]) / max(1e-9, times[-1] - times[half])
-    print(f"first token after {times[1] - times[0]:.2f} s; in the second half {rate:,.0f} tokens/s", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,9 +1,25 @@
-"""Files of a checkpoint: Hugging Face's names and formats, and writes that are whole or not there."""
+"""Files of a checkpoint: formats, names, and writes that are whole or not there. No model class lives here.
+
+A folder out/<run>/ that train.py wrote, or one from Hugging Face:
+
+    config.json          the model's config, in Hugging Face's names: `read_config`, `config_fields`
+    model.safetensors    weights, in the names of NVIDIA's releases: `save_weights`, `read_weights`; large ones come in
+                         parts, listed in model.safetensors.index.json
+    trainer.pt           all that a run needs to go on, weights included, in one file: `write_trainer`, `read_trainer`
+
+Names      In memory a layer is "model.layers.3.mixer.up_proj.weight", as in `transformers`' NemotronH; on disk "model."
+           is "backbone.". The experts of a layer are one stacked tensor [E, ...] in memory and E matrices on disk.
+Trust      Nothing in a checkpoint is executed: safetensors holds numbers, and trainer.pt is read with weights_only. (A
+           run of a user's own recipe names that file, and resuming runs it, unless it lies in the run's folder.)
+Kills      Every file is written beside its name and moved there when it is whole: `replacing`.
+"""
 
 import json
 import math
 import os
+import pickle
 import re
+import zipfile
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +27,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+# ---- 1. whole files -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -29,6 +47,9 @@ def replacing(path):
         partial.unlink(missing_ok=True)
 
 
+# ---- 2. config.json -------------------------------------------------------------------------------------------------
+
+
 def read_config(directory):
     """Returns the config.json of a checkpoint folder as a dict. Raises FileNotFoundError or ValueError."""
     path = Path(directory) / "config.json"
@@ -43,9 +64,42 @@ def read_config(directory):
     if config.get("model_type") != "nemotron_h" and inner:
         config = inner[0]  # the language model of a multimodal one
     if config.get("model_type") != "nemotron_h":
-        raise ValueError(f"{path} has model_type={config.get('model_type')!r}; this file knows 'nemotron_h' only")
+        raise ValueError(f"{path} has model_type={config.get('model_type')!r}; only 'nemotron_h' is read here")
     return config
 
+
+# transformers 5 writes the layers as a list of words: its own, or those of newer releases
+LETTER_OF = dict(linear_attention="M", mamba="M", full_attention="*", attention="*", mlp="-", moe="E")
+OLD_NAMES = dict(attention_head_dim="head_dim", norm_eps="layer_norm_epsilon", rms_norm_eps="layer_norm_epsilon",
+                 mamba_proj_bias="use_bias")  # fmt: skip
+ALWAYS = dict(mlp_hidden_act="relu2", mamba_hidden_act="silu", attention_bias=False)  # all that our models can be
+
+
+def config_fields(config, config_class):
+    """Returns the part of a config.json dict that the dataclass has fields for, in whichever of its spellings.
+
+    Raises ValueError for a model that we do not build: quantised, other activations, a limit on dt.
+    """
+    for name, value in ALWAYS.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"config.json sets {name}={config[name]!r}; our models have {value!r} only")
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise ValueError("config.json describes quantised weights; take the BF16 release of the model")
+    low, high = config.get("time_step_limit") or (0.0, math.inf)
+    high = float(high["__float__"]) if isinstance(high, dict) else high  # transformers 5 writes infinity so
+    if low > 0 or high < math.inf:
+        raise ValueError(f"config.json limits dt to [{low}, {high}]; our models have [0, inf), as released")
+    config = {OLD_NAMES[name]: value for name, value in config.items() if name in OLD_NAMES} | config
+    if "hybrid_override_pattern" not in config and "layers_block_type" in config:
+        pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["layers_block_type"])
+        config = config | {"hybrid_override_pattern": pattern}
+    if "mtp_hybrid_override_pattern" not in config and config.get("mtp_layers_block_type"):
+        pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["mtp_layers_block_type"])
+        config = config | {"mtp_hybrid_override_pattern": pattern}
+    return {f.name: config[f.name] for f in fields(config_class) if f.name in config}
+
+
+# ---- 3. model.safetensors -------------------------------------------------------------------------------------------
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
@@ -66,8 +120,7 @@ def to_disk_names(state_dict):
 def save_weights(directory, config, state_dict):
     """Writes config.json and model.safetensors: each beside its name, and moved there when whole.
 
-    On disk the backbone is called "backbone.", as in NVIDIA's releases; tied weights are written twice, since
-    transformers does not tie this model.
+    config: dict. Tied weights are written twice, since transformers does not tie this model.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -77,17 +130,6 @@ def save_weights(directory, config, state_dict):
         path.write_text(json.dumps(config, indent=2) + "\n")
     with replacing(directory / "model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
-
-
-def expect_weights(tensors, expected, source):
-    """Raises ValueError naming `source` unless `tensors` have the names and shapes of `expected`, both state_dicts."""
-    wrong = [
-        f"{n} {list(tensors[n].shape) if n in tensors else 'missing'}"
-        for n in expected
-        if n not in tensors or tensors[n].shape != expected[n].shape
-    ] + [f"{n} unexpected" for n in tensors if n not in expected]
-    if wrong:
-        raise ValueError(f"{source} does not fit its config: {wrong[0]}, the first of {len(wrong)}")
 
 
 def checkpoint_tensors(directory):
@@ -141,34 +183,65 @@ def read_weights(directory, n_experts):
     return state_dict
 
 
-# transformers 5 writes the layers as a list of words: its own, or those of newer releases
-LETTER_OF = dict(linear_attention="M", mamba="M", full_attention="*", attention="*", mlp="-", moe="E")
-OLD_NAMES = dict(attention_head_dim="head_dim", norm_eps="layer_norm_epsilon", rms_norm_eps="layer_norm_epsilon",
-                 mamba_proj_bias="use_bias")  # fmt: skip
-ALWAYS = dict(
-    mlp_hidden_act="relu2", mamba_hidden_act="silu", attention_bias=False
-)  # what this file builds, whatever else there could be
+def expect_weights(tensors, expected, source):
+    """Raises ValueError naming `source` unless `tensors` have the names and shapes of `expected`, both state_dicts."""
+    wrong = []
+    for name, parameter in expected.items():
+        if name not in tensors:
+            wrong.append(f"{name} missing")
+        elif tensors[name].shape != parameter.shape:
+            wrong.append(f"{name} {list(tensors[name].shape)}")
+    wrong += [f"{name} unexpected" for name in tensors if name not in expected]
+    if wrong:
+        raise ValueError(f"{source} does not fit its config: {wrong[0]}, the first of {len(wrong)}")
 
 
-def config_fields(config, config_class):
-    """Returns the part of a config.json dict that the dataclass has fields for, in whichever of its spellings.
+# ---- 4. trainer.pt --------------------------------------------------------------------------------------------------
 
-    Raises ValueError for a model that this file does not build: quantised, other activations, a limit on dt.
+
+def write_trainer(path, state):
+    """Writes the state of a run: tensors, numbers, strings, and lists and dicts of them."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_trainer(path, keys):
+    """Returns the dict that `write_trainer` wrote, on the CPU. Raises ValueError for a damaged file, or another's.
+
+    keys: those that it has to have at least.
     """
-    for name, value in ALWAYS.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"config.json sets {name}={config[name]!r}; this file builds {value!r} only")
-    if config.get("quantization_config") or config.get("compression_config"):
-        raise ValueError("config.json describes quantised weights; take the BF16 release of the model")
-    low, high = config.get("time_step_limit") or (0.0, math.inf)
-    high = float(high["__float__"]) if isinstance(high, dict) else high  # transformers 5 writes infinity so
-    if low > 0 or high < math.inf:
-        raise ValueError(f"config.json limits dt to [{low}, {high}]; this file builds [0, inf), as released")
-    config = {OLD_NAMES[name]: value for name, value in config.items() if name in OLD_NAMES} | config
-    if "hybrid_override_pattern" not in config and "layers_block_type" in config:
-        pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["layers_block_type"])
-        config = config | {"hybrid_override_pattern": pattern}
-    if "mtp_hybrid_override_pattern" not in config and config.get("mtp_layers_block_type"):
-        pattern = "".join(LETTER_OF.get(kind, "?") for kind in config["mtp_layers_block_type"])
-        config = config | {"mtp_hybrid_override_pattern": pattern}
-    return {f.name: config[f.name] for f in fields(config_class) if f.name in config}
+    damaged = ValueError(f"{path} is damaged or not a checkpoint of train.py; choose another --run")
+    if not zipfile.is_zipfile(path):  # torch.save writes a zip, whose directory comes last: half a file has none
+        raise damaged
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        raise damaged from None
+    if not isinstance(saved, dict) or not set(keys) <= set(saved):
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py; choose another --run")
+    return saved
+
+
+def find_run(out, name, resume, recipe):
+    """Returns the folder, in folder `out`, of the run to begin or to resume.
+
+    name: of the run; None: the newest to resume, or a new one called after its recipe. Raises ValueError for a run that
+    is there already, which is never written over, and FileNotFoundError for one that is not.
+    """
+    if not resume:
+        if name is None:
+            names = [recipe] + [f"{recipe}-{i}" for i in range(2, 1000)]
+            name = next(n for n in names if not (out / n).exists())
+        if (out / name / "trainer.pt").exists():
+            raise ValueError(f"{out / name} has a run already; add --resume to go on with it, or choose another --run")
+        return out / name
+    if name is None:
+        runs = sorted(out.glob("*/trainer.pt"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise FileNotFoundError(
+                f"--resume: there is no run with a trainer.pt in {out}/; start one without --resume"
+            )
+        return runs[-1].parent
+    if not (out / name / "trainer.pt").exists():
+        raise FileNotFoundError(f"--resume: {out / name} has no trainer.pt; leave --resume out to start it")
+    return out / name

@@ -9,11 +9,14 @@ config = Config(**parse(Config, prog="train.py", about="Trains a model."))
 
 import argparse
 import inspect
+import os
+import signal
 import sys
 from dataclasses import fields
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import torch
+import torch.distributed as dist
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,17 +39,18 @@ def add_fields(group, config_class, taken):
     taken: a set of the names so far. What two dataclasses have is one flag for both, explained where it comes first.
     """
     lines = [line.split("  # ") for line in inspect.getsource(config_class).splitlines() if "  # " in line]
-    comments = {code.split(":")[0].strip(): comment for code, comment in lines}
+    comments = {line[0].split(":")[0].strip(): line[1] for line in lines}
+    types = get_type_hints(config_class)
     for f in fields(config_class):
         if f.name in taken:
             continue
         taken.add(f.name)
-        kind = next(t for t in get_args(f.type) or [f.type] if t is not type(None))
+        kind = next(t for t in get_args(types[f.name]) or [types[f.name]] if t is not type(None))
         shown = "" if f.default in (None, "") else f" (default: {f.default})"
         options = dict(type=kind, metavar=kind.__name__)
         if kind is bool:
             options = dict(type=parse_bool, nargs="?", const=True, metavar="true|false")
-        help = (comments[f.name] + shown).replace("%", "%%")
+        help = (comments.get(f.name, "") + shown).replace("%", "%%")
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
 
 
@@ -67,6 +71,16 @@ def parse(*config_classes, prog, about, argv=None):
     given = vars(parser.parse_args(argv))
     parts = [{f.name: given[f.name] for f in fields(c) if f.name in given} for c in config_classes]
     return parts if len(parts) > 1 else parts[0]
+
+
+def peek(config_class, prog, argv=None):
+    """Returns a dict of the given flags that are fields of a dataclass; all others are left alone.
+
+    For a script in which some flags decide what other flags there are.
+    """
+    parser = Parser(prog=prog, allow_abbrev=False, add_help=False)
+    add_fields(parser, config_class, set())
+    return vars(parser.parse_known_args(argv)[0])
 
 
 def pick_device(name):
@@ -96,3 +110,30 @@ def pick_dtype(name, device):
     if major >= 8:  # not is_bf16_supported(): that is true for emulation, too
         return torch.bfloat16, f"compute capability {major}.{minor}"
     return torch.float16, f"compute capability {major}.{minor} has no bfloat16; gradients are scaled"
+
+
+def join_processes(name):
+    """Returns (device, rank, world size) of this process. Under torchrun, joins it with the others."""
+    device = pick_device(name)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world_size
+
+
+class Interrupt:
+    """Remembers Ctrl-C (or a SIGTERM) so that the step can end; a second one ends the program at once."""
+
+    def __init__(self):
+        self.interrupted = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, *_):
+        """The signal handler."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True

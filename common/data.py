@@ -1,9 +1,9 @@
-"""What the models learn from: tokenizers, corpora, batches and tasks with a verifier.
+"""What the models learn from: tokenizers, corpora and batches.
 
 Corpora     "python"    the source of the running Python's standard library, tests left out: on every machine already
             a path      a text file, a folder (read recursively) or a glob such as 'books/*.txt'
             *.bin       token ids, uint16, as nanoGPT and llm.c write them; memory-mapped
-Tokenizers  "python4k"  byte-level BPE of 4,096 tokens, shipped in assets/ (`python data.py` made it)
+Tokenizers  "python4k"  byte-level BPE of 4,096 tokens, shipped in assets/ (`python -m common.data` made it)
             "bytes"     256 bytes and an end-of-text: nothing to download, nothing to train
             others      any of tiktoken's own: gpt2, cl100k_base, o200k_base, ...
 Split       Documents (files) go to training or validation by a hash of their name, so adding files never moves one
@@ -12,8 +12,6 @@ Batches     A batch is a function of (seed, row numbers) alone. Whoever knows th
             iterator state, and N processes read between them what one would.
 Score       Losses in nats per token cannot be compared across tokenizers. Bits per byte can: total nats / ln 2 / bytes
             of the text predicted. `Corpus.compressors` gives gzip's and xz's figure for the same text.
-Tasks       Made-up problems for reinforcement learning with exact verifiers: `environment("sort:6").sample(rng)`. One
-            prompt in eight is held out, by its hash.
 """
 
 import base64

@@ -5,8 +5,9 @@ of that file's RECIPES; `python train.py --recipe=my/file.py` takes yours.
 
 What train.py asks of a model, besides being an nn.Module (`nano_hybrid.Hybrid` is one):
 
-    config                        a dataclass: its fields are flags of train.py and part of the checkpoint
-    layers                        the list of residual layers: they are compiled, and sharded, one by one
+    config                        a nano_hybrid.HybridConfig: its fields are flags of train.py, and in the checkpoint
+    layers                        the list of its residual layers: Muon trains the matrices inside them
+    model.layers                  those of its backbone: with many processes they are sharded one by one
     loss(ids, targets), ...       whatever its objective calls
     compile(**options)            torch.compile, where it pays
     num_parameters(active=False)  how many numbers are trained; active: those that one token uses
@@ -17,8 +18,13 @@ What train.py asks of a model, besides being an nn.Module (`nano_hybrid.Hybrid` 
     save_pretrained(folder, state_dict=None, **extra)
 """
 
+import importlib.util
 import math
-from dataclasses import dataclass, field
+import re
+import sys
+import traceback
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import torch
 
@@ -47,11 +53,91 @@ class RunInfo:
     world_size: int = 1
 
 
+RECIPE_FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<name>.+))?")
+
+
+def recipe_from_file(spec):
+    """Returns (Recipe, presets) of a user's file. spec: "my/file.py", or "my/file.py:name" where it has several.
+
+    The file is a Python module with RECIPES, name -> Recipe, and if it likes PRESETS, name -> model config. Raises
+    ValueError or FileNotFoundError, in one line, for a file that is missing, that fails, or that has no such recipe.
+    """
+    path, name = RECIPE_FILE.fullmatch(spec).group("path", "name")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--recipe={spec}: there is no file {path}")
+    module_name = "recipe_file_" + re.sub(r"\W", "_", Path(path).stem)
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)  # dataclasses look it up there
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file may raise
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(f"--recipe={spec}: {where}: {type(error).__name__}: {error}") from None
+    rows = getattr(module, "RECIPES", None)
+    if not isinstance(rows, dict) or not rows or not all(isinstance(row, Recipe) for row in rows.values()):
+        raise ValueError(f"--recipe={spec}: {path} has no RECIPES, a dict of name -> common.objectives.Recipe")
+    if name is None and len(rows) > 1:
+        choices = ", ".join(f"--recipe={path}:{name}" for name in rows)
+        raise ValueError(f"--recipe={spec}: {path} has several recipes; choose one: {choices}")
+    if name is not None and name not in rows:
+        raise ValueError(f"--recipe={spec}: {path} has no recipe {name!r}; known: {', '.join(rows)}")
+    return rows[name or next(iter(rows))], getattr(module, "PRESETS", {})
+
+
+def recipes_with(spec, recipes, presets):
+    """Returns (recipes, presets) by name, those of a user's file added if `spec`, what --recipe says, is one."""
+    if not RECIPE_FILE.fullmatch(spec):
+        return recipes, presets
+    recipe, further = recipe_from_file(spec)
+    return recipes | {spec: recipe}, presets | further
+
+
+def run_name(spec):
+    """Returns what a run of a recipe is called by default."""
+    file = RECIPE_FILE.fullmatch(spec)
+    return file["name"] or Path(file["path"]).stem if file else spec
+
+
+def settings_classes(recipes):
+    """Returns recipe -> Settings of its objective, each class once."""
+    classes = {}
+    for name, recipe in recipes.items():
+        if recipe.objective.Settings and recipe.objective.Settings not in classes.values():
+            classes[name] = recipe.objective.Settings
+    return classes
+
+
+def make_settings(config, objective, given, begun, saved):
+    """Returns the Settings of an objective for a run, or None if it has none.
+
+    config: train.TrainConfig. given: recipe -> flags of its settings on the command line. They go over those of the
+    run that is resumed (saved: its checkpoint), or over `begun`, the recipe's. Raises ValueError for a setting of
+    another recipe, or one that is `fixed`.
+    """
+    own = {f.name for f in fields(objective.Settings)} if objective.Settings else set()
+    flags = {name: value for settings in given.values() for name, value in settings.items()}
+    for recipe, settings in given.items():
+        if foreign := set(settings) - own - {f.name for f in fields(config)}:
+            raise ValueError(
+                f"--{min(foreign)} is a setting of --recipe={recipe}; --recipe={config.recipe} has none such"
+            )
+    if saved:
+        begun = saved["objective"]
+        if unknown := set(begun) - own:
+            raise ValueError(f"the run has a setting {min(unknown)} that --recipe={config.recipe} does not know")
+        was, asked = saved["config"] | begun, asdict(config) | begun | flags
+        for name in (*objective.fixed, "batch_size") if objective.fixed else ():  # batches are what steps count
+            if name in was and asked[name] != was[name]:
+                raise ValueError(f"--{name}={asked[name]}: the run was begun with {was[name]}; start a new run")
+    return objective.Settings(**begun | {name: flags[name] for name in own & set(flags)}) if own else None
+
+
 class Objective:
     """What is learnt. A subclass needs `from_run`, `batch` and `loss`; the rest has a default here."""
 
     Settings = None  # a dataclass: its fields become flags of train.py, their comments the --help text
-    fixed = ()  # names of settings that a resumed run may not change
+    fixed = ()  # names of settings that a resumed run may not change; where there are any, nor --batch_size
     example = "def "  # a prompt to try the trained model with
     tokenizer = None  # a common.data.Tokenizer
     extra_tokens = 0  # rows that the vocabulary needs beyond the tokenizer's: a mask token, for one

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from common.cli import fail, parse, pick_device, pick_dtype
+from common.cli import fail, parse, peek, pick_device, pick_dtype
 
 
 @dataclass
@@ -61,3 +61,15 @@ def test_devices_and_dtypes_by_name():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch finds none; use --device=cpu"):
             pick_device("cuda")
+
+
+def test_peek_takes_its_flags_and_leaves_the_others():
+    assert peek(Config, prog="x.py", argv=["--other=1", "--steps=7", "--help"]) == {"steps": 7}
+
+
+def test_a_field_without_a_comment_and_with_a_type_in_quotes_is_a_flag():
+    @dataclass
+    class Plain:
+        size: "int" = 2
+
+    assert parse(Plain, prog="x.py", about="", argv=["--size=3"]) == {"size": 3}

@@ -1,6 +1,5 @@
 """common/data.py: tokenizers, documents, token files, batches."""
 
-
 import numpy as np
 import pytest
 

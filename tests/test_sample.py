@@ -131,7 +131,7 @@ def test_drafts_give_the_same_greedy_text(run, capsys):
     texts = [make(capsys, "--prompt=def ", "--temperature=0", *draft) for draft in ([], ["--draft=3"])]
     assert texts[0] == texts[1]
     assert sample.main(["--prompt=def ", "--draft=3", "--max_new_tokens=9"]) == 0
-    assert "tokens a forward; guesses right: " in capsys.readouterr().err
+    assert "tokens a forward pass; draft tokens accepted, by depth: " in capsys.readouterr().err
 
 
 def test_a_model_without_a_predictor_says_what_drafts_need(run, capsys):
@@ -186,7 +186,7 @@ def test_a_diffusion_model_goes_on_from_a_prompt_and_draws_the_order(text_model,
         assert sample.main([*flags, f"--seed={seed}"]) == 0
         out, err = capsys.readouterr()
         texts.append(out)
-        assert "forwards" in err and "tokens each" in err and (text_model / "order.png").stat().st_size > 1000
+        assert "NFE " in err and "tokens each" in err and (text_model / "order.png").stat().st_size > 1000
     assert texts[0] == texts[1] and texts[0].startswith("def ") and len(texts[0].encode()) > 12
 
 

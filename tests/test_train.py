@@ -4,9 +4,11 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from common.objectives import NextToken
 from conftest import ROOT
 from grpo import GRPO
 from mdlm_dultra import DUltra, MaskedDiffusion, MaskedDiffusionLM
-from nano_hybrid import Hybrid
+from nano_hybrid import Hybrid, HybridConfig
 
 MODEL = (
     "--hidden_size=32 --intermediate_size=48 --mamba_num_heads=2 --mamba_head_dim=16 --ssm_state_size=16 "
@@ -114,26 +116,51 @@ def test_gradient_accumulation_is_a_larger_batch(flags):
 
 def test_text_read_many_times_is_held_back(flags, capsys):
     run = train.set_up([*flags, "--steps=2"])
-    assert run.model.config.hidden_dropout == 0 and run.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert run.model.config.hidden_dropout == 0 and run.optimizers[0].param_groups[0]["weight_decay"] == 0.1
     run = train.set_up([*flags, "--steps=5000"])
-    assert run.model.config.hidden_dropout > 0 and run.optimizer.param_groups[0]["weight_decay"] > 0.1
+    assert run.model.config.hidden_dropout > 0 and run.optimizers[0].param_groups[0]["weight_decay"] > 0.1
     assert "epochs: dropout" in capsys.readouterr().out
     run = train.set_up([*flags, "--steps=5000", "--hidden_dropout=0.25", "--weight_decay=0.3"])
-    assert run.model.config.hidden_dropout == 0.25 and run.optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert run.model.config.hidden_dropout == 0.25 and run.optimizers[0].param_groups[0]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("recipe", ["hybrid", "super3", "dultra"])
+def test_the_groups_of_both_optimizers_are_all_parameters_once(recipe, flags):
+    shape = {"super3": EXPERTS, "dultra": DIFFUSION, "hybrid": []}[recipe]
+    flags = flags if recipe != "dultra" else [*DULTRA, "--tokenizer=bytes"]
+    run = train.set_up([*flags, *shape, f"--recipe={recipe}", "--steps=8", "--optimizer=muon", "--muon_lr=0.02",
+                        "--lr=0.01", "--beta1=0.8", "--beta2=0.9"])  # fmt: skip
+    adamw, muon = run.optimizers
+    names = {p: name for name, p in run.model.named_parameters()}
+    grouped = [names[p] for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
+    assert all(group["betas"] == (0.8, 0.9) and group["peak_lr"] == 0.01 for group in adamw.param_groups)
+    assert all(group["peak_lr"] == 0.02 and group["weight_decay"] >= 0 for group in muon.param_groups)
+    by_muon = {names[p] for group in muon.param_groups for p in group["params"]}
+    inside = {name for name, p in run.model.named_parameters() if ".layers." in name and p.dim() == 2}
+    assert by_muon == {name for name in inside if not name.startswith("planner.")}
+    for group in adamw.param_groups + muon.param_groups:
+        dims, parts = {p.dim() >= 2 for p in group["params"]}, {names[p].split(".")[0] for p in group["params"]}
+        assert len(dims) == 1 and (parts == {"planner"} if group["part"] else "planner" not in parts)
 
 
 def test_only_matrices_decay(flags):
     run = train.set_up([*flags, *LOCAL_LINEAR, "--steps=2"])
     names = {id(p): n for n, p in run.model.named_parameters()}
-    spared = {names[id(p)].split(".")[-1] for p in run.optimizer.param_groups[1]["params"]}
+    spared = {names[id(p)].split(".")[-1] for p in run.optimizers[0].param_groups[1]["params"]}
     assert spared == {"weight", "bias", "A_log", "D", "dt_bias", "raw_ridge", "qk_norm"}
-    assert all(p.dim() == 1 for p in run.optimizer.param_groups[1]["params"])
+    assert all(p.dim() == 1 for p in run.optimizers[0].param_groups[1]["params"])
 
 
 # ---- resuming ----
 
 
-@pytest.mark.parametrize(("dropout", "shape"), [(0.0, []), (0.2, []), (0.0, EXPERTS), (0.0, LOCAL_LINEAR)])
+MUON = ["--optimizer=muon", "--beta2=0.9"]
+
+
+@pytest.mark.parametrize(("dropout", "shape"), [
+    (0.0, []), (0.2, []), (0.0, EXPERTS), (0.0, LOCAL_LINEAR), (0.0, MUON), (0.0, [*EXPERTS, *MUON])
+])  # fmt: skip
 def test_half_a_run_and_a_resume_are_the_run_bit_for_bit(flags, dropout, shape):
     flags = [*flags, *shape, f"--hidden_dropout={dropout}", "--weight_decay=0.1"]
     assert train.main([*flags, "--steps=8", "--run=whole"]) == 0
@@ -228,11 +255,49 @@ def spoil(monkeypatch, bad):
     monkeypatch.setattr(NextToken, "loss", spoilt)
 
 
-def test_a_bad_step_is_skipped_and_counted(flags, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_step_is_skipped_and_counted(optimizer, flags, monkeypatch):
     spoil(monkeypatch, {2, 3})
-    assert train.main([*flags, "--steps=6", "--run=a"]) == 0
+    assert train.main([*flags, "--steps=6", "--run=a", f"--optimizer={optimizer}"]) == 0
     assert [row["skipped"] for row in rows("a")] == [0, 1, 2, 2, 2, 2]
     assert all(w.isfinite().all() for w in weights("a").values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_step_moves_nothing(optimizer, flags, monkeypatch):
+    spoil(monkeypatch, {1})
+    run = train.set_up([*flags, "--steps=6", f"--optimizer={optimizer}", "--warmup=0"])
+    before = [p.detach().clone() for p in run.model.parameters()]
+    _, numbers = train.optimizer_step(run, train.Interrupt())
+    assert numbers["grad_norm"].isnan() and all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+    train.optimizer_step(run, train.Interrupt())
+    moved = [not torch.equal(a, b) for a, b in zip(before, run.model.parameters())]
+    assert sum(moved) >= len(moved) - 1  # a bias may have no gradient
+
+
+def test_a_gradient_scaler_serves_both_optimizers(flags, monkeypatch):
+    """float16 needs a GPU, but its scaler runs anywhere: scaled steps are the plain ones, bad ones halve the scale."""
+    spoil(monkeypatch, {3, 5})
+    plain, scaled = (train.set_up([*flags, "--steps=6", "--optimizer=muon"]) for _ in range(2))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    interrupt = train.Interrupt()
+    train.optimizer_step(plain, interrupt), train.optimizer_step(scaled, interrupt)
+    train.optimizer_step(plain, interrupt)  # spoilt
+    pairs = list(zip(plain.model.parameters(), scaled.model.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+    before = [b.detach().clone() for _, b in pairs]
+    train.optimizer_step(scaled, interrupt)
+    assert scaled.scaler.get_scale() == 8 and not all(torch.equal(a, b) for a, (_, b) in zip(before, pairs))
+    before = [b.detach().clone() for _, b in pairs]
+    train.optimizer_step(scaled, interrupt)  # spoilt
+    assert scaled.scaler.get_scale() == 4 and all(torch.equal(a, b) for a, (_, b) in zip(before, pairs))
+
+
+def test_muon_learns_at_the_learning_rate_of_adamw(flags):
+    for optimizer in ("adamw", "muon"):
+        assert train.main([*flags, "--steps=40", f"--run={optimizer}", f"--optimizer={optimizer}"]) == 0
+    reached = {name: rows(name)[-1]["val_loss"] for name in ("adamw", "muon")}
+    assert reached["muon"] < rows("muon")[3]["val_loss"] - 1 and abs(reached["muon"] - reached["adamw"]) < 0.5
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(flags, monkeypatch, capsys):
@@ -331,10 +396,113 @@ def test_dultra_stopped_and_resumed_is_the_run(stop, settings):
     assert any(name.startswith("planner.") for name in weights("half"))
 
 
+# ---- a recipe from a file ----
+
+REVERSED = """
+from dataclasses import dataclass
+
+import torch
+
+from common.objectives import NextToken, Recipe, to_device
+from nano_hybrid import PRESETS, TEXT_CPU, TEXT_GPU
+
+
+@dataclass
+class Settings:
+    \"\"\"Settings of this file.\"\"\"
+
+    backwards: bool = True  # predict each token from those after it
+
+
+class Reversed(NextToken):
+    Settings = Settings
+    fixed = ("backwards",)
+
+    def loss(self, model, batch):
+        ids, targets = batch["ids"], batch["targets"]
+        return model.loss(targets.flip(1), ids.flip(1)) if self.settings.backwards else model.loss(ids, targets)
+
+    @torch.no_grad()
+    def evaluate(self, model):
+        ids, targets = next(self.corpus.val_batches(self.context, 1))
+        ids, targets = to_device(model, ids, targets)
+        return {"val_loss": self.loss(model, dict(ids=ids, targets=targets))[0].item()}
+
+
+PRESETS = {"mine": PRESETS["tiny"]}
+RECIPES = {"reversed": Recipe(Reversed, cpu=dict(preset="mine", **TEXT_CPU), gpu=dict(preset="mine", **TEXT_GPU))}
+"""
+
+
+def test_a_recipe_of_a_users_own_file_is_trained_resumed_and_explained(flags, capsys):
+    open("mine.py", "w").write(REVERSED)
+    flags = [*flags, "--recipe=mine.py"]
+    assert train.main([*flags, "--steps=20", "--run=whole"]) == 0
+    assert rows("whole")[-1]["val_loss"] < rows("whole")[3]["val_loss"] - 0.5
+    stop_after(9, [*flags, "--steps=20"], "mine", steps=20)
+    assert train.main(["--resume", "--run=mine"]) == 0  # the file's path is in the checkpoint
+    assert all(torch.equal(weights("whole")[name], weights("mine")[name]) for name in weights("whole"))
+    assert train.main(["--resume", "--run=mine", "--steps=21", "--backwards=false"]) == 2
+    assert "--backwards=False: the run was begun with True" in capsys.readouterr().err
+    assert train.main([*flags, "--steps=2", "--backwards=false"]) == 0
+    assert (train.OUT / "mine-2" / "trainer.pt").exists()  # a run is called after its file
+    assert Hybrid.from_pretrained("out/mine")(torch.arange(10)[None]).isfinite().all()
+    with pytest.raises(SystemExit):
+        train.main(["--recipe=mine.py", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "predict each token from those after it (default: True)" in out and "Settings of this file." in out
+
+
+def test_code_that_came_with_a_checkpoint_is_not_run(flags, capsys):
+    (train.OUT / "a").mkdir(parents=True)
+    open("out/a/mine.py", "w").write(REVERSED)
+    assert train.main([*flags, "--recipe=out/a/mine.py", "--steps=2", "--run=a"]) == 0
+    open("out/a/mine.py", "a").write("\nopen('exploded', 'w')")
+    assert train.main(["--resume", "--run=a", "--steps=3"]) == 2 and not os.path.exists("exploded")
+    assert "to trust it, add --recipe=out/a/mine.py" in capsys.readouterr().err
+    assert train.main(["--resume", "--run=a", "--steps=3", "--recipe=out/a/mine.py"]) == 0
+
+
+@pytest.mark.parametrize(("recipe", "text", "message"), [
+    ("none.py", None, "there is no file none.py"),
+    ("mine.py", "x = 1", "mine.py has no RECIPES"),
+    ("mine.py", "RECIPES = {}", "mine.py has no RECIPES"),
+    ("mine.py", "\n\n1 / 0", "mine.py, line 3: ZeroDivisionError: division by zero"),
+    ("mine.py", "def", "SyntaxError"),
+    ("mine.py", "import no_such_package", "ModuleNotFoundError"),
+    ("mine.py", REVERSED + "RECIPES['b'] = RECIPES['reversed']", "choose one: --recipe=mine.py:reversed, --recipe="),
+    ("mine.py:c", REVERSED, "has no recipe 'c'; known: reversed"),
+    ("mine.py:reversed", REVERSED + "RECIPES['reversed'].cpu.pop('lr')\nRECIPES['reversed'].gpu.pop('lr')",
+     "--lr is missing"),
+])  # fmt: skip
+def test_a_recipe_file_that_cannot_be_used_is_one_line(recipe, text, message, flags, capsys):
+    if text is not None:
+        open("mine.py", "w").write(text)
+    flags = [f for f in flags if not f.startswith("--lr")]
+    assert train.main([*flags, f"--recipe={recipe}", "--steps=2"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error and error.startswith("error: ")
+
+
+def test_one_of_several_recipes_of_a_file_is_chosen_by_name(flags):
+    open("mine.py", "w").write(REVERSED + "RECIPES['b'] = RECIPES['reversed']")
+    assert train.main([*flags, "--recipe=mine.py:b", "--steps=2"]) == 0
+    assert (train.OUT / "b" / "trainer.pt").exists()
+
+
+def test_train_py_names_no_objective_no_setting_of_one_and_no_part_of_a_model():
+    text = (ROOT / "train.py").read_text()
+    names = {recipe.objective.__name__ for recipe in train.RECIPES.values()}
+    ours = {f.name for config in (train.TrainConfig, HybridConfig) for f in fields(config)}
+    names |= {f.name for settings in train.SETTINGS.values() for f in fields(settings)} - ours
+    names -= {"updates", "reward", "correction", "task", "aggregate"}  # plain words, too
+    assert not {name for name in names | {"planner"} if re.search(rf"\b{name}\b", text)}
+
+
 # ---- many processes ----
 
 
-@pytest.mark.parametrize("shape", [[], EXPERTS, LOCAL_LINEAR])
+@pytest.mark.parametrize("shape", [[], EXPERTS, LOCAL_LINEAR, MUON])
 def test_two_processes_are_one_with_twice_the_batch(flags, shape):
     flags = [*flags, *shape]
     assert train.main([*flags, "--steps=4", "--run=one", "--batch_size=4"]) == 0
@@ -344,11 +512,12 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    rtol, atol = (1e-2, 2e-2) if shape == MUON else (1e-4, 1e-4)  # Muon's orthogonal matrices are made in bfloat16
     for a, b in zip(rows("one"), rows("two")):
         for name in ("loss", "grad_norm", "val_loss"):
-            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4)
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=rtol)
     one, two = weights("one"), weights("two")
-    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=atol) for k in one)
     assert train.main(["--resume", "--run=two", "--steps=5"]) == 0  # a checkpoint is whole: one process goes on with it
 
 
@@ -363,6 +532,9 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--compile=maybe"], "'maybe' is neither true nor false"),
         (["--steps=0"], "--steps=0 must be at least 1"),
         (["--lr=-1"], "need lr > 0"),
+        (["--optimizer=sgd"], "--optimizer=sgd is unknown; use adamw or muon"),
+        (["--muon_lr=0.1"], "--muon_lr=0.1 must be above 0, and goes with --optimizer=muon"),
+        (["--beta2=1"], "need 0 <= beta < 1"),
         (["--recipe=gpt7"], "unknown recipe 'gpt7'; known: hybrid"),
         (["--recipe=grpo", "--envs=sart"], "unknown environment 'sart'; known: sort"),
         (["--recipe=grpo", "--batch_size=30"], "batch_size=30 must be a multiple of 16"),
