@@ -175,7 +175,7 @@ def bench_step():
 
 
 def bench(parts):
-    """Measures each of `parts` (all of errors, speed, memory and step if empty), prints it, writes assets/bench/lla.json.
+    """Measures and prints each of `parts` (if empty: errors, speed, memory, step); writes assets/bench/lla.json.
 
     Records of parts that are not measured stay in that file. memory also draws out/lla_memory.png.
     """
