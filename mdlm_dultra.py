@@ -62,6 +62,7 @@ from tqdm import tqdm
 from common.checkpoints import config_fields, read_config, read_weights
 from common.data import Tokenizer
 from common.objectives import NextToken
+from common.presets import SMALL
 from common.tasks import BLANK, ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
 from grpo import LARGEST, advantages, choose, policy_loss
 from kernels import at_least_float32, block_of, jit, linear_logprob, pick_backend
@@ -70,7 +71,7 @@ from nano_hybrid import (
     Block,
     Hybrid,
     HybridConfig,
-    rotate,
+    apply_rope,
 )
 
 try:
@@ -78,6 +79,23 @@ try:
     import triton.language as tl
 except ImportError:
     triton = tl = None
+
+# fmt: off
+PRESETS = {
+    # For mdlm_dultra.py, Transformers that look both ways: 1.9 M and 88 M for text, 0.2 M and 0.8 M for tasks.
+    "mdlm-tiny": HybridConfig(
+        hybrid_override_pattern="*-*-*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32, rotary_base=1e4
+    ),
+    "mdlm": HybridConfig(**SMALL, hybrid_override_pattern="*-*-*-*-*-*-*-*-*-*-*-*-", rotary_base=1e4),
+    "dultra-tiny": HybridConfig(
+        hybrid_override_pattern="*-*-", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+        intermediate_size=256,
+    ),
+    "dultra": HybridConfig(
+        hybrid_override_pattern="*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+    ),
+}
+# fmt: on
 
 # ---- 1. the model -------------------------------------------------------------------------------------------------
 
@@ -89,7 +107,6 @@ class View:
     keys: torch.Tensor | None = None  # bool [B, L], False on padding
     start: int = 0
     kv: dict | None = None  # layer -> (k, v), each [B, Hkv, L, D]: of all positions, as they were last computed
-    fixed = False  # `Block` has a path of its own for caches of CUDA graphs, which have it True
 
     def all(self, layer, k, v):
         """Returns the keys and values of the whole text, those of the computed positions new, the others as stored."""
@@ -106,11 +123,15 @@ class View:
 class BidirectionalAttention(Attention):
     """Grouped-query attention that looks both ways."""
 
-    def forward(self, x, view):
+    def __init__(self, config, index):
+        super().__init__(config)
+        self.index = index
+
+    def forward(self, x, view, _=None):
         """Returns [B, T, C] for the positions x [B, T, C] of a text."""
-        q, k, v = self.qkv(lambda projection: projection(x))  # [B, heads, T, D]
+        q, k, v = self.qkv(x)  # [B, heads, T, D]
         if self.rotary_base:
-            q, k = (rotate(t, view.start, self.rotary_base) for t in (q, k))
+            q, k = (apply_rope(t, view.start, self.rotary_base) for t in (q, k))
         k, v = view.all(self.index, k, v)  # [B, Hkv, L, D]
         mask = None if view.keys is None else view.keys[:, None, None]  # [B, 1, 1, L]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -124,7 +145,7 @@ def places(T, keys, device):
 
 def bidirectional_blocks(config, pattern):
     """Returns the residual layers of a pattern, as nano_hybrid.py has them, with attention that looks both ways."""
-    blocks = nn.ModuleList(Block(config, letter, index) for index, letter in enumerate(pattern))
+    blocks = nn.ModuleList(Block(config, letter) for letter in pattern)
     for index, letter in enumerate(pattern):
         if letter == "*":
             blocks[index].mixer = BidirectionalAttention(config, index)
@@ -182,7 +203,7 @@ class MaskedDiffusionLM(Hybrid):
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         view = View(keys, start, kv)
         for layer in self.model.layers:
-            x = layer(x, view)
+            x = layer(x, view if layer.stateful else None)
         return self.model.norm_f(x)
 
     def logits(self, hidden):
@@ -754,7 +775,7 @@ class UnmaskPlanner(nn.Module):
             c = c + self.positions(places(masked.shape[1], keys, masked.device))
         x, view = modulated(hidden, self.before(c)), View(keys)
         for block in self.blocks:
-            x = block(x, view)
+            x = block(x, view if block.stateful else None)
         return at_least_float32(self.out(modulated(x, self.after(c))).squeeze(-1))
 
 

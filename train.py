@@ -68,6 +68,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
+import grpo
+import mdlm_dultra
 from common.checkpoints import replacing
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import Tokenizer, load_corpus
@@ -75,8 +77,10 @@ from common.objectives import NextToken
 from grpo import GRPO, GRPOConfig
 from kernels import pick_backend
 from mdlm_dultra import DUltra, DUltraConfig, MaskedDiffusion
-from nano_hybrid import PRESETS, Hybrid, HybridConfig
+from nano_hybrid import PRESETS as HYBRIDS
+from nano_hybrid import Hybrid, HybridConfig
 
+PRESETS = HYBRIDS | grpo.PRESETS | mdlm_dultra.PRESETS
 OUT = Path("out")
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # dense bf16
