@@ -452,7 +452,7 @@ def test_mistakes_are_named(change, message):
 
 @pytest.mark.parametrize("change, message", [
     (dict(ridge=-1.0), "ridge=-1.0 must be positive"), (dict(pad=torch.zeros(3, dtype=torch.int64)), "pad is"),
-    (dict(length=0), "length=0 is outside"), (dict(length=10), "room for 9"),
+    (dict(length=0), "length=0 is outside"), (dict(length=10), "capacity is 9"),
     (dict(length=torch.ones(2)), r"length is \[2\]"), (dict(v_cache=draw(2, 2, 9, 4)), "v_cache is"),
 ])  # fmt: skip
 def test_mistakes_of_a_step_are_named(change, message):
