@@ -434,7 +434,6 @@ def _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx):
 
 
 # ---- 4. the kernels: backward -----------------------------------------------------------------------------------
-
 # Let g_c be the gradient of the state that leaves chunk c. Where the state runs forward, g runs backward:
 #
 #       state_{c+1} = exp(s_Q) state_c + sum_j (exp(s_Q - s_j) dt_j x_j) B_j^T
