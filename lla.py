@@ -1,11 +1,12 @@
 """Local Linear Attention: attention as a local linear regression, not a local average.
 
 Paper    Zuo, Yin, Zeng, Li, Zhu, Wang: "Local Linear Attention: An Optimal Interpolation of Linear and Softmax
-         Attention for Test-Time Regression", arXiv:2510.01450. Parallax, its follow-up: arXiv:2605.29157.
+         Attention for Test-Time Regression", arXiv:2510.01450.
 Idea     Softmax attention is the Nadaraya-Watson estimator: around the query it fits a constant to the values, weighted
-         by softmax(q.k). Where values change across the keys, a constant is biased. Fit an affine function there
-         instead, with a ridge on its slope, and return its value at the query: a d x d linear system for each query.
-         FlashLLA solves them by conjugate gradients in sweeps over the keys, so that no [T, T] and no [T, d, d] exists.
+         by softmax(q.k). Where values change across the keys, a constant is biased. LLA fits an affine function there
+         instead, with a ridge penalty on its slope, and returns its value at the query: one D x D system per query.
+         FlashLLA solves these systems by conjugate gradients, one pass over the keys per step, so that neither a
+         [T, T] nor a [T, D, D] tensor is ever stored.
 Picture  q [B,H,T,D] ---.                                      k_j, v_j of one query i, j <= i:
                         |-- softmax --> s [T,T]                                    v |      . /
          k [B,Hkv,T,D] -+-- mean, covariance under s --> kbar, C                     |   . /.     fit, weights s
@@ -20,35 +21,30 @@ Symbols  code    paper      meaning
          x                  C^-1 (q - kbar), = - rho / (1 - mu.rho) of the paper's system around the query: `paper_fit`
          y                  y_j = x.(k_j - kbar): the weights become s_j (1 + y_j)
          T, S               queries, keys: the queries are the last T of S positions
-         iters, tol         conjugate gradients: steps at most; how small a residual ends it
+         iters, tol         conjugate gradients: maximum number of steps; relative residual at which a row stops
 Limits   ridge -> inf gives softmax attention; scale = 0 gives ridge regression with an intercept on all keys so far; as
-         ridge -> 0 and with more than D keys, values that are an affine map of them come back exactly, outside of the
-         keys too; the first token returns v_1: tests/test_lla.py.
-Differs  The paper sets lambda against the weights as they are; here, as in the authors' code (Yifei-Zuo/FlashLLA), it
-         stands against weights that sum to one, so that no shift of the logits changes it. From that code: the gradient
-         is complete (theirs holds the weights' sum in the ridge constant: 4 to 14 % of dq and dk, by ridge and size);
-         the system is centred on the keys' mean, not on the query, which has no vanishing denominator; a tile is swept
-         until its rows are solved (theirs 32 times), to 5e-4 in 16 bits (theirs 1e-6); 16-bit keys and directions are
-         multiplied as float16; one new token is solved from moments, not by sweeps; the layer learns its ridge, and
-         queries and keys share a norm.
-Read     1, the comment that opens 2, 3, `_solve_kernel`, 4. What `python lla.py` runs is in 6 and 7.
+         ridge -> 0, with more than D keys, values that are an affine function of the keys are reproduced exactly, even
+         for a query far from all keys; the first token returns v_1. tests/test_lla.py has a test of each.
+Differs  The paper adds lambda to unnormalised weights; here, as in the authors' code (Yifei-Zuo/FlashLLA), the weights
+         sum to one, so that a shift of the logits changes nothing. Differences from that code: our gradient is complete
+         (theirs treats the sum of weights beside the ridge as constant, which changes dq and dk by 4 to 14 %); the
+         system is centred on the mean of the keys, not on the query, so no denominator can vanish; a tile stops once
+         its rows have converged (theirs takes 32 steps), to 5e-4 in 16 bits (theirs 1e-6); 16-bit keys and directions
+         are multiplied as float16; a decode step solves from moments; the layer learns its ridge, and queries and keys
+         share a norm. Parallax (arXiv:2605.29157), which replaces the solve by a projection: experiments/parallax.py.
+Files    lla.py + kernels.py: 1,908 lines in all.
+Read     1, the comment that opens 2, 3, `_solve_kernel`, 4. `python lla.py` shows the claim; at length, with trained
+         models and pictures: `python -m experiments.lla`.
 """
 
-import json
 import math
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from tqdm import tqdm
 
 from kernels import (
     at_least_float32,
@@ -557,7 +553,7 @@ class _Sweeps:
         return out
 
     def solve(self, stats, ridge, rhs, iters, tol, used=None):
-        """Returns the Probe C^-1 rhs (None: q - kbar); used [B, H, T] int32 is told how many steps each row took."""
+        """Returns the Probe C^-1 rhs (None: q - kbar); used [B, H, T] int32 receives each row's number of steps."""
         out = Probe(self.vector(self.k.dtype), self.row(), self.row())
         arguments = *stats, ridge, rhs, *out, used, *self.sizes, iters, tol
         self.run(_solve_kernel, "solve", [self.q], [self.k], *arguments)
@@ -565,18 +561,8 @@ class _Sweeps:
 
     def output(self, stats, x):
         o, v = self.vector(self.v.dtype), self.v
-        self.run(
-            _output_kernel,
-            "output",
-            [self.q, x.unit],
-            [self.k, v],
-            x.norm,
-            x.mean,
-            stats.best,
-            stats.total,
-            o,
-            *self.sizes,
-        )
+        arguments = x.norm, x.mean, stats.best, stats.total, o, *self.sizes
+        self.run(_output_kernel, "output", [self.q, x.unit], [self.k, v], *arguments)
         return o
 
     def rhs(self, stats, g):
@@ -632,30 +618,6 @@ class _FlashLLA(torch.autograd.Function):
         return dq, dk, dv, -ux.sum((0, 2)), None, None, None, None, None
 
 
-class _FlashParallax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, r, scale, causal):
-        sweeps = _Sweeps(q, k, v, scale, causal)
-        stats, norm = sweeps.stats(), r.float().norm(dim=-1)
-        unit = (-r / norm.clamp_min(1e-30)[..., None]).to(sweeps.k.dtype)
-        x = Probe(unit, norm, (unit * stats.kbar).sum(-1))
-        ctx.save_for_backward(q, k, v, *stats, *x)
-        ctx.settings = scale, causal
-        return sweeps.output(stats, x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        q, k, v, *saved = ctx.saved_tensors
-        stats, x, sweeps = Stats(*saved[:3]), Probe(*saved[3:]), _Sweeps(q, k, v, *ctx.settings)
-        g, size = _sized(g)
-        t, gnorm, gbar = sweeps.rhs(stats, g)
-        nothing = Probe(*(torch.zeros_like(part) for part in x))  # x does not come from a solve: no u
-        dq, dk, dv, _ = sweeps.gradients(stats, x, nothing, g, gnorm, gbar)
-        dr = -(t * gnorm[..., None]).to(q.dtype)
-        return *(d if size is None else d * size for d in (dq, dk, dv, dr)), None, None
-
-
 # ---- 3. the functions to call -------------------------------------------------------------------------------------
 
 
@@ -676,7 +638,7 @@ def lla_triton(q, k, v, ridge, scale=None, iters=None, causal=True, tol=None, us
     """Returns `lla_ref(...)` by FlashLLA, with memory T D. iters: steps at most, 4 D if None.
 
     tol: a row is solved when its residual is this part of its right side; 5e-4 for 16-bit inputs, 1e-5 for float32.
-    used: an int32 tensor [2, B, H, T] that is told how many steps each row took, forward and backward.
+    used: an int32 tensor [2, B, H, T] that receives how many steps each row took, forward and backward.
     """
     H, D, Dv = q.shape[1], q.shape[3], v.shape[3]
     scale, iters = D**-0.5 if scale is None else scale, 4 * D if iters is None else iters
@@ -713,16 +675,14 @@ def _in_triton(backend, q, *wide):
     if pick_backend(backend, q.device, q.dtype) == "torch" or (too_wide and backend == "auto"):
         return False
     if too_wide:
-        raise ValueError(
-            f"the kernels take heads of up to {WIDTHS[-1]} channels; use backend='torch', or narrower heads"
-        )
+        raise ValueError(f"heads wider than {WIDTHS[-1]} channels do not fit the kernels; use backend='torch'")
     return q.numel() > 0 and all(t.numel() > 0 for t in wide)
 
 
 def lla(q, k, v, ridge, scale=None, iters=None, causal=True, backend="auto"):
     """Returns `lla_ref(...)` on the backend asked for. iters=None solves until the residual is small: see `lla_triton`.
 
-    A row does not depend, bit for bit, on what comes after it or on other texts, as long as all of that is finite.
+    Bit for bit, a row does not depend on later tokens or on other sequences of the batch, as long as these are finite.
     Raises ValueError for shapes or dtypes that do not match, a ridge that is not positive (if it is a number), more
     causal queries than keys, and heads that are too wide for a backend asked for by name.
     """
@@ -731,56 +691,24 @@ def lla(q, k, v, ridge, scale=None, iters=None, causal=True, backend="auto"):
     return (lla_triton if _in_triton(backend, q, k, v) else lla_ref)(q, k, v, ridge, scale, iters, causal)
 
 
-# Parallax is the last sweep alone, with a vector r that the layer projects from the token in place of the solution.
-
-
-def parallax_ref(q, k, v, r, scale=None, causal=True):
-    """Returns o [B, H, T, Dv] = sum_j s_j (1 - r.(k_j - kbar)) v_j, for a probe r [B, H, T, D] that was learned.
-
-    With r = -C^-1 (q - kbar) it is local linear attention. Source: Parallax, arXiv:2605.29157.
-    """
-    dtype = q.dtype
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v, _ = _each_head(q, k, v, 1.0)
-        r, s = at_least_float32(r), softmax_weights(q, k, scale, causal)
-        y = r @ k.mT - (r * (s @ k)).sum(-1, keepdim=True)  # [B, H, T, S]
-        return ((s * (1 - y)) @ v).to(dtype)
-
-
-@torch.compiler.disable
-def parallax_triton(q, k, v, r, scale=None, causal=True):
-    """Returns `parallax_ref(...)` by FlashLLA's kernels."""
-    D, Dv = q.shape[3], v.shape[3]
-    q, k, v, r = _widened(q, k, v, r)
-    return _FlashParallax.apply(q, k, v, r, D**-0.5 if scale is None else scale, causal)[..., :Dv]
-
-
-def parallax(q, k, v, r, scale=None, causal=True, backend="auto"):
-    """Returns `parallax_ref(...)` on the backend asked for. Raises ValueError as `lla` does."""
-    _check(q, k, v, q.shape[2], causal)
-    expect("r", r, *q.shape)
-    return (parallax_triton if _in_triton(backend, q, k, v) else parallax_ref)(q, k, v, r, scale, causal)
-
-
 # ---- 4. one token at a time ---------------------------------------------------------------------------------------
 
 
 def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
     """Returns o [B, H, D]: `lla` of one new query on its cache, which holds its own key and value already.
 
-    q [B, H, D]; k_cache, v_cache [B, Hkv, room, D], of which the first `length` positions are filled: a number, an
-    int64 tensor [] where it is only known on the GPU, None: all. pad [B] int64, less than length: positions at the
-    start that nobody looks at; what they and those behind `length` hold may be anything.
+    q [B, H, D]; k_cache, v_cache [B, Hkv, capacity, D], of which the first `length` positions are filled: a number, an
+    int64 tensor [] where it is only known on the GPU, None: all. pad [B] int64, less than length: padding positions at
+    the start, which are masked. Masked positions and those from `length` on may hold anything, NaN included.
     """
-    dtype, room = q.dtype, k_cache.shape[2]
+    dtype, capacity = q.dtype, k_cache.shape[2]
     q, k, v, ridge = _each_head(q[:, :, None], k_cache, v_cache, ridge)
-    at = torch.arange(room, device=q.device)
-    seen = at < (room if length is None else length)  # [room]
+    at = torch.arange(capacity, device=q.device)
+    seen = at < (capacity if length is None else length)  # [capacity]
     if pad is not None:
-        seen = seen & (at >= pad[:, None, None, None])  # [B, 1, 1, room]
-    k, v = (
-        torch.where(seen.mT if seen.dim() > 1 else seen[:, None], t, 0.0) for t in (k, v)
-    )  # it may be NaN elsewhere
+        seen = seen & (at >= pad[:, None, None, None])  # [B, 1, 1, capacity]
+    column = seen.mT if seen.dim() > 1 else seen[:, None]
+    k, v = (torch.where(column, t, 0.0) for t in (k, v))  # unseen positions may hold NaN
     with torch.autocast(q.device.type, enabled=False):
         logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
         return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
@@ -803,15 +731,15 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
 
 
 @jit
-def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, room, H, GROUP, D, scale, margin, stride_qb,
-                    stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr,
+def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, capacity, H, GROUP, D, scale, margin,
+                    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, SPLITS: tl.constexpr,
                     PRECISION: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     head, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, d = tl.arange(0, N), tl.arange(0, BLOCK)
     wait_for_the_kernel_before(PDL)
-    length, pad = tl.minimum(tl.load(length_ptr), room).to(tl.int32), tl.cast(0, tl.int32)
+    length, pad = tl.minimum(tl.load(length_ptr), capacity).to(tl.int32), tl.cast(0, tl.int32)
     if pad_ptr is not None:
-        pad = tl.minimum(tl.load(pad_ptr + batch), room - 1).to(tl.int32)
+        pad = tl.minimum(tl.load(pad_ptr + batch), capacity - 1).to(tl.int32)
     k_ptr += batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + (head // GROUP).to(tl.int64) * stride_vh
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32) * scale
@@ -873,14 +801,14 @@ def _sum_parts_kernel(parts_ptr, sums_ptr, size, SPLITS: tl.constexpr, BLOCK: tl
 
 
 @jit
-def _fit_kernel(q_ptr, k_ptr, pad_ptr, sums_ptr, ridge_ptr, o_ptr, room, H, GROUP, D, tol, stride_qb, stride_qh,
+def _fit_kernel(q_ptr, k_ptr, pad_ptr, sums_ptr, ridge_ptr, o_ptr, capacity, H, GROUP, D, tol, stride_qb, stride_qh,
                         stride_kb, stride_kh, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK)[:, None]
     wait_for_the_kernel_before(PDL)
     pad = tl.cast(0, tl.int64)
     if pad_ptr is not None:
-        pad = tl.minimum(tl.load(pad_ptr + batch), room - 1)
+        pad = tl.minimum(tl.load(pad_ptr + batch), capacity - 1)
     sums_ptr += (batch * H + head) * (2 * BLOCK * BLOCK + 2 * BLOCK + 2)
     squares = tl.load(sums_ptr + e * 2 * BLOCK + tl.arange(0, 2 * BLOCK)[None, :])
     sums_ptr += 2 * BLOCK * BLOCK
@@ -910,20 +838,20 @@ STEP_TILES = {16: (32, 4, 5), 32: (32, 4, 5), 64: (32, 4, 5), 128: (32, 8, 3)}  
 
 def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
     """Returns `lla_step_ref(...)`, computed by three kernels that read the cache once. It has no backward."""
-    (B, H, D), (Hkv, room) = q.shape, k_cache.shape[1:3]
+    (B, H, D), (Hkv, capacity) = q.shape, k_cache.shape[1:3]
     q, k, v = tail_contiguous(q), tail_contiguous(k_cache, 2), tail_contiguous(v_cache, 2)
     pad = None if pad is None else pad.to(torch.int64).contiguous()
     if not torch.is_tensor(length):
-        length = torch.full((), room if length is None else length, dtype=torch.int64, device=q.device)
+        length = torch.full((), capacity if length is None else length, dtype=torch.int64, device=q.device)
     BLOCK, splits = block_of(D), 1
     programs = 256 if BLOCK <= 64 else 128  # two or one on each multiprocessor, of 512 positions or more
-    while B * H * splits < programs and 512 * splits < room:
+    while B * H * splits < programs and 512 * splits < capacity:
         splits *= 2
-    N, warps, stages = STEP_TILES[BLOCK]
+    N, warps, stages, margin = *STEP_TILES[BLOCK], 4.0 if q.dtype == torch.float16 else 32.0
     group, size, scale = H // Hkv, 2 * BLOCK * BLOCK + 2 * BLOCK + 2, D**-0.5 if scale is None else scale
     parts = torch.empty(B * H, splits, size, dtype=torch.float32, device=q.device)
     _moments_kernel[(H, splits, B)](
-        q, k, v, length, pad, parts, room, H, group, D, scale / math.log(2), 4.0 if q.dtype == torch.float16 else 32.0,
+        q, k, v, length, pad, parts, capacity, H, group, D, scale / math.log(2), margin,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], SPLITS=splits, PRECISION=dot_precision(), N=N, BLOCK=BLOCK,
         num_warps=warps, num_stages=stages, **early_launch(),
     )  # fmt: skip
@@ -934,7 +862,7 @@ def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=Non
         _sum_parts_kernel[grid](parts, sums, size, SPLITS=splits, BLOCK=512, **early_launch())
     o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     _fit_kernel[(H, B)](
-        q, k, pad, sums, _per_head(ridge, H, q.device), o, room, H, group, D,
+        q, k, pad, sums, _per_head(ridge, H, q.device), o, capacity, H, group, D,
         1e-5 if q.dtype == torch.float32 else 1e-4, *q.stride()[:2], *k.stride()[:2],
         BLOCK=BLOCK, num_warps=max(4, BLOCK // 8), **early_launch(),
     )  # fmt: skip
@@ -951,7 +879,7 @@ def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, back
     if torch.is_tensor(length):
         expect("length", length)
     elif length is not None and not 1 <= length <= k_cache.shape[2]:
-        raise ValueError(f"length={length} is outside of the cache, which has room for {k_cache.shape[2]} positions")
+        raise ValueError(f"length={length} is outside of the cache, whose capacity is {k_cache.shape[2]} positions")
     expect("v_cache", v_cache, *k_cache.shape)
     expect("pad", pad, len(q))
     _check_ridge(ridge, q.shape[1])
@@ -995,10 +923,8 @@ class LocalLinearAttention(nn.Module):
 
     def qkv(self, product):
         """Returns q, k, v, each [B, heads, T, D]: product(projection) of each projection, q and k normalised."""
-        q, k, v = (
-            product(p).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        heads = (product(p).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (t.transpose(1, 2) for t in heads)  # [B, heads, T, D]
         return rms_norm(q, self.qk_norm, self.eps), rms_norm(k, self.qk_norm, self.eps), v
 
     def forward(self, x, cache=None):
@@ -1010,333 +936,64 @@ class LocalLinearAttention(nn.Module):
         return self.o_proj(lla(q, k, v, self.ridge).transpose(1, 2).flatten(2))
 
 
-# ---- 6. python lla.py: the paper's claims, small ------------------------------------------------------------------
+# ---- 6. python lla.py: the claim, small -----------------------------------------------------------------------------
 #
-# Three ways to answer a question q from pairs (k, v) seen before. Softmax attention fits a constant near q: the values
-# there vary, and their average is biased. Linear attention with a solve (MesaNet) fits one line to everything: it is
-# wrong as soon as no single line is right. LLA fits a line near q. The data of the first two experiments are such that
-# this matters: the line is another one in each segment of the text, and each segment has its own region of keys.
-# The paper gives neither learning rates nor sizes of the trained models; those here are ours, the same for all three.
+# Test-time regression on data that are not stationary: pairs (x, y = A x), with another A and another region of x in
+# each segment. Softmax attention fits a constant near the query, and is biased; MesaNet fits one linear map to all
+# pairs, and is wrong once there are several; LLA fits a line near the query. Nothing is trained.
 
 
 def softmax_attention(q, k, v, ridge=None, scale=None):
-    """Returns o [B, H, T, Dv]: causal softmax attention, which has no slope and no use for a ridge."""
+    """Returns o [B, H, T, Dv]: causal softmax attention; the ridge is ignored."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
 def mesa_ref(q, k, v, ridge):
-    """Returns o [B, H, T, Dv]: the layer of MesaNet (arXiv:2506.05233) without its gates, in q's dtype.
+    """Returns o [B, H, T, Dv] = (sum v k^T) (sum k k^T + ridge I)^-1 q: MesaNet (arXiv:2506.05233) without its gates.
 
-    At each position one map from k to v, fitted to all pairs so far with equal weights and no intercept, read at q:
-    (sum v k^T) (sum k k^T + ridge I)^-1 q. q, k [B, H, T, D]; v [B, H, T, Dv]; ridge > 0: a number, or a tensor [H].
+    One linear map per position, fitted to all pairs so far. q, k [B, H, T, D]; ridge > 0: a number, or a tensor [H].
     """
     dtype = q.dtype
     q, k, v = (at_least_float32(t) for t in (q, k, v))
     ridge = torch.as_tensor(ridge, device=q.device, dtype=q.dtype).view(-1, 1, 1, 1)
     kk = (k[..., :, None] * k[..., None, :]).cumsum(2)  # [B, H, T, D, D]
     x = torch.linalg.solve(kk + ridge * torch.eye(k.shape[-1], dtype=q.dtype, device=q.device), q)  # [B, H, T, D]
-    return ((x @ k.mT).tril() @ v).to(dtype)  # linear attention, asked with x
+    return ((x @ k.mT).tril() @ v).to(dtype)  # linear attention, queried with x
 
 
-SEEDS = (0, 1, 2)
 MIXERS = {"softmax": softmax_attention, "linear": mesa_ref, "LLA": lla}  # each (q, k, v, ridge) -> o
 
 
 def piecewise_linear(generator, B, T, S, d):
-    """Returns x [B, T, d] with |x| = 1, and y = A x [B, T, d]; each segment of S has its own A and its own middle of x.
-
-    Without the middles no weights made of q.k could tell the segments apart.
-    """
+    """Returns x [B, T, d] of length 1 and y = A x [B, T, d]: each segment of S has its own A and mean of x."""
     n, normal = T // S, partial(torch.randn, generator=generator, device=generator.device)
     x = F.normalize(normal(B, n, 1, d), dim=-1) + normal(B, n, S, d) / d**0.5
     x = F.normalize(x, dim=-1)
     return x.flatten(1, 2), (x @ normal(B, n, d, d) / d**0.5).flatten(1, 2)
 
 
-def regression_batch(generator, B, T, S, d):
-    """Returns tokens [B, T - 1, 3 d], each (x, y, the next x), and the next y [B, T - 1, d]."""
-    x, y = piecewise_linear(generator, B, T, S, d)
-    return torch.cat([x[:, :-1], y[:, :-1], x[:, 1:]], -1), y[:, 1:]
-
-
-def recall_batch(generator, B, T, n_pairs, vocab_size):
-    """Returns ids [B, T] and targets [B, T], -100 where nothing is asked: multi-query associative recall (MQAR).
-
-    n_pairs keys, each with its value after it, then blanks (token 0) among which every key comes once more, at gaps
-    drawn from a power law of exponent 0.01. Keys are below vocab_size / 2, values are not. Source: Zoology's
-    `multiquery_ar`, arXiv:2312.04927.
-    """
-    device, half, room = generator.device, vocab_size // 2, T - 2 * n_pairs
-    keys, values = (torch.rand(B, half - 1, generator=generator, device=device).argsort(1)[:, :n_pairs] for _ in "kv")
-    keys, values = keys + 1, values + half  # [B, n_pairs]
-    blanks = torch.zeros(B, room, dtype=torch.int64, device=device)
-    ids = torch.cat([torch.stack([keys, values], -1).flatten(1), blanks], 1)  # [B, T]
-    gaps = torch.arange(1, room + 1, device=device) ** (0.01 - 1)
-    places = 2 * n_pairs + torch.multinomial(gaps.expand(B, -1), n_pairs, generator=generator)  # [B, n_pairs]
-    return ids.scatter(1, places, keys), torch.full_like(ids, -100).scatter(1, places, values)
-
-
-def swaps_batch(generator, B, T, n_items):
-    """Returns ids [B, T], each a swap of two places, and the place [B, T], after each, of the item that began at 0."""
-    pairs = torch.combinations(torch.arange(n_items, device=generator.device))  # [n_items (n_items - 1) / 2, 2]
-    ids = torch.randint(len(pairs), (B, T), generator=generator, device=generator.device)
-    place, places = torch.zeros_like(ids[:, 0]), []
-    for a, b in pairs[ids].permute(1, 2, 0):  # T times [2, B]
-        place = torch.where(place == a, b, torch.where(place == b, a, place))
-        places.append(place)
-    return ids, torch.stack(places, 1)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a model learns, and which model learns it."""
-
-    name: str
-    claim: str  # the paper's, of LLA's score: "lowest" or "highest" of the three, or "as softmax"
-    batch: Callable  # generator -> inputs, targets
-    inputs: int  # of the vocabulary, or numbers in a token
-    outputs: int
-    width: int
-    head_dim: int
-    steps: int
-    lr: float
-    heads: int = 1
-    context: int | None = None  # tokens with learned positions; None: inputs are numbers, their order says nothing
-    tied: bool = False  # the output layer is the embedding
-    mlp: bool = False
-
-
-class Mixer(LocalLinearAttention):
-    """The layer with `attend` in the place of `lla`: projections, norm and ridge stay, so that nothing else differs."""
-
-    def __init__(self, attend, *sizes, **options):
-        super().__init__(*sizes, **options)
-        self.attend = attend
-
-    def forward(self, x):
-        """Returns [B, T, C]."""
-        q, k, v = self.qkv(lambda projection: projection(x))
-        return self.o_proj(self.attend(q, k, v, self.ridge).transpose(1, 2).flatten(2))
-
-
-class Model(nn.Module):
-    """Two layers: x + mixer(norm x), and for some tasks x + MLP(norm x). Numbers are not normalised: sizes count."""
-
-    def __init__(self, attend, task, ridge=1.0):
-        super().__init__()
-        width, norm = task.width, nn.RMSNorm if task.context else nn.Identity
-        self.embed = nn.Embedding(task.inputs, width) if task.context else nn.Linear(task.inputs, width)
-        self.positions = nn.Embedding(task.context or 0, width)
-        for table in [self.embed, self.positions] if task.context else []:
-            nn.init.normal_(table.weight, std=width**-0.5)  # each row about as long as 1
-        self.parts = nn.ModuleList()  # what is added to x, in order
-        for _ in range(2):
-            mixer = Mixer(attend, width, task.heads, head_dim=task.head_dim, ridge=ridge)
-            self.parts.append(nn.Sequential(norm(width), mixer))
-            if task.mlp:
-                mlp = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-                self.parts.append(nn.Sequential(norm(width), *mlp))
-        self.head = nn.Sequential(norm(width), nn.Linear(width, task.outputs, bias=not task.tied))
-        if task.tied:
-            self.head[1].weight = self.embed.weight
-
-    def forward(self, x):
-        """Returns [B, T, outputs]. x: numbers [B, T, inputs], or ids [B, T]."""
-        x = self.embed(x) + (self.positions.weight[: x.shape[1]] if self.positions.num_embeddings else 0)
-        for part in self.parts:
-            x = x + part(x)
-        return self.head(x)
-
-
-def train_one(task, attend, seed, device, ridge=1.0, lr=None):
-    """Returns (the loss of each step, the score on new data): error / mean y^2 of numbers, accuracy of ids."""
-    torch.manual_seed(seed)
-    model, generator = Model(attend, task, ridge).to(device), torch.Generator(device).manual_seed(seed)
-    lr, losses = lr or task.lr, []
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
-    for step in tqdm(range(task.steps), desc=task.name, delay=2, leave=False):
-        for group in optimizer.param_groups:  # warm up over a tenth, then fall to 0
-            group["lr"] = lr * min((step + 1) / (0.1 * task.steps), 1) * (1 - step / task.steps)
-        inputs, y = task.batch(generator)
-        out = model(inputs)
-        loss = F.mse_loss(out, y) if y.is_floating_point() else F.cross_entropy(out.flatten(0, 1), y.flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    with torch.no_grad():
-        inputs, y = map(torch.cat, zip(*(task.batch(generator) for _ in range(8))))  # [8 B, T, ...]
-        out = torch.cat([model(part) for part in inputs.chunk(8)])
-    if y.is_floating_point():
-        return torch.stack(losses).tolist(), ((out - y).square().sum() / y.square().sum()).item()
-    return torch.stack(losses).tolist(), (out.argmax(-1) == y)[y >= 0].float().mean().item()
-
-
 def fit_errors(seed, d, S, n, device, T=1024):
-    """Returns name -> error / mean y^2 of each answer [T - 1], over n sequences. Nothing is trained.
-
-    At each position the three fit the pairs so far and are asked for the next y.
-    """
+    """Returns name -> squared error of each prediction / mean y^2 [T - 1], over n sequences of segments of S pairs."""
     fits = partial(softmax_attention, scale=16.0), partial(mesa_ref, ridge=1.0), partial(lla, ridge=1e-3, scale=16.0)
     x, y = (t[:, None] for t in piecewise_linear(torch.Generator(device).manual_seed(seed), n, T, S, d))
-    inputs, y = (x[:, :, 1:], x[:, :, :-1], y[:, :, :-1]), y[:, :, 1:]  # q, k, v, [n, 1, T - 1, d], and the answers
+    inputs, y = (x[:, :, 1:], x[:, :, :-1], y[:, :, :-1]), y[:, :, 1:]  # q, k, v [n, 1, T - 1, d], and the targets
     errors = {}
-    for name, fit in zip(MIXERS, fits):  # one sequence at a time: the definition of LLA needs T^2 d numbers for each
+    for name, fit in zip(MIXERS, fits):  # one sequence at a time: the definition of LLA needs T d^2 numbers for each
         o = torch.cat([fit(*parts) for parts in zip(*(t.split(1) for t in inputs))])
         errors[name] = ((o - y).square().sum(-1).mean((0, 1)) / y.square().sum(-1).mean()).cpu()
     return errors
 
 
-def tasks(device):
-    """Returns the trained experiments: on a CPU only the regression, small."""
-    if device == "cpu":
-        batch = partial(regression_batch, B=16, T=128, d=8)
-        sizes = dict(inputs=24, outputs=8, width=32, head_dim=16, steps=200, lr=2e-2)
-        return [
-            Task(f"in-context regression, d 8, S {S}", "lowest", partial(batch, S=S), **sizes) for S in (16, 32, 64)
-        ]
-    batch = partial(regression_batch, B=16, T=512, d=32)
-    sizes = dict(inputs=96, outputs=32, width=128, head_dim=32, steps=300, lr=1e-2)
-    regression = [
-        Task(f"in-context regression, d 32, S {S}", "lowest", partial(batch, S=S), **sizes) for S in (64, 128, 256)
-    ]
-    sizes = dict(inputs=128, outputs=128, width=64, head_dim=32, heads=2, steps=1000, lr=3e-3, tied=True)
-    batch = partial(recall_batch, B=128, T=64, n_pairs=16, vocab_size=128)
-    recall = Task("associative recall, 16 pairs", "highest", batch, context=64, **sizes)
-    sizes = dict(width=128, head_dim=32, heads=4, steps=500, lr=3e-3, context=16, mlp=True)
-    tracking = [
-        Task(f"state tracking, {n} places", "as softmax", partial(swaps_batch, B=256, T=16, n_items=n),
-             inputs=n * (n - 1) // 2, outputs=n, **sizes)
-        for n in (4, 8)
-    ]  # fmt: skip
-    return [*regression, recall, *tracking]
-
-
-def print_row(name, claim, runs):
-    """Prints mean and spread over seeds of each score in runs, name -> [seeds], and whether the claim is found.
-
-    One score is above or below another if they differ by more than their spreads. Returns the row, for the record.
-    """
-    runs = {who: torch.tensor(scores) for who, scores in runs.items()}
-    mean = {who: scores.mean().item() for who, scores in runs.items()}
-    spread = {who: scores.std().item() if len(scores) > 1 else 0.0 for who, scores in runs.items()}
-    above = {who: mean["LLA"] - mean[who] for who in ("softmax", "linear")}
-    room = {who: spread["LLA"] + spread[who] for who in above}
-    found = {
-        "lowest": all(above[who] < -room[who] for who in above),
-        "highest": all(above[who] > room[who] for who in above),
-        "as softmax": abs(above["softmax"]) <= room["softmax"] + 0.01,
-    }[claim]
-    cells = "".join(f"{mean[who]:9.3f}" + (f"±{spread[who]:.3f}" if len(runs["LLA"]) > 1 else " " * 6) for who in runs)
-    ratio = f"{mean['softmax'] / mean['LLA']:.2f}" if claim == "lowest" else ""
-    tqdm.write(f"{name:38}{cells}{ratio:>11}  {claim:12}{'yes' if found else 'no'}")
-    return dict(name=name, claim=claim, found=found, **{who: scores.tolist() for who, scores in runs.items()})
-
-
-def demo():
-    """Prints the paper's experiments (on a CPU two of them), draws out/lla.png; on a GPU writes assets/bench, too."""
-    device, began = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
-    machine = f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}"
-    record = dict(machine=machine, command="python lla.py", seeds=SEEDS, settings=[], rows=[])
-
-    def note(row):
-        record["rows"].append(row)
-        if device == "cuda":  # after each row: the last of them take minutes
-            record["seconds"] = time.perf_counter() - began
-            path = Path(__file__).parent / "assets" / "bench" / "lla_demo.json"
-            path.write_text(json.dumps(record, indent=1) + "\n")
-
-    torch.set_float32_matmul_precision("high")  # on a GPU, float32 products as TF32 do for all three
-    dims, (n, seeds) = (16, 32, 64), (32, SEEDS) if device == "cuda" else (3, SEEDS[:1])
-    print("Regression on segments of S pairs (x, y) of d numbers: squared error, as a share of the answers' square.")
-    print(f"Recall and tracking: how often right. {device}; ±: the spread over seeds, where there are several.\n")
-    print(f"{'':38}" + "".join(f"{who:>9}{'':6}" for who in MIXERS) + "softmax/LLA  the paper: LLA is; found")
-    sizes = [(d, S) for d in dims for S in (128, 256, 512)]
-    errors = {size: [] for size in sizes}  # (d, S) -> [a seed each] of name -> error [T - 1]
-    for d, S in tqdm(sizes, desc="test-time regression", delay=2, leave=False):
-        errors[d, S] = [fit_errors(seed, d, S, n, device) for seed in SEEDS]
-        scores = {who: [error[who].mean().item() for error in errors[d, S]] for who in MIXERS}
-        note(print_row(f"test-time regression, d {d}, S {S}", "lowest", scores))
-    for task in tasks(device):
-        scores = {who: [train_one(task, attend, seed, device)[1] for seed in seeds] for who, attend in MIXERS.items()}
-        record["settings"].append({**vars(task), "batch": task.batch.keywords})
-        note(print_row(task.name, task.claim, scores))
-    seconds, gain = time.perf_counter() - began, gains(errors)
-    print(f"\ntest-time regression, S 256, segment by segment\n{'':8}" + "".join(f"{who:^28}" for who in MIXERS))
-    for d in dims:
-        print(f"{'d ' + str(d):8}" + "".join(by_segment(errors[d, 256], who, 256) for who in MIXERS))
-    print()
-    learned = [sum(row["softmax"]) / sum(row["LLA"]) for row in record["rows"] if row["name"].startswith("in-context")]
-    print_gains("softmax/LLA grows with d, S = 256", [gain[d, 256] for d in dims])
-    print_gains("softmax/LLA grows with d, S = 8 d", [gain[d, 8 * d] for d in dims])
-    print_gains("in context it is largest at the smallest S", learned[::-1])
-    print(f"\n{seconds:.0f} s" + ("" if device == "cuda" else "; recall and state tracking run on a GPU"))
-    draw(errors, Path("out/lla.png"))
-
-
-def print_gains(claim, gains):
-    """Prints a claim, the gains that it says grow from left to right, and whether they do."""
-    print(f"{claim:46}" + "".join(f"{gain:7.2f}" for gain in gains) + ("   yes" if gains == sorted(gains) else "   no"))
-
-
-def by_segment(errors, who, S):
-    """Returns the mean error in each segment, as text. The first answer of the text is the second pair's."""
-    mean = F.pad(torch.stack([error[who] for error in errors]).mean(0), (1, 0), value=math.nan)  # [T]
-    return "".join(f"{x:7.3f}" for x in mean.view(-1, S).nanmean(1))
-
-
-def gains(errors):
-    """Returns (d, S) -> softmax's error over LLA's."""
-    return {
-        size: (sum(error["softmax"].sum() for error in runs) / sum(error["LLA"].sum() for error in runs)).item()
-        for size, runs in errors.items()
-    }
-
-
-def draw(errors, path, d=32, S=256, width=16):
-    """Draws the errors by position for one d and S, and softmax's error over LLA's for all; writes them to `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 4), dpi=150, layout="constrained", gridspec_kw=dict(width_ratios=[2, 1])
-    )
-    for who, color in zip(MIXERS, ("#D55E00", "#0072B2", "#009E73")):
-        curves = torch.stack([error[who] for error in errors[d, S]])  # [seeds, T - 1]
-        curves = F.pad(curves, (1, 0), value=math.nan).unflatten(1, (-1, width)).nanmean(2)  # [seeds, T / width]
-        at, mean, T = width * (torch.arange(curves.shape[1]) + 0.5), curves.mean(0), curves.shape[1] * width
-        left.fill_between(at, curves.amin(0), curves.amax(0), color=color, alpha=0.2, linewidth=0)
-        left.plot(at, mean, color=color)
-        left.annotate(who, (at[-1], mean[-1]), xytext=(4, -3), textcoords="offset points", color=color)
-    for start in range(S, T, S):
-        left.axvline(start, color="#999999", linewidth=1, linestyle=":")
-    left.set(xlabel=f"position; a new segment every {S}", ylabel="squared error / mean square of the answer", ylim=0)
-    left.set_title(f"d = {d}, means of {width} positions, band: seeds", fontsize=9)
-    left.set_xlim(0, 1.12 * T)
-    ratio = gains(errors)
-    for share, color in (4, "#999999"), (8, "#555555"), (16, "black"):
-        line = [(d, r) for (d, S), r in ratio.items() if S == share * d]
-        right.plot(*zip(*line), marker="o", markersize=3, color=color)
-        right.annotate(f"S = {share} d", line[-1], xytext=(4, -3), textcoords="offset points", color=color)
-    right.set_xscale("log", base=2)
-    right.set_xticks([16, 32, 64], [16, 32, 64])
-    right.set(xlabel="d", ylabel="softmax's error / LLA's", xlim=(14, 110), ylim=1)
-    right.set_title("all positions, segments of S", fontsize=9)
-    for axes in left, right:
-        axes.grid(alpha=0.3)
-    figure.suptitle(
-        f"LLA keeps learning in each segment: softmax attention's error is {ratio[d, S]:.1f} times LLA's at d = {d}"
-    )
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"plot: {path}")
+def demo(T=1024, S=256):
+    """Prints the error of each fit, by width and segment."""
+    print(f"Squared error / mean square of the targets, in each of {T // S} segments of {S} pairs (x, y); 3 sequences.")
+    print(f"\n{'':8}" + "".join(f"{name:^28}" for name in MIXERS) + "softmax / LLA")
+    for d in (16, 32, 64):
+        errors = fit_errors(0, d, S, 3, "cuda" if torch.cuda.is_available() else "cpu", T)
+        means = {who: F.pad(e, (1, 0), value=math.nan).view(-1, S).nanmean(1) for who, e in errors.items()}
+        cells = "".join(f"{mean:7.3f}" for who in MIXERS for mean in means[who].tolist())
+        print(f"d {d:<6}{cells}{errors['softmax'].sum() / errors['LLA'].sum():14.2f}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        raise SystemExit("usage: python lla.py")
     demo()

@@ -2,39 +2,38 @@
 
 Paper    Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
          Duality", arXiv:2405.21060. Sections, figures and listings are cited as theirs.
-Idea     A state space layer reads a text from left to right with a state of fixed size: linear in time, but one step
-         after the other, which a GPU does badly. If each head forgets by a single number, the same layer is also a
-         masked attention matrix without softmax: quadratic in time, but all matrix products. SSD takes the matrix form
-         inside chunks of Q tokens and the recurrence between them: linear in time, and nearly all matrix products.
+Idea     A state space layer reads a sequence from left to right with a state of fixed size: linear in its length, but
+         one step after the other, which a GPU does badly. If each head's decay is a single number, the same layer is
+         also masked attention without softmax: quadratic in the length, but all matrix products. SSD uses the matrix
+         form inside chunks of Q tokens and the recurrence between chunks: linear, and nearly all matrix products.
 Picture  x [B,T,H,P]    --.        a chunk of Q tokens          state_c [P,N] of each head
          dt [B,T,H]       |      .-----------------------.          |
          B, C [B,T,G,N] --+----> | y = (C B^T * decay) u | <--------+  y += decay * C state_c
                                  '-----------------------'          v
                                    u = dt x      '-----------> state_{c+1} = decay * state_c + (decay * u)^T B
 Symbols  code          paper   meaning
-         dt            Delta   step size > 0 of each token and head: how strongly it writes, and how much is forgotten
+         dt            Delta   step size > 0 per token and head: sets how much is written, and how much forgotten
          A             A       one negative number per head; a token's decay is exp(dt A)
-         Bmat, Cmat    B, C    where in the state a token is written, where it is read
-         D             D       what of x goes straight to y
-         state         h       [P, N] per head          chunk_size   Q   tokens taken at once: speed only
+         Bmat, Cmat    B, C    directions in the state along which a token is written and read
+         D             D       skip connection from x to y, one number per head
+         state         h       [P, N] per head          chunk_size   Q   tokens per chunk: affects speed only
          P, N, H, G            channels of a head, state per channel, heads, groups (heads of a group share B and C)
          R = H / G             heads of a group         W            width of the convolution
-Limits   One token per chunk is the recurrence; one chunk is masked attention; dt = 0 leaves the state alone; a text in
-         two pieces is the text at once: tests/test_ssd.py tests each.
+Limits   One token per chunk is the recurrence; one chunk is masked attention; dt = 0 leaves the state
+         unchanged; a sequence in two pieces gives what the whole gives. tests/test_ssd.py has a test of each.
 Differs  From the paper's Listing 1: any length, initial and final states, packed documents (`seq_idx`). States are
          summed in float32; those that enter the chunks are kept in x's dtype, the last one in float32. The kernels
          take chunks of 16, 32 or 64 tokens, whatever chunk_size says (released models: 128).
-         From mamba_ssm's kernels: one kernel makes the states of all chunks, walking over time; and the gradient
-         of A is summed per chunk from exact pieces (section 4 says why).
-Files    ssd.py + kernels.py: 0 lines in all
+         From mamba_ssm's kernels: one kernel computes the states of all chunks, in a loop over time; the gradient
+         of A is summed chunk by chunk (section 4 says why).
+Files    ssd.py + kernels.py: 1,906 lines in all.
 Read     `ssd_recurrent_ref` first: it is what Mamba-2 *is*; then `ssd_ref`, then `Mamba2`.
 """
 
 import math
-import sys
-import time
 from dataclasses import dataclass, fields
 from functools import partial
+from timeit import repeat
 
 import torch
 import torch.nn as nn
@@ -129,8 +128,8 @@ def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, re
     """Returns y [B, T, H, P] (and the last state [B, H, P, N]), chunk by chunk: SSD, arXiv:2405.21060 section 6.
 
     x [B, T, H, P]; dt [B, T, H] > 0, already softplus-ed; A [H] < 0; Bmat, Cmat [B, T, G, N]; D [H] or None.
-    seq_idx [B, T] int, for several documents packed in one row: its number of each token's document; the state starts
-    from zero in each (initial_state is the first one's, the last state the last one's).
+    seq_idx [B, T] int, for several documents packed in one row: the number of each token's document. The state starts
+    from zero in each; initial_state belongs to the first document, the returned state to the last.
     Unrolled, the recurrence is y_i = sum_{j<=i} (C_i . B_j) exp(a_{j+1} + ... + a_i) dt_j x_j with a = dt A:
     attention without softmax, with a decay for a mask. Inside a chunk of Q tokens that Q x Q matrix is formed and
     multiplied; between chunks only the state travels. Q is a matter of speed: it changes the result by rounding only.
@@ -166,8 +165,8 @@ def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, re
     weighted = (X * decay_to_end.permute(0, 1, 4, 2, 3)[..., None]).to(x.dtype)
     added = torch.einsum("bcjgrp,bcjgn->bcgrpn", weighted, Bc)
 
-    # 3. From chunk to chunk: the recurrence again, one step per chunk, in float32. The initial state takes part
-    #    as if it were added by a chunk before the first; row c of the decay matrix gives the state entering chunk c.
+    # 3. From chunk to chunk: the recurrence again, one step per chunk, in float32. The initial state counts as the
+    #    state added by a chunk before the first; row c of the decay matrix gives the state entering chunk c.
     first = torch.zeros_like(added[:, :1]) if initial_state is None else initial_state.view(B, 1, G, R, P, N)
     added = at_least_float32(torch.cat([first, added], dim=1))  # [B, c+1, G, R, P, N]
     ends = None if doc_at_ends is None else doc_at_ends.permute(0, 2, 3, 1)  # [B, 1, 1, c+1]
@@ -188,12 +187,10 @@ def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, re
 
 # ---- 3. the kernels: forward ------------------------------------------------------------------------------------
 #
-# The kernels. Two forward:
-#
-#   1. _ssd_states_kernel   walks over the chunks of one head with the state [P, N] in registers, and writes down the
-#                           state that enters each chunk (steps 2 and 3 above in one: no pass over chunk-wise sums).
-#   2. _ssd_scan_kernel     all chunks at once: y from a chunk's own tokens and the state that enters it (steps 1 and
-#                           4). A program owns a chunk and several heads of one group, for which C B^T is made once.
+#   1. _ssd_states_kernel   loops over the chunks of one head with the state [P, N] in registers, and stores the state
+#                           that enters each chunk (steps 2 and 3 above in one pass).
+#   2. _ssd_scan_kernel     all chunks in parallel: y from a chunk's own tokens and the state that enters it (steps 1
+#                           and 4). A program owns a chunk and several heads of one group, which share one C B^T.
 #
 #       x, B, dt  --1-->  states [B, T/Q, H, P, N]  --2-->  y            states in x's dtype, sums in float32
 #
@@ -202,17 +199,18 @@ def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, re
 # token and head on matrix units, take a quarter of that. A longer chunk would move less, but its Q x Q tile does not
 # fit in registers: Q = 128 measured 1.6 times slower.
 #
-# The walk of kernel 1 takes T / Q steps, each a wait for memory. Few texts, and long ones, leave most of the GPU idle:
-# then time is cut into segments, a first launch walks each from nothing (`ends`, `decays`), and the second begins each
-# segment where the ones before it end. The backward walks forward again, and keeps what the first launch found.
+# The loop of kernel 1 takes T / Q steps, and each waits for memory. A small batch of long sequences would leave most of
+# the GPU idle. Then time is cut into segments: a first launch starts each segment from a zero state and stores its last
+# state (`ends`) and total decay (`decays`); a second starts each where the previous one ended. The backward recomputes
+# the states and reuses `ends` and `decays`.
 
 
 @jit
 def _chunk_decay(dt_ptr, seq_ptr, A, t0, T, stride_dtt, Q: tl.constexpr):
     """Returns of chunk [t0, t0 + Q): dt [Q], s = cumsum(dt A) [Q], the sum of dt A, exp of it, and two masks [Q].
 
-    The masks: 1 for a token of the document that the chunk ends with, and of the one that it comes from. Where they are
-    not the same document nothing passes through, and exp of the sum is returned as 0.
+    The masks: 1 for tokens of the document in which the chunk ends, and for tokens of the document that was open before
+    the chunk. Where these two differ, no state passes through, and exp of the sum is returned as 0.
     """
     t = t0 + tl.arange(0, Q)
     dt = tl.load(dt_ptr + t * stride_dtt, mask=t < T, other=0.0).to(tl.float32)  # 0 past T: no decay and no writing
@@ -230,7 +228,7 @@ def _chunk_decay(dt_ptr, seq_ptr, A, t0, T, stride_dtt, Q: tl.constexpr):
 
 @jit
 def _visible(seq_ptr, i, j, T):
-    """Returns a bool tile: may token i see token j? Not if j comes later, or is of another document."""
+    """Returns a bool tile: True where token j is not after token i, and of the same document."""
     seen = i >= j
     if seq_ptr is not None:
         seen &= tl.load(seq_ptr + i, mask=i < T, other=-1) == tl.load(seq_ptr + j, mask=j < T, other=-2)
@@ -389,7 +387,7 @@ def _state_tiles(x, N, Q):
 
 def _states(x, Bmat, dt, A, seq_idx, start, Q, reverse, segments=None):
     """Returns the states entering each chunk of Q [B, chunks, H, P, N] in x's dtype, the last [B, H, P, N] float32, and
-    what the first launch found of the segments of time: given back, it spares the next call that launch.
+    the (ends, decays) of the segments of time. Passed as `segments`, these save the next call its first launch.
 
     reverse: gradients of the states leaving each chunk, last chunk first; then x is dy, Bmat is Cmat.
     """
@@ -450,10 +448,10 @@ def _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx):
 #              state that leaves, t <= i from the state that enters to inside, and all that passes from state to state
 #       ddt_t = x_t . du_t + A da_t                 dA = sum_t dt_t da_t
 #
-# da is four running sums over the chunk. The textbook form, a running sum over the whole text of <dy, y> - <du, u>,
-# needs less, but its rounding errors grow with the length of the text: what cancels on paper does not in bf16.
-# Three kernels do it, small enough for registers: one for dC; the same one with readers and writers exchanged for dB
-# (both add up over the heads of a group in registers); and one for dx and ddt.
+# da is four running sums over the chunk. The textbook form, a running sum over the sequence of <dy, y> - <du, u>,
+# needs less, but its rounding errors grow with the length: terms that cancel on paper do not cancel in bf16.
+# Three launches, each small enough for registers: one for dC; the same kernel with readers and writers exchanged for
+# dB (both sum over the heads of a group in registers); and one for dx and ddt.
 
 
 # out = (L * (u v^T)) other + (weights u) state, summed over heads:
@@ -742,7 +740,7 @@ def ssd_step(state, x, dt, A, Bmat, Cmat, D=None, backend="auto"):
 
 # ---- 6. the inside of a Mamba-2 layer ------------------------------------------------------------------------------
 #
-# Everything between its two projections (section 7 and Figure 6 of the paper):
+# Everything between the layer's two projections (section 7 and Figure 6 of the paper):
 #         projected = z | x B C | dt        di = H P channels of z and x, 2 G N of B and C, H of dt
 #                     |   |      '- softplus(dt + dt_bias) ----------.
 #                     |   '-- causal conv, silu -> x, B, C -> SSD (+ D x)
@@ -777,9 +775,9 @@ def mamba2_inner_ref(
     return gated_rms_norm(y.flatten(2), z, norm_weight, di // n_groups, eps, backend)
 
 
-# The same for training, in one piece. Operation by operation, autograd keeps `projected` and what the convolution makes
-# of it (twice the width of y), and puts the gradient of `projected` together from five tensors. Here the convolution is
-# made again in the backward, and each kernel writes its gradient to its place in one tensor.
+# The same as one autograd function, for training. Operation by operation, autograd would keep both `projected` and the
+# output of the convolution (together twice as wide as y), and build the gradient of `projected` from five tensors. Here
+# the backward recomputes the convolution, and each kernel writes its part of the gradient into one tensor.
 
 
 class _Mamba2Inner(torch.autograd.Function):
@@ -830,7 +828,7 @@ class _Mamba2Inner(torch.autograd.Function):
 
 @torch.compiler.disable  # it stands between two matrix products: nothing for a compiler to gain, and copies to lose
 def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5):
-    """Returns `mamba2_inner_ref(...)` of whole texts, without states: one fused operation, for training."""
+    """Returns `mamba2_inner_ref(...)` of whole sequences, without states: one fused operation, for training."""
     return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
 
 
@@ -887,7 +885,7 @@ class MambaState(RecurrentState):
     """The state of one Mamba-2 layer: the same size after one token and after a million."""
 
     conv: torch.Tensor | None = None  # [B, di + 2 G N, W-1] the last inputs of the convolution, newest last
-    ssm: torch.Tensor | None = None  # [B, H, P, N] float32: errors in a 16-bit state add up over the text
+    ssm: torch.Tensor | None = None  # [B, H, P, N] float32: rounding errors of a 16-bit state would add up over time
     can_roll_back = True
 
     def rollback(self, pending, last):
@@ -979,22 +977,21 @@ def demo(H=4, P=64, N=64):
         "SSD": lambda *inputs: ssd(*inputs, chunk_size=64),
         "softmax": lambda x, *_: F.scaled_dot_product_attention(*3 * [x.transpose(1, 2)], is_causal=True),
     }
+    took = []  # for each length, the time of each form
     print(f"forward, ms, {H} heads of {P}, state {N}\n{'tokens':>8}" + "".join(f"{name:>12}" for name in forms))
     for T in (256, 1024, 4096):
         x, dt = torch.randn(1, T, H, P), F.softplus(torch.randn(1, T, H) - 2)
         inputs, times = (x, dt, -torch.rand(H), torch.randn(1, T, 1, N), torch.randn(1, T, 1, N)), []
         for form in forms.values():
-            form(*inputs)  # warm up
-            began = time.perf_counter()
-            form(*inputs)
-            times.append(1e3 * (time.perf_counter() - began))
+            times.append(1e3 * min(repeat(partial(form, *inputs), number=1, repeat=4)))
+        took.append(times)
         print(f"{T:8,}" + "".join(f"{ms:12.1f}" for ms in times))
     few = [v[:, :512].double() if v.dim() > 1 else v.double() for v in inputs]
     apart = (ssd(*few, chunk_size=64) - ssd_recurrent_ref(*few)).abs().max()
-    print(f"4 times the tokens take SSD 4 times as long. It is the recurrence: {apart:.0e} apart in float64")
+    growth = {name: after / before for name, before, after in zip(forms, *took[-2:])}
+    print(f"From 1,024 to 4,096 tokens SSD takes {growth['SSD']:.1f} times as long, softmax {growth['softmax']:.1f} times.")
+    print(f"SSD and the recurrence differ by at most {apart:.0e} (float64).")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        raise SystemExit("usage: python ssd.py")
     demo()

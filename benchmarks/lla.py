@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import BYTES, milliseconds, time_one
-from kernels import triton
+from benchmarks.harness import BYTES, milliseconds, provenance, time_one
 from lla import lla_ref, lla_step_triton, lla_triton
 
 PEAK = 989e12  # FLOP/s of an H100 or H200, dense bfloat16
@@ -124,7 +123,7 @@ def bench_memory(H=16, D=64):
 
 
 def plot_memory(found, path):
-    """Draws the memory of the three against the length of the text, and writes it to `path`."""
+    """Draws the memory of the three against the length of the sequence, and writes it to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,21 +175,20 @@ def bench_step():
 
 
 def bench(parts):
-    """Prints errors, speed, memory and step on a GPU, or those of them in `parts`; writes assets/bench/lla.json.
+    """Measures and prints each of `parts` (if empty: errors, speed, memory, step); writes assets/bench/lla.json.
 
-    What that file has of the other parts stays. memory draws out/lla_memory.png, too.
+    Records of parts that are not measured stay in that file. memory also draws out/lla_memory.png.
     """
     known = dict(speed=bench_speed, step=bench_step, errors=bench_errors, memory=bench_memory)
     if unknown := set(parts) - known.keys():
         raise SystemExit(f"unknown part {min(unknown)!r}; usage: python -m benchmarks.lla [{'] ['.join(known)}]")
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.lla: there is no CUDA device; the tests check the kernels without one")
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
     path = Path(__file__).parent.parent / "assets" / "bench" / "lla.json"
     record = json.loads(path.read_text()) if path.exists() else {}
-    print(machine)
+    print(provenance()["machine"])
     for part in parts or known:
-        record[part] = dict(command=f"python -m benchmarks.lla {part}", machine=machine, found=known[part]())
+        record[part] = dict(**provenance(f"python -m benchmarks.lla {part}"), found=known[part]())
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 

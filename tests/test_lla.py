@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import lla
+from experiments import lla as study
+from experiments import parallax
 from kernels import triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -335,7 +337,7 @@ def test_parallax_with_every_gradient(causal, dtype):
     inputs = [*qkv(B=1, H=2, Hkv=1, T=37, D=32), 0.3 * draw(1, 2, 37, 32, seed=6)]
     inputs = [t.to(dtype).double().to(DEVICE) for t in inputs]
     g, results = draw(1, 2, 37, 32, seed=3).to(DEVICE, dtype), []
-    for op, used in ((lla.parallax_ref, torch.float64), (lla.parallax_triton, dtype)):
+    for op, used in ((parallax.parallax_ref, torch.float64), (parallax.parallax_triton, dtype)):
         leaves = [t.to(used).detach().requires_grad_() for t in inputs]
         o = op(*leaves, causal=causal)
         results.append([o, *torch.autograd.grad(o, leaves, g.to(used))])
@@ -349,7 +351,7 @@ def test_parallax_with_the_solution_is_lla():
     kbar = s @ k
     C = torch.einsum("bhts,bhsd,bhse->bhtde", s, k, k) - kbar[..., :, None] * kbar[..., None, :]
     r = -torch.linalg.solve(C + 0.4 * torch.eye(5).double(), q - kbar)
-    assert (lla.parallax(q, k, v, r) - lla.lla(q, k, v, 0.4)).abs().max() < 1e-12
+    assert (parallax.parallax(q, k, v, r) - lla.lla(q, k, v, 0.4)).abs().max() < 1e-12
 
 
 # ---- one token at a time
@@ -450,7 +452,7 @@ def test_mistakes_are_named(change, message):
 
 @pytest.mark.parametrize("change, message", [
     (dict(ridge=-1.0), "ridge=-1.0 must be positive"), (dict(pad=torch.zeros(3, dtype=torch.int64)), "pad is"),
-    (dict(length=0), "length=0 is outside"), (dict(length=10), "room for 9"),
+    (dict(length=0), "length=0 is outside"), (dict(length=10), "capacity is 9"),
     (dict(length=torch.ones(2)), r"length is \[2\]"), (dict(v_cache=draw(2, 2, 9, 4)), "v_cache is"),
 ])  # fmt: skip
 def test_mistakes_of_a_step_are_named(change, message):
@@ -518,14 +520,14 @@ def test_each_segment_has_a_line_of_its_own():
 
 
 def test_a_regression_token_holds_a_pair_and_the_next_question():
-    tokens, y = lla.regression_batch(rng(), B=2, T=32, S=16, d=4)
+    tokens, y = study.regression_batch(rng(), B=2, T=32, S=16, d=4)
     x_now, y_now, x_next = tokens.split(4, dim=-1)
     torch.testing.assert_close(x_next[:, :-1], x_now[:, 1:])
     torch.testing.assert_close(y[:, :-1], y_now[:, 1:])
 
 
 def test_recall_asks_every_key_once_for_the_value_after_it():
-    ids, targets = lla.recall_batch(rng(), B=8, T=40, n_pairs=7, vocab_size=64)
+    ids, targets = study.recall_batch(rng(), B=8, T=40, n_pairs=7, vocab_size=64)
     assert ids.shape == targets.shape == (8, 40)
     for row, answers in zip(ids.tolist(), targets.tolist()):
         keys, values = row[:14:2], row[1:14:2]
@@ -538,14 +540,14 @@ def test_recall_asks_every_key_once_for_the_value_after_it():
 
 
 def test_recall_asks_soon_rather_than_late():
-    ids, _ = lla.recall_batch(rng(), B=200, T=80, n_pairs=8, vocab_size=64)
+    ids, _ = study.recall_batch(rng(), B=200, T=80, n_pairs=8, vocab_size=64)
     asked = (ids[:, 16:] > 0).float().mean(0)  # [64]
     assert asked[:8].mean() > 4 * asked[-8:].mean()
 
 
 def test_places_are_those_of_the_swaps():
     n = 5
-    ids, places = lla.swaps_batch(rng(), B=6, T=20, n_items=n)
+    ids, places = study.swaps_batch(rng(), B=6, T=20, n_items=n)
     swaps = [(a, b) for a in range(n) for b in range(a + 1, n)]
     for row, where in zip(ids.tolist(), places.tolist()):
         items = list(range(n))
@@ -573,10 +575,11 @@ def test_one_line_beats_averages_only_while_there_is_one():
 
 TINY = dict(width=32, head_dim=16, lr=1e-2)
 TASKS = {
-    "regression": lla.Task("", "lowest", partial(lla.regression_batch, B=8, T=32, S=16, d=4), 12, 4, steps=40, **TINY),
-    "recall": lla.Task("", "highest", partial(lla.recall_batch, B=16, T=12, n_pairs=2, vocab_size=16), 16, 16, steps=60,
-                       context=12, tied=True, heads=2, **TINY),
-    "swaps": lla.Task("", "as softmax", partial(lla.swaps_batch, B=16, T=6, n_items=3), 3, 3, steps=60,
+    "regression": study.Task("", "lowest", partial(study.regression_batch, B=8, T=32, S=16, d=4), 12, 4, steps=40,
+                             **TINY),
+    "recall": study.Task("", "highest", partial(study.recall_batch, B=16, T=12, n_pairs=2, vocab_size=16), 16, 16,
+                         steps=60, context=12, tied=True, heads=2, **TINY),
+    "swaps": study.Task("", "as softmax", partial(study.swaps_batch, B=16, T=6, n_items=3), 3, 3, steps=60,
                       context=6, mlp=True, heads=2, **TINY),
 }  # fmt: skip
 
@@ -584,7 +587,7 @@ TASKS = {
 @pytest.mark.parametrize("who", lla.MIXERS)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_tiny_model_learns(task, who, device):
-    losses, score = lla.train_one(TASKS[task], lla.MIXERS[who], 0, device)
+    losses, score = study.train_one(TASKS[task], lla.MIXERS[who], 0, device)
     first, last = (sum(part) / len(part) for part in (losses[:5], losses[-5:]))
     assert last < 0.8 * first
     assert (
@@ -596,7 +599,7 @@ def test_models_differ_in_nothing_but_the_mixer():
     states = []
     for attend in lla.MIXERS.values():
         torch.manual_seed(0)
-        states.append(lla.Model(attend, replace(TASKS["recall"], mlp=True)).state_dict())
+        states.append(study.Model(attend, replace(TASKS["recall"], mlp=True)).state_dict())
     for state in states[1:]:
         assert state.keys() == states[0].keys() and all(torch.equal(p, states[0][name]) for name, p in state.items())
 
@@ -609,4 +612,4 @@ def test_models_differ_in_nothing_but_the_mixer():
 )  # fmt: skip
 def test_a_claim_is_found_if_the_scores_differ_by_more_than_their_spreads(claim, ours, found):
     runs = {"softmax": [0.5, 0.5], "linear": [0.4, 0.4], "LLA": ours}
-    assert lla.print_row("", claim, runs)["found"] == found
+    assert study.print_row("", claim, runs)["found"] == found
