@@ -15,7 +15,7 @@ What is learnt is an objective, a small class in its paper's file:
         def evaluate(self, model) -> dict                 # numbers to log; 'val_loss' or 'reward' is plotted
         def build(self, config) -> nn.Module              # optional: the model to train, where it is not a `Hybrid`
         def lr_scale(self, step, lr) -> float             # optional: a factor on the learning rate of a step
-        def part_scale(self, step, part) -> float         # optional: the same for a part of the model, "planner"
+
         def epochs(self, tokens) -> float                 # optional: how often a run of so many reads its data
         def state_dict(self) / load_state_dict(self, s)   # optional: what a checkpoint keeps of it
 
@@ -52,7 +52,7 @@ import statistics
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -68,14 +68,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
+import mdlm_dultra
+import nano_hybrid
 from common.checkpoints import replacing
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import Tokenizer, load_corpus
-from common.objectives import NextToken
+from common.objectives import NextToken, Recipe, RunInfo
 from grpo import GRPO, GRPOConfig
 from kernels import pick_backend
-from mdlm_dultra import DUltra, DUltraConfig, MaskedDiffusion
-from nano_hybrid import PRESETS, Hybrid, HybridConfig
+from nano_hybrid import Hybrid, HybridConfig
 
 OUT = Path("out")
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
@@ -112,16 +113,6 @@ class TrainConfig:
     log: str = ""  # also log to wandb or tensorboard
 
 
-@dataclass
-class Recipe:
-    """A row of the table: an objective and what it needs by default, on a CPU and on a GPU."""
-
-    objective: type
-    cpu: dict
-    gpu: dict
-    objective_gpu: dict = field(default_factory=dict)  # of the objective's own settings, on a GPU
-
-
 _CPU = dict(tokenizer="python4k", context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250)
 _GPU = dict(tokenizer="python4k", context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250)
 _GRPO = dict(tokenizer="bytes", context=64, lr=3e-3, weight_decay=0.0, decay=0.2, warmup=20, compile=False)
@@ -139,18 +130,12 @@ RECIPES = {
         GRPO,
         cpu=dict(preset="grpo-tiny", **_GRPO, batch_size=256, steps=420, eval_every=70),
         gpu=dict(preset="grpo", **_GRPO | dict(lr=1e-3, warmup=100), batch_size=1280, steps=1700, eval_every=100),
-        objective_gpu=dict(envs=EVERYTHING, warm_start=700, rl_lr=2e-4, entropy_coef=0.01),
+        settings_gpu=dict(envs=EVERYTHING, warm_start=700, rl_lr=2e-4, entropy_coef=0.01),
     ),
-    # Its autoregressive twin: --recipe=hybrid --preset=mdlm-tiny (on a GPU --preset=mdlm).
-    "mdlm": Recipe(MaskedDiffusion, cpu=dict(preset="mdlm-tiny", **_CPU), gpu=dict(preset="mdlm", **_GPU)),
-    "dultra": Recipe(
-        DUltra,
-        cpu=dict(preset="dultra-tiny", **_GRPO | dict(lr=2e-3), batch_size=256, steps=900, eval_every=100),
-        gpu=dict(preset="dultra", **_GRPO | dict(lr=2e-3), batch_size=2048, steps=2000, eval_every=200),
-    ),
-}
+} | mdlm_dultra.RECIPES
+PRESETS = nano_hybrid.PRESETS | mdlm_dultra.PRESETS
 
-SETTINGS = {GRPO: GRPOConfig, DUltra: DUltraConfig}  # what an objective has beside those of TrainConfig
+SETTINGS = {GRPO: GRPOConfig, mdlm_dultra.DUltra: mdlm_dultra.DUltraConfig}  # what an objective has of its own
 
 # A model that reads a text more than MAX_FRESH_EPOCHS times learns it by heart unless it is held back (Muennighoff et
 # al., arXiv:2305.16264: up to four passes are nearly as good as new text). Then these are the defaults.
@@ -292,7 +277,7 @@ def settings_of(config, given):
     return given.get(RECIPES[config.recipe].objective, {})
 
 
-FIXED = {GRPO: ("envs", "updates", "group_size", "curriculum"), DUltra: ("task", "pretrain", "imitate", "group_size")}
+FIXED = {GRPO: ("envs", "updates", "group_size", "curriculum"), mdlm_dultra.DUltra: mdlm_dultra.DUltra.fixed}
 
 
 def make_objective(config, given, settings, saved, rank, world_size):
@@ -301,12 +286,12 @@ def make_objective(config, given, settings, saved, rank, world_size):
     if kind not in SETTINGS:
         corpus = load_corpus(config.data, config.tokenizer, config.context)
         return kind(corpus, config.context, config.batch_size, **where)
-    if config.grad_accum > 1 or world_size > 1:
+    if kind is GRPO and (config.grad_accum > 1 or world_size > 1):
         raise ValueError(
             f"--recipe={config.recipe} runs in one process, without --grad_accum; make --batch_size larger instead"
         )
     on_gpu = pick_device(config.device).type == "cuda"
-    begun = saved["objective"] if saved else RECIPES[config.recipe].objective_gpu if on_gpu else {}
+    begun = saved["objective"] if saved else RECIPES[config.recipe].settings_gpu if on_gpu else {}
     changed = [name for name in FIXED[kind] if saved and settings.get(name, begun[name]) != begun[name]]
     if changed:
         raise ValueError(
@@ -315,14 +300,13 @@ def make_objective(config, given, settings, saved, rank, world_size):
     if saved and config.batch_size != saved["config"]["batch_size"]:
         raise ValueError(f"--batch_size: the run was begun with {saved['config']['batch_size']}; start a new run")
     settings = SETTINGS[kind](**(begun | settings))
-    before = settings.warm_start if kind is GRPO else settings.pretrain + settings.imitate
-    if before >= config.steps:
-        flags = f"warm_start={before}" if kind is GRPO else f"pretrain and --imitate, {before} steps together,"
-        raise ValueError(f"--{flags} leaves none of --steps={config.steps} for rewards")
+    if kind is not GRPO:
+        return kind.from_run(RunInfo(config, config.tokenizer, frozenset(given), **where), settings)
+    if settings.warm_start >= config.steps:
+        raise ValueError(f"--warm_start={settings.warm_start} leaves none of --steps={config.steps} for rewards")
     objective = kind(settings, Tokenizer(config.tokenizer), config.batch_size, **where)
     if unused := {"data", "context"} & set(given):
-        source = "--envs" if kind is GRPO else "--task"
-        raise ValueError(f"--{min(unused)} has no meaning with --recipe={config.recipe}: its tasks come from {source}")
+        raise ValueError(f"--{min(unused)} has no meaning with --recipe={config.recipe}: its tasks come from --envs")
     return objective
 
 
@@ -394,6 +378,11 @@ def resolve(given, saved):
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # sharded or not, a checkpoint is whole, on the CPU
 
 
+def settings_in(objective):
+    """Returns the settings of an objective, or None."""
+    return getattr(objective, "settings", None) or getattr(objective, "config", None)
+
+
 def save_checkpoint(run):
     """Writes trainer.pt, from which a run resumes, then config.json and model.safetensors, which others read.
 
@@ -407,7 +396,7 @@ def save_checkpoint(run):
         state = dict(
             step=run.step, skipped=run.skipped, config=config, model_config=asdict(run.model.config),
             model=weights, optimizer=optimizer, scaler=run.scaler.state_dict(),
-            objective=asdict(run.objective.config) if hasattr(run.objective, "config") else {},
+            objective=asdict(settings) if (settings := settings_in(run.objective)) else {},
             objective_state=run.objective.state_dict() if hasattr(run.objective, "state_dict") else {},
         )  # fmt: skip
         with replacing(run.directory / "trainer.pt") as path:
@@ -621,12 +610,14 @@ def train(run):
     while run.step < config.steps:
         torch.manual_seed(hash((config.seed, run.step, run.rank)))  # dropout, and whatever a rollout samples
         lr = config.lr * schedule(run.step, config)
-        if hasattr(run.objective, "lr_scale"):
-            lr *= run.objective.lr_scale(run.step, config.lr)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
             if group["part"]:
-                group["lr"] *= run.objective.part_scale(run.step, group["part"])
+                group["lr"] *= run.objective.lr_scale(run.step, config.lr, group["part"])
+            elif hasattr(run.objective, "lr_scale"):
+                group["lr"] *= run.objective.lr_scale(run.step, config.lr)
+        if hasattr(run.objective, "lr_scale"):
+            lr *= run.objective.lr_scale(run.step, config.lr)
         norm, numbers = gradients(run, interrupt)
         numbers |= optimizer_step(run, numbers["loss"], norm)
         run.step += 1
