@@ -4,8 +4,8 @@ Papers   MDLM, arXiv:2406.07524; LLaDA, 2502.09992; the planner's network, LLaDO
          (chinsengi/dUltra-os). The decoder, and the rules that dUltra is compared with, are in unmasking.py.
 Idea     A model that attends in both directions learns to fill in masked tokens, any of them, so it can decode in any
          order and several tokens at once. But tokens that are unmasked together are drawn independently, which is wrong
-         where they depend on each other, while rules by confidence are slow where tokens are uncertain and independent.
-         dUltra trains a small planner on rewards for correct and short decodings to say which tokens are safe together.
+         where they depend on each other; and rules by confidence are slow where tokens are uncertain but independent.
+         dUltra trains a small planner on rewards for correct, short decodings to say which tokens are safe together.
 Picture  x [B,T], M where masked --backbone, both ways, no time--> h [B,T,C] --lm_head--> logits [B,T,V], none for M
                ^                                                      |                          | one pass: confidence,
                |                                                      '--planner, AdaLN--> z     | entropy, margin
@@ -33,8 +33,9 @@ Differs  From the authors' code, on purpose. If no token was drawn, the step unm
          `sample=False` takes what is above one half, not the floor(sum p) likeliest; speed is a shift of z, not a
          factor on p. A step costs lambda / length, not 1 / 500: at the paper's 256 tokens lambda = .25 is its 2 points
          for a correct answer against .1 NFE / 50. By default only the planner learns from rewards (--joint: and the
-         backbone), without a teacher (--distill_coef), and from what is worse than its group (--advantage_floor=0: not).
-Files    mdlm_dultra.py + FILES: LINES lines in all.
+         backbone), without a teacher (--distill_coef), also from decodings worse than their group (--advantage_floor).
+Files    mdlm_dultra.py + unmasking.py, grpo.py, decoding.py, nano_hybrid.py, ssd.py, lla.py, latent_moe.py,
+         decode_kernels.py, kernels.py, common/: 10336 lines in all
 """
 
 import math
