@@ -20,8 +20,7 @@ Symbols  code            paper     meaning
          eligible        E         positions that are masked, and in the block that is being decoded
          action          U         tokens that a step unmasks; order [B,T]: the step, 1 ... NFE, that unmasked a token
          z               logit p   the planner unmasks a token with probability sigmoid(z)
-         hidden, keys    h         hidden states after the final norm; False on padding, which nothing attends to
-Read     1, 2: model and likelihood; 3: planner; 4: dUltra, whose page is DUltra.batch and DUltra.loss.
+Read     1, 2: model and likelihood; 3: planner; 4: dUltra, whose page is DUltra.batch and .loss; log pi: unmasking.py.
 Limits   With the exact posterior the bound is log p, for every sequence and order; log pi adds up to one over all
          actions; a replayed step has the log-probability that it was drawn with: see tests/test_mdlm_dultra.py.
 Differs  From the authors' code, on purpose. If no token was drawn, the step unmasks the likeliest: {a} then has
@@ -433,7 +432,7 @@ class DUltra(Objective):
     """
 
     Settings = DUltraConfig
-    fixed = "task", "pretrain", "imitate", "group_size"
+    fixed = "task", "pretrain", "imitate", "group_size", "batch_size"
     extra_tokens = 1  # the mask
 
     def __init__(self, settings, tokenizer, batch_size, seed=0, rank=0, world_size=1):
