@@ -673,13 +673,16 @@ RECIPES = {
 # ---- 5. python mdlm_dultra.py: accuracy against NFE -----------------------------------------------------------------
 
 
-def demo(pretrain=600, imitate=150, updates=40, puzzles=400):
-    """Trains a model and a planner on sudokus of 4 x 4 with 4 clues, and prints accuracy and NFE of each rule."""
+def demo(pretrain=600, imitate=100, updates=30, puzzles=400):
+    """Trains a model and a planner on sudokus of 4 x 4 with 4 clues, and prints accuracy and NFE of rules and planner.
+
+    The claim: trained by rewards, the planner is as accurate as the safest threshold, in fewer forwards.
+    """
     torch.manual_seed(0)
-    settings = DUltraConfig(task="sudoku:4", pretrain=pretrain, imitate=imitate, group_size=16, efficiency=0.5)
+    settings = dict(task="sudoku:4", imitated="entropy_bounded:0.1", group_size=16, efficiency=0.5)
+    settings = DUltraConfig(pretrain=pretrain, imitate=imitate, **settings)
     warm, learns = (DUltra(settings, Tokenizer("bytes"), batch_size) for batch_size in (128, 512))
     model = warm.build(replace(PRESETS["dultra-tiny"], vocab_size=320))
-    print(f"{'sudoku:4, held out':32} accuracy    NFE   tokens/NFE")
 
     def measure(name, rule):
         decoded, score = warm.decode_held_out(model, rule, puzzles)
@@ -687,10 +690,11 @@ def demo(pretrain=600, imitate=150, updates=40, puzzles=400):
         print(f"{name:32} {accuracy:8.3f} {decoded.nfe.float().mean():6.2f} {tokens:12.2f}", flush=True)
 
     fit(model, warm, pretrain, 2e-3, "masked diffusion")
-    for spec in ("top_k:1", "threshold:0.99", "threshold:0.9", "factor:1", "entropy_bounded:0.1", "top_k:4"):
+    print(f"{'sudoku:4, held out':32} accuracy    NFE   tokens/NFE")
+    for spec in ("top_k:1", "top_k:3", "threshold:0.99", "threshold:0.9", "factor:1", "entropy_bounded:0.1"):
         measure(spec, rule_of(spec, model))
     fit(model, warm, imitate, 2e-3, "imitation", begin=pretrain)
-    measure("planner, imitating factor:1", planner_rule(model.planner))
+    measure("planner, warm start", planner_rule(model.planner))
     fit(model, learns, updates, 2e-3, "rewards", begin=learns.begin_rewards)
     measure("planner, after rewards", planner_rule(model.planner))
     measure("planner, after rewards, p > 1/2", planner_rule(model.planner, sample=False))

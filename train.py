@@ -277,7 +277,7 @@ def settings_of(config, given):
     return given.get(RECIPES[config.recipe].objective, {})
 
 
-FIXED = {GRPO: ("envs", "updates", "group_size", "curriculum"), mdlm_dultra.DUltra: mdlm_dultra.DUltra.fixed[:-1]}  # batch_size: below
+FIXED = {GRPO: ("envs", "updates", "group_size", "curriculum"), mdlm_dultra.DUltra: mdlm_dultra.DUltra.fixed[:-1]}
 
 
 def make_objective(config, given, settings, saved, rank, world_size):
