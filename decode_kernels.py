@@ -1,10 +1,14 @@
 """The kernels of one decode step: few rows, so that reading the weights and starting kernels is all it costs."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from kernels import (
+    at_least_float32,
     block_of,
+    causal_conv1d,
     dot_precision,
     early_launch,
     expect,
@@ -17,8 +21,9 @@ from kernels import (
     triton,
     wait_for_the_kernel_before,
 )
+from ssd import by_heads, split_projected, ssd_step_ref
 
-# ---- 3. products of a few rows --------------------------------------------------------------------------------------
+# ---- 1. products of a few rows --------------------------------------------------------------------------------------
 
 FEW = 4  # rows that the kernel takes; a larger batch keeps the matrix units busy, and goes to them
 
@@ -211,7 +216,7 @@ def _argmax_kernel(x_ptr, places_ptr, values_ptr, out_ptr, V, stride_x, BLOCK: t
         tl.store(values_ptr + row * blocks + block, value)
 
 
-# ---- 4. where a step begins and ends --------------------------------------------------------------------------------
+# ---- 2. where a step begins and ends --------------------------------------------------------------------------------
 
 
 def embed(ids, weight):
@@ -265,7 +270,7 @@ def _advance_kernel(position_ptr, olds, news, size, T, PAIRS: tl.constexpr, BLOC
         tl.store(position_ptr, tl.load(position_ptr) + T)
 
 
-# ---- 5. attention on what is remembered ---------------------------------------------------------------------------
+# ---- 3. attention on a cache ---------------------------------------------------------------------------
 
 
 def append(k_cache, v_cache, k, v, position, backend="auto"):
@@ -474,3 +479,190 @@ def cached_attention(q, k, v, k_cache, v_cache, position, pad=None, settled=Fals
     in_triton = pick_backend(backend, q.device, q.dtype) == "triton"
     attend = cached_attention_triton if in_triton else cached_attention_ref
     return attend(q, k, v, k_cache, v_cache, position, pad, settled)
+
+
+# ---- 4. a Mamba-2 layer between its projections ----------------------------------------------------------------------
+#
+# A few tokens, for writing: from the layer's in_proj to its last norm, which `decoding.linear_step` takes along with
+# out_proj. Operation by operation one token is some twenty launches of next to no work; here it is one: a program
+# owns up to 32 channels of a head, takes the convolution's steps for them and for its group's B and C, then the
+# recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens. A state that is
+# settled is fetched while the kernel before is still at work, as the weights are.
+
+
+@jit
+def _conv_before(state_ptr, weight_ptr, bias_ptr, channels, inside, W: tl.constexpr):
+    """Returns what the convolution of these channels knows before the tokens: weights, bias, its last W - 1 inputs."""
+    w, xs = (), ()
+    for j in tl.static_range(W):
+        w += (tl.load(weight_ptr + channels * W + j, mask=inside, other=0.0).to(tl.float32),)
+    bias = tl.zeros_like(w[0])
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    for j in tl.static_range(W - 1):
+        xs += (tl.load(state_ptr + channels * (W - 1) + j, mask=inside, other=0.0),)
+    return w, bias, xs
+
+
+@jit
+def _conv_inputs(xs, x_ptr, channels, inside, stride_xt, T: tl.constexpr):
+    """Returns the last W - 1 inputs xs and those of the T tokens."""
+    for t in tl.static_range(T):
+        xs += (tl.load(x_ptr + t * stride_xt + channels, mask=inside, other=0.0),)
+    return xs
+
+
+@jit
+def _conv_steps(w, bias, xs, T: tl.constexpr, W: tl.constexpr):
+    """Returns T times silu(convolution) of the channels, float32."""
+    out = ()
+    for t in tl.static_range(T):
+        z = bias
+        for j in tl.static_range(W):
+            z += w[j] * xs[t + j].to(tl.float32)
+        out += (z * tl.sigmoid(z),)
+    return out
+
+
+@jit
+def _keep_inputs(inputs_ptr, xs, channels, keeps, FIRST: tl.constexpr, LAST: tl.constexpr):
+    for j in tl.static_range(FIRST, LAST):
+        tl.store(inputs_ptr + channels * (LAST - FIRST) + j - FIRST, xs[j], mask=keeps)
+
+
+@jit
+def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr,
+                         A_log_ptr, D_ptr, y_ptr, inputs_ptr, new_state_ptr,
+                         H, R, P, N, conv_size, stride_b, stride_t,
+                         T: tl.constexpr, W: tl.constexpr, EVERY: tl.constexpr, SETTLED: tl.constexpr,
+                         PDL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    blocks = tl.cdiv(P, BLOCK_P)
+    head, block, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1).to(tl.int64)
+    FIRST: tl.constexpr = 0 if EVERY else T  # of the convolution's inputs, W - 1 old and T new, to write down
+    xBC_ptr += row * stride_b
+    conv_state_ptr += row * conv_size * (W - 1)
+    inputs_ptr += row * conv_size * (W - 1 + T - FIRST)
+    p, n = block * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    group = head // R
+    keeps = n < tl.where((head % R == 0) & (block == 0), N, 0)  # B and C of a group are kept by its first program
+    x_at, b_at = head * P + p, H * P + group * N + n
+    c_at = b_at + H // R * N
+    A, D = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32)), tl.load(D_ptr + head).to(tl.float32)
+    dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    here = (row * H + head) * P * N + p[:, None] * N + n[None, :]
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    if not SETTLED:
+        wait_for_the_kernel_before(PDL)
+    state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
+    wx, bias_x, xs = _conv_before(conv_state_ptr, weight_ptr, bias_ptr, x_at, p < P, W)
+    wb, bias_b, bs = _conv_before(conv_state_ptr, weight_ptr, bias_ptr, b_at, n < N, W)
+    wc, bias_c, cs = _conv_before(conv_state_ptr, weight_ptr, bias_ptr, c_at, n < N, W)
+    if SETTLED:
+        wait_for_the_kernel_before(PDL)
+    xs = _conv_inputs(xs, xBC_ptr, x_at, p < P, stride_t, T)  # all loads first: none waits for another, or for a store
+    bs = _conv_inputs(bs, xBC_ptr, b_at, n < N, stride_t, T)
+    cs = _conv_inputs(cs, xBC_ptr, c_at, n < N, stride_t, T)
+    zs, raws = (), ()
+    for t in tl.static_range(T):
+        zs += (tl.load(z_ptr + row * stride_b + t * stride_t + x_at, mask=p < P, other=0.0).to(tl.float32),)
+        raws += (tl.load(dt_ptr + row * stride_b + t * stride_t + head).to(tl.float32) + dt_bias,)
+    x = _conv_steps(wx, bias_x, xs, T, W)  # T times [P]
+    b = _conv_steps(wb, bias_b, bs, T, W)  # T times [N]
+    c = _conv_steps(wc, bias_c, cs, T, W)
+    for t in tl.static_range(T):
+        raw = raws[t]
+        e = tl.exp(tl.minimum(raw, 20.0))
+        dt = tl.where(raw > 20, raw, tl.where(raw < -8, e - 0.5 * e * e, tl.log(1 + e)))  # softplus
+        state = tl.exp(dt * A) * state + (dt * x[t])[:, None] * b[t][None, :]
+        y = tl.sum(state * c[t][None, :], 1) + D * x[t]  # [P]
+        y *= zs[t] * tl.sigmoid(zs[t])
+        tl.store(y_ptr + ((row * T + t) * H + head) * P + p, y, mask=p < P)
+        if EVERY:
+            tl.store(new_state_ptr + row * (T - 1) * H * P * N + t * H * P * N + here, state, mask=inside)
+    _keep_inputs(inputs_ptr, xs, x_at, p < P, FIRST, W - 1 + T)
+    _keep_inputs(inputs_ptr, bs, b_at, keeps, FIRST, W - 1 + T)
+    _keep_inputs(inputs_ptr, cs, c_at, keeps, FIRST, W - 1 + T)
+    if not EVERY:
+        tl.store(new_state_ptr + here, state, mask=inside)
+
+
+def _gated_dtype(projected):
+    """Returns the dtype of y * silu(z): float16 can overflow before the norm makes it small again."""
+    return torch.float32 if projected.dtype == torch.float16 else projected.dtype
+
+
+def mamba2_steps_ref(
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
+    overwrite=False, settled=False,
+):  # fmt: skip
+    """Returns (y [B, T, di], inputs, states) of a few tokens that go on from a state, one after the other.
+
+    projected [B, T, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32;
+    A = -exp(A_log). y is what the recurrence gives, gated, to be normalised. inputs, states: the next conv_state and
+    ssm_state; with `every`, what they are after any of the tokens: inputs [B, di + 2 G N, W-1 + T], of which
+    t+1 ... t+W-1 are the state after token t, and states [B, T, H, P, N]. overwrite: the last ssm_state may be put in
+    place of the one given (not with `every`). settled: that no kernel of the last few wrote conv_state or ssm_state, so
+    that they may be read early.
+    """
+    H, P = ssm_state.shape[1:3]
+    z, xBC, dt = split_projected(projected, H * P, conv_weight.shape[0])
+    inputs = torch.cat([conv_state, xBC.transpose(1, 2)], dim=-1)  # [B, di + 2 G N, W-1 + T]
+    xBC = causal_conv1d(xBC, conv_weight, conv_bias, conv_state, backend="torch")
+    x, Bmat, Cmat = by_heads(xBC, H * P, H, n_groups)
+    dt, A, ys, states = F.softplus(at_least_float32(dt) + dt_bias), -torch.exp(at_least_float32(A_log)), [], []
+    for t in range(projected.shape[1]):
+        y, ssm_state = ssd_step_ref(ssm_state, x[:, t], dt[:, t], A, Bmat[:, t], Cmat[:, t], D)
+        ys.append(y)
+        states.append(ssm_state)
+    y = torch.stack(ys, dim=1).flatten(2)  # [B, T, di]
+    y = (at_least_float32(y) * F.silu(at_least_float32(z))).to(_gated_dtype(projected))
+    return (y, inputs, torch.stack(states, dim=1)) if every else (y, inputs[..., len(ys) :], ssm_state)
+
+
+def mamba2_steps_triton(
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
+    overwrite=False, settled=False,
+):  # fmt: skip
+    """Returns `mamba2_steps_ref(...)`, computed by one kernel. It has no backward."""
+    projected, conv_weight = tail_contiguous(projected), conv_weight.contiguous()
+    given, (conv_state, ssm_state) = (conv_state, ssm_state), (conv_state.contiguous(), ssm_state.float().contiguous())
+    settled = settled and conv_state is given[0] and ssm_state is given[1]  # not copied just now
+    (B, H, P, N), (conv_size, W), T = ssm_state.shape, conv_weight.shape, projected.shape[1]
+    z, xBC, dt = split_projected(projected, H * P, conv_size)
+    empty = partial(torch.empty, dtype=projected.dtype, device=projected.device)
+    y, inputs = empty(B, T, H * P, dtype=_gated_dtype(projected)), empty(B, conv_size, W - 1 + T if every else W - 1)
+    states = empty(B, T, H, P, N, dtype=torch.float32) if every else ssm_state
+    if not every and not overwrite:
+        states = torch.empty_like(ssm_state)
+    BLOCK_P = min(16 if B * H <= 132 else 32, block_of(P))  # narrow, so that one text fills the GPU
+    _mamba2_steps_kernel[(H * triton.cdiv(P, BLOCK_P), B)](
+        z, xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, y, inputs, states,
+        H, H // n_groups, P, N, conv_size, projected.stride(0), projected.stride(1),
+        T, W, every, settled, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N), **early_launch(),
+    )  # fmt: skip
+    return y, inputs, states
+
+
+def mamba2_steps(
+    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
+    overwrite=False, settled=False, backend="auto",
+):  # fmt: skip
+    """Returns `mamba2_steps_ref(...)` on the backend asked for. The kernel drops gradients: call it under no_grad.
+
+    It is unrolled over the tokens: meant for a handful. Raises ValueError if shapes do not match.
+    """
+    (B, T, _), (H, P, N), (channels, W) = projected.shape, ssm_state.shape[1:], conv_weight.shape
+    for name, tensor, shape in (
+        ("projected", projected, (B, T, 2 * H * P + 2 * n_groups * N + H)), ("ssm_state", ssm_state, (B, H, P, N)),
+        ("conv_state", conv_state, (B, channels, W - 1)), ("conv_bias", conv_bias, (channels,)),
+        ("conv_weight", conv_weight, (H * P + 2 * n_groups * N, W)), ("dt_bias", dt_bias, (H,)),
+        ("A_log", A_log, (H,)), ("D", D, (H,)),
+    ):  # fmt: skip
+        expect(name, tensor, *shape)
+    in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
+    return (mamba2_steps_triton if in_triton else mamba2_steps_ref)(
+        projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite,
+        settled,
+    )  # fmt: skip
+
+

@@ -75,8 +75,23 @@ from tqdm import tqdm
 
 from common.data import Tokenizer
 from common.tasks import THINK_END, cut_trace, environment, sample_task, score_all, without_thought
+from decoding import DecodeSession, generate
 from kernels import at_least_float32, expect
-from nano_hybrid import PRESETS, DecodeSession, Hybrid
+from nano_hybrid import Hybrid, HybridConfig
+
+# fmt: off
+PRESETS = {
+    # For grpo.py's tasks of a few dozen bytes: 0.4 M and 7 M parameters.
+    "grpo-tiny": HybridConfig(
+        hybrid_override_pattern="M*-M*-", hidden_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+        intermediate_size=384, mamba_num_heads=4, mamba_head_dim=48, ssm_state_size=32, chunk_size=32,
+    ),
+    "grpo": HybridConfig(
+        hybrid_override_pattern="M*-M*-M*-M*-", hidden_size=320, num_attention_heads=5, num_key_value_heads=5,
+        head_dim=64, intermediate_size=1280, mamba_num_heads=10, mamba_head_dim=64, ssm_state_size=32, chunk_size=32,
+    ),
+}
+# fmt: on
 
 # ---- 1. advantages ------------------------------------------------------------------------------------------------
 #
@@ -535,9 +550,9 @@ def sample_answers(model, tokenizer, prompts, max_new_tokens, temperature=1.0, g
     known = {prompt: [end, *tokenizer.encode(prompt)] for prompt in set(prompts)}
     starts = [known[prompt] for prompt in prompts]
     model.eval()
-    steps = model.generate(
-        starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget, logprobs=logprobs,
-        works=works,
+    steps = generate(
+        model, starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget, logprobs=logprobs,
+        session=works,
     )  # fmt: skip
     tokens = torch.stack(list(steps), 1)  # [N, new], -1 behind the end
     model.train(training)

@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -259,6 +260,26 @@ class MoE(nn.Module):
         update_bias(gate.e_score_correction_bias, gate.counts, rate)
         gate.reset_counts()
         return metrics
+
+
+@torch.no_grad()
+def balance_routers(moe_layers, rate=1e-3):
+    """Moves each router's bias towards an even load, by the tokens counted since the last call, in all processes.
+
+    The part of a training step that has no gradient. rate: a number, or a tensor that is 0 where the optimiser's step
+    was left out. Returns metrics: of `load_metrics` the worst layer's load_max, else the mean over the layers.
+    """
+    if not moe_layers:
+        return {}
+    if dist.is_available() and dist.is_initialized():
+        rows = [torch.cat([moe.gate.counts.double(), moe.gate.entropy[None].double()]) for moe in moe_layers]
+        counted = torch.stack(rows)  # [layers, E + 1]
+        dist.all_reduce(counted)
+        for moe, row in zip(moe_layers, counted):
+            moe.gate.counts, moe.gate.entropy = row[:-1].long(), row[-1].float()
+    metrics = [moe.balance(rate) for moe in moe_layers]
+    together = {name: torch.stack([layer[name] for layer in metrics]) for name in metrics[0]}
+    return {name: v.max() if name == "load_max" else v.mean() for name, v in together.items()}
 
 
 # ---- 5. what it costs -------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ from common.objectives import NextToken, Objective, Recipe
 from common.tasks import ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
 from grpo import advantages, policy_loss
 from kernels import at_least_float32, linear_logprob
-from nano_hybrid import Attention, Block, Hybrid, HybridConfig
-from nano_hybrid import rotate as apply_rope
+from nano_hybrid import PRESETS as HYBRIDS
+from nano_hybrid import TEXT_CPU, TEXT_GPU, Attention, Block, Hybrid, HybridConfig, apply_rope
 from unmasking import DETERMINISTIC, apply_rule, current_block, decode, planner_logprob, planner_rule, predict, rule_of
 
 # ---- 1. the model ---------------------------------------------------------------------------------------------------
@@ -68,8 +68,7 @@ class View:
 
     keys: torch.Tensor | None = None  # bool [B, L], False on padding
     start: int = 0
-    kv: dict | None = None  # layer -> (k, v), each [B, Hkv, L, D]: of all positions, as they were last computed
-    fixed = False  # `Block` has a path of its own for static caches, which have it True
+    kv: dict | None = None  # layer -> (k, v), each [B, Hkv, L, D]: those last computed, of all positions
 
     def update(self, layer, k, v):
         """Returns the keys and values of the whole sequence: new for the computed positions, stored for the others."""
@@ -86,13 +85,12 @@ class View:
 class BidirectionalAttention(Attention):
     """Grouped-query attention of every position to every other, before and after it."""
 
-    def forward(self, x, view):
-        """Returns [B, T, C] for the positions x [B, T, C] of a sequence."""
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # [B, heads, T, D]
+    def forward(self, x, view, attention_mask=None):
+        """Returns [B, T, C] for the positions x [B, T, C] of a sequence. The mask is in the view."""
+        q, k, v = self.qkv(x)  # [B, Hq, T, D], [B, Hkv, T, D] twice
         if self.rotary_base:
             q, k = (apply_rope(t, view.start, self.rotary_base) for t in (q, k))
-        k, v = view.update(self.index, k, v)  # [B, Hkv, L, D]
+        k, v = view.update(self, k, v)  # [B, Hkv, L, D]
         mask = None if view.keys is None else view.keys[:, None, None]  # [B, 1, 1, L]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -105,10 +103,10 @@ def position_ids(T, keys, device):
 
 def bidirectional_blocks(config, pattern):
     """Returns the residual layers of a pattern, as in nano_hybrid.py, with bidirectional attention."""
-    blocks = nn.ModuleList(Block(config, letter, index) for index, letter in enumerate(pattern))
-    for index, letter in enumerate(pattern):
+    blocks = nn.ModuleList(Block(config, letter) for letter in pattern)
+    for block, letter in zip(blocks, pattern):
         if letter == "*":
-            blocks[index].mixer = BidirectionalAttention(config, index)
+            block.mixer = BidirectionalAttention(config)
     return blocks
 
 
@@ -157,7 +155,7 @@ class MaskedDiffusionLM(Hybrid):
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         view = View(keys, start, kv)
         for layer in self.model.layers:
-            x = layer(x, view)
+            x = layer(x, view if layer.stateful else None)
         return self.model.norm_f(x)
 
     def logits(self, hidden):
@@ -310,7 +308,7 @@ class UnmaskPlanner(nn.Module):
             c = c + self.positions(position_ids(masked.shape[1], keys, masked.device))
         x, view = ada_layer_norm(hidden, self.before(c)), View(keys)
         for block in self.blocks:
-            x = block(x, view)
+            x = block(x, view if block.stateful else None)
         return at_least_float32(self.out(ada_layer_norm(x, self.after(c))).squeeze(-1))
 
 
@@ -646,19 +644,13 @@ PRESETS = {
     "mdlm-tiny": HybridConfig(
         hybrid_override_pattern="*-*-*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32, rotary_base=1e4
     ),
-    "mdlm": HybridConfig(
-        hybrid_override_pattern="*-" * 12, vocab_size=50304, hidden_size=768, num_attention_heads=12, head_dim=64,
-        num_key_value_heads=12, intermediate_size=3072, rotary_base=1e4, tie_word_embeddings=True,
-        initializer_range=0.02,
-    ),
+    "mdlm": replace(HYBRIDS["small"], hybrid_override_pattern="*-" * 12, rotary_base=1e4),
     "dultra-tiny": HybridConfig(
         hybrid_override_pattern="*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=16, hidden_size=64,
         intermediate_size=256,
     ),
     "dultra": HybridConfig(hybrid_override_pattern="*-*-", num_attention_heads=4, num_key_value_heads=4, head_dim=32),
 }  # fmt: skip
-TEXT_CPU = dict(tokenizer="python4k", context=256, batch_size=8, steps=500, warmup=50, lr=6e-3, eval_every=250)
-TEXT_GPU = dict(tokenizer="python4k", context=1024, batch_size=16, steps=2000, warmup=100, lr=2e-3, eval_every=250)
 TASKS = dict(tokenizer="bytes", context=64, lr=2e-3, weight_decay=0.0, decay=0.2, warmup=20, compile=False)
 RECIPES = {
     # Its autoregressive baseline of equal size: --recipe=hybrid --preset=mdlm-tiny (on a GPU --preset=mdlm).

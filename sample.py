@@ -25,7 +25,7 @@ from common.checkpoints import read_config, replacing
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import ReleasedTokenizer, Tokenizer
 from common.tasks import BLANK, THINK_END
-from decoding import DraftStats, ThinkingBudget
+from decoding import DraftStats, ThinkingBudget, generate
 from mdlm_dultra import MaskedDiffusionLM, decode, rule_of
 from nano_hybrid import Hybrid
 
@@ -144,9 +144,9 @@ def main(argv=None):
             return fill(config, model, tokenizer, prompt)
         budget = thinking_budget(config, tokenizer)
         generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
-        steps = model.generate(
-            [prompt] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-            stop=stop, generator=generator, budget=budget, draft=config.draft, drafts=(drafts := DraftStats()),
+        steps = generate(
+            model, [prompt] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
+            stop=stop, generator=generator, budget=budget, draft=config.draft, draft_stats=(drafts := DraftStats()),
         )  # fmt: skip
         write(config, tokenizer, prompt, steps, stop)
         if drafts.forwards:

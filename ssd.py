@@ -31,12 +31,15 @@ Read `ssd_recurrent_ref` first: it is what Mamba-2 *is*; then `ssd_ref`. `python
 out/ssd.png; `python ssd.py bench` checks every kernel and times it. Conventions of the kernels: kernels.py.
 """
 
+import math
 import sys
 import time
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
@@ -48,7 +51,6 @@ from kernels import (
     conv_forward,
     document_of,
     dot_precision,
-    early_launch,
     expect,
     gated_rms_norm,
     jit,
@@ -60,7 +62,6 @@ from kernels import (
     tail_contiguous,
     tl,
     triton,
-    wait_for_the_kernel_before,
 )
 
 # ---- 1. the recurrence --------------------------------------------------------------------------------------
@@ -760,45 +761,32 @@ def ssd_step(state, x, dt, A, Bmat, Cmat, D=None, backend="auto"):
 #                     '------------------------ gate -------> gated RMSNorm -> [B, T, di]
 
 
-def _parts(projected, di, conv_size):
+def split_projected(projected, di, conv_size):
     """Returns views z [B, T, di], xBC [B, T, conv_size] and dt [B, T, H] of what in_proj made."""
     return projected.split([di, conv_size, projected.shape[-1] - di - conv_size], dim=-1)
 
 
-def _by_heads(xBC, di, n_heads, n_groups):
+def by_heads(xBC, di, n_heads, n_groups):
     """Returns views x [B, T, H, P], Bmat and Cmat [B, T, G, N] of xBC [B, T, conv_size]."""
     x, Bmat, Cmat = xBC.tensor_split([di, (xBC.shape[-1] + di) // 2], dim=-1)
     return x.unflatten(-1, (n_heads, -1)), Bmat.unflatten(-1, (n_groups, -1)), Cmat.unflatten(-1, (n_groups, -1))
 
 
 def mamba2_inner_ref(
-    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128,
-    state=None, real=None, return_final_state=False, backend="torch",
-):  # fmt: skip
+    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128, backend="torch"
+):
     """Returns [B, T, di]: what a Mamba-2 layer makes of projected [B, T, 2 di + 2 G N + H], up to its out_proj.
 
     conv_weight [di + 2 G N, W], conv_bias; dt_bias, A < 0 and D [H]; norm_weight [di], normalised in n_groups groups.
-    state: (convolution's [B, di + 2 G N, W-1], recurrence's [B, H, P, N]) to go on from, or None; with
-    return_final_state, returns (out, state). One token on a state takes one step of the recurrence, anything else the
-    scan. real bool [B, T] or None: what is padding (on the left) leaves no trace. backend: that of its operations.
+    backend: that of its operations.
     """
     di, H = norm_weight.shape[0], A.shape[0]
-    z, xBC, dt = _parts(projected, norm_weight.shape[0], conv_weight.shape[0])
+    z, xBC, dt = split_projected(projected, di, conv_weight.shape[0])
     dt = F.softplus(at_least_float32(dt) + dt_bias)  # [B, T, H]
-    if real is not None:  # padding: nothing enters the convolution, and dt = 0 leaves the state as it is
-        xBC, dt = xBC * real[..., None], dt * real[..., None]
-    conv_state, ssm_state = state or (None, None)
-    xBC, conv_state = causal_conv1d(
-        xBC, conv_weight, conv_bias, conv_state, return_final_state=True, backend=backend
-    )  # [B, T, di + 2 G N]
-    x, Bmat, Cmat = _by_heads(xBC, di, H, n_groups)
-    if state and x.shape[1] == 1:
-        y, ssm_state = ssd_step(ssm_state, x[:, 0], dt[:, 0], A, Bmat[:, 0], Cmat[:, 0], D, backend)
-        y = y[:, None]  # [B, 1, H, P]
-    else:
-        y, ssm_state = ssd(x, dt, A, Bmat, Cmat, D, chunk_size, ssm_state, return_final_state=True, backend=backend)
-    y = gated_rms_norm(y.flatten(2), z, norm_weight, di // n_groups, eps, backend)  # [B, T, di]
-    return (y, (conv_state, ssm_state)) if return_final_state else y
+    xBC = causal_conv1d(xBC, conv_weight, conv_bias, backend=backend)  # [B, T, di + 2 G N]
+    x, Bmat, Cmat = by_heads(xBC, di, H, n_groups)
+    y = ssd(x, dt, A, Bmat, Cmat, D, chunk_size, backend=backend)  # [B, T, H, P]
+    return gated_rms_norm(y.flatten(2), z, norm_weight, di // n_groups, eps, backend)
 
 
 # The same for training, in one piece. Operation by operation, autograd keeps `projected` and what the convolution makes
@@ -810,10 +798,10 @@ class _Mamba2Inner(torch.autograd.Function):
     @staticmethod
     def inputs(projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups):
         """Returns z, xBC, raw dt; x, Bmat, Cmat after the convolution, and dt > 0: made once in each direction."""
-        z, xBC, raw = _parts(projected, norm_weight.shape[0], conv_weight.shape[0])
+        z, xBC, raw = split_projected(projected, norm_weight.shape[0], conv_weight.shape[0])
         convolved = conv_forward(xBC, conv_weight, conv_bias, None, None, True)
         dt = F.softplus(raw.float() + dt_bias)  # [B, T, H]
-        return z, xBC, raw, *_by_heads(convolved, norm_weight.shape[0], A.shape[0], n_groups), dt
+        return z, xBC, raw, *by_heads(convolved, norm_weight.shape[0], A.shape[0], n_groups), dt
 
     @staticmethod
     def forward(ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps):
@@ -835,7 +823,7 @@ class _Mamba2Inner(torch.autograd.Function):
             projected, conv_weight, conv_bias, dt_bias, A, norm_weight, G
         )
         dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)  # contiguous
-        dz, dxBC, draw = _parts(dprojected, di, conv_weight.shape[0])
+        dz, dxBC, draw = split_projected(dprojected, di, conv_weight.shape[0])
         dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // G, ctx.eps, dgate=dz)
         dx, ddt, dA, dB, dC, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, *segments, dy.view(x.shape))
         sizes = [di, (xBC.shape[-1] - di) // 2, (xBC.shape[-1] - di) // 2]  # channels do not mix: x, B, C apart
@@ -858,216 +846,158 @@ def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_w
     return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
 
 
-# A few tokens, for writing: from the layer's in_proj to its last norm, which `decoding.linear_step` takes along with
-# out_proj. Operation by operation one token is some twenty launches of next to no work; here it is one: a program
-# owns up to 32 channels of a head, takes the convolution's steps for them and for its group's B and C, then the
-# recurrence's. What is bound to be moved is the state, 8 P N bytes a head, once for all the tokens. A state that is
-# settled is fetched while the kernel before is still at work, as the weights are.
-
-
-@jit
-def _conv_before(state_ptr, weight_ptr, bias_ptr, channels, inside, W: tl.constexpr):
-    """Returns what the convolution of these channels knows before the tokens: weights, bias, its last W - 1 inputs."""
-    w, xs = (), ()
-    for j in tl.static_range(W):
-        w += (tl.load(weight_ptr + channels * W + j, mask=inside, other=0.0).to(tl.float32),)
-    bias = tl.zeros_like(w[0])
-    if bias_ptr is not None:
-        bias += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    for j in tl.static_range(W - 1):
-        xs += (tl.load(state_ptr + channels * (W - 1) + j, mask=inside, other=0.0),)
-    return w, bias, xs
-
-
-@jit
-def _conv_inputs(xs, x_ptr, channels, inside, stride_xt, T: tl.constexpr):
-    """Returns the last W - 1 inputs xs and those of the T tokens."""
-    for t in tl.static_range(T):
-        xs += (tl.load(x_ptr + t * stride_xt + channels, mask=inside, other=0.0),)
-    return xs
-
-
-@jit
-def _conv_steps(w, bias, xs, T: tl.constexpr, W: tl.constexpr):
-    """Returns T times silu(convolution) of the channels, float32."""
-    out = ()
-    for t in tl.static_range(T):
-        z = bias
-        for j in tl.static_range(W):
-            z += w[j] * xs[t + j].to(tl.float32)
-        out += (z * tl.sigmoid(z),)
-    return out
-
-
-@jit
-def _keep_inputs(inputs_ptr, xs, channels, keeps, FIRST: tl.constexpr, LAST: tl.constexpr):
-    for j in tl.static_range(FIRST, LAST):
-        tl.store(inputs_ptr + channels * (LAST - FIRST) + j - FIRST, xs[j], mask=keeps)
-
-
-@jit
-def _mamba2_steps_kernel(z_ptr, xBC_ptr, dt_ptr, conv_state_ptr, state_ptr, weight_ptr, bias_ptr, dt_bias_ptr,
-                         A_log_ptr, D_ptr, y_ptr, inputs_ptr, new_state_ptr,
-                         H, R, P, N, conv_size, stride_b, stride_t,
-                         T: tl.constexpr, W: tl.constexpr, EVERY: tl.constexpr, SETTLED: tl.constexpr,
-                         PDL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    blocks = tl.cdiv(P, BLOCK_P)
-    head, block, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1).to(tl.int64)
-    FIRST: tl.constexpr = 0 if EVERY else T  # of the convolution's inputs, W - 1 old and T new, to write down
-    xBC_ptr += row * stride_b
-    conv_state_ptr += row * conv_size * (W - 1)
-    inputs_ptr += row * conv_size * (W - 1 + T - FIRST)
-    p, n = block * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    group = head // R
-    keeps = n < tl.where((head % R == 0) & (block == 0), N, 0)  # B and C of a group are kept by its first program
-    x_at, b_at = head * P + p, H * P + group * N + n
-    c_at = b_at + H // R * N
-    A, D = -tl.exp(tl.load(A_log_ptr + head).to(tl.float32)), tl.load(D_ptr + head).to(tl.float32)
-    dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-    here = (row * H + head) * P * N + p[:, None] * N + n[None, :]
-    inside = (p[:, None] < P) & (n[None, :] < N)
-    if not SETTLED:
-        wait_for_the_kernel_before(PDL)
-    state = tl.load(state_ptr + here, mask=inside, other=0.0)  # [P, N]
-    wx, bias_x, xs = _conv_before(conv_state_ptr, weight_ptr, bias_ptr, x_at, p < P, W)
-    wb, bias_b, bs = _conv_before(conv_state_ptr, weight_ptr, bias_ptr, b_at, n < N, W)
-    wc, bias_c, cs = _conv_before(conv_state_ptr, weight_ptr, bias_ptr, c_at, n < N, W)
-    if SETTLED:
-        wait_for_the_kernel_before(PDL)
-    xs = _conv_inputs(xs, xBC_ptr, x_at, p < P, stride_t, T)  # all loads first: none waits for another, or for a store
-    bs = _conv_inputs(bs, xBC_ptr, b_at, n < N, stride_t, T)
-    cs = _conv_inputs(cs, xBC_ptr, c_at, n < N, stride_t, T)
-    zs, raws = (), ()
-    for t in tl.static_range(T):
-        zs += (tl.load(z_ptr + row * stride_b + t * stride_t + x_at, mask=p < P, other=0.0).to(tl.float32),)
-        raws += (tl.load(dt_ptr + row * stride_b + t * stride_t + head).to(tl.float32) + dt_bias,)
-    x = _conv_steps(wx, bias_x, xs, T, W)  # T times [P]
-    b = _conv_steps(wb, bias_b, bs, T, W)  # T times [N]
-    c = _conv_steps(wc, bias_c, cs, T, W)
-    for t in tl.static_range(T):
-        raw = raws[t]
-        e = tl.exp(tl.minimum(raw, 20.0))
-        dt = tl.where(raw > 20, raw, tl.where(raw < -8, e - 0.5 * e * e, tl.log(1 + e)))  # softplus
-        state = tl.exp(dt * A) * state + (dt * x[t])[:, None] * b[t][None, :]
-        y = tl.sum(state * c[t][None, :], 1) + D * x[t]  # [P]
-        y *= zs[t] * tl.sigmoid(zs[t])
-        tl.store(y_ptr + ((row * T + t) * H + head) * P + p, y, mask=p < P)
-        if EVERY:
-            tl.store(new_state_ptr + row * (T - 1) * H * P * N + t * H * P * N + here, state, mask=inside)
-    _keep_inputs(inputs_ptr, xs, x_at, p < P, FIRST, W - 1 + T)
-    _keep_inputs(inputs_ptr, bs, b_at, keeps, FIRST, W - 1 + T)
-    _keep_inputs(inputs_ptr, cs, c_at, keeps, FIRST, W - 1 + T)
-    if not EVERY:
-        tl.store(new_state_ptr + here, state, mask=inside)
-
-
-def _gated_dtype(projected):
-    """Returns the dtype of y * silu(z): float16 can overflow before the norm makes it small again."""
-    return torch.float32 if projected.dtype == torch.float16 else projected.dtype
-
-
-def mamba2_steps_ref(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
-    overwrite=False, settled=False,
-):  # fmt: skip
-    """Returns (y [B, T, di], inputs, states) of a few tokens that go on from a state, one after the other.
-
-    projected [B, T, 2 di + 2 G N + H]; conv_state [B, di + 2 G N, W-1]; ssm_state [B, H, P, N] float32;
-    A = -exp(A_log). y is what the recurrence gives, gated, to be normalised. inputs, states: the next conv_state and
-    ssm_state; with `every`, what they are after any of the tokens: inputs [B, di + 2 G N, W-1 + T], of which
-    t+1 ... t+W-1 are the state after token t, and states [B, T, H, P, N]. overwrite: the last ssm_state may be put in
-    place of the one given (not with `every`). settled: that no kernel of the last few wrote conv_state or ssm_state, so
-    that they may be read early.
-    """
-    H, P = ssm_state.shape[1:3]
-    z, xBC, dt = _parts(projected, H * P, conv_weight.shape[0])
-    inputs = torch.cat([conv_state, xBC.transpose(1, 2)], dim=-1)  # [B, di + 2 G N, W-1 + T]
-    xBC = causal_conv1d(xBC, conv_weight, conv_bias, conv_state, backend="torch")
-    x, Bmat, Cmat = _by_heads(xBC, H * P, H, n_groups)
-    dt, A, ys, states = F.softplus(at_least_float32(dt) + dt_bias), -torch.exp(at_least_float32(A_log)), [], []
-    for t in range(projected.shape[1]):
-        y, ssm_state = ssd_step_ref(ssm_state, x[:, t], dt[:, t], A, Bmat[:, t], Cmat[:, t], D)
-        ys.append(y)
-        states.append(ssm_state)
-    y = torch.stack(ys, dim=1).flatten(2)  # [B, T, di]
-    y = (at_least_float32(y) * F.silu(at_least_float32(z))).to(_gated_dtype(projected))
-    return (y, inputs, torch.stack(states, dim=1)) if every else (y, inputs[..., len(ys) :], ssm_state)
-
-
-def mamba2_steps_triton(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
-    overwrite=False, settled=False,
-):  # fmt: skip
-    """Returns `mamba2_steps_ref(...)`, computed by one kernel. It has no backward."""
-    projected, conv_weight = tail_contiguous(projected), conv_weight.contiguous()
-    given, (conv_state, ssm_state) = (conv_state, ssm_state), (conv_state.contiguous(), ssm_state.float().contiguous())
-    settled = settled and conv_state is given[0] and ssm_state is given[1]  # not copied just now
-    (B, H, P, N), (conv_size, W), T = ssm_state.shape, conv_weight.shape, projected.shape[1]
-    z, xBC, dt = _parts(projected, H * P, conv_size)
-    empty = partial(torch.empty, dtype=projected.dtype, device=projected.device)
-    y, inputs = empty(B, T, H * P, dtype=_gated_dtype(projected)), empty(B, conv_size, W - 1 + T if every else W - 1)
-    states = empty(B, T, H, P, N, dtype=torch.float32) if every else ssm_state
-    if not every and not overwrite:
-        states = torch.empty_like(ssm_state)
-    BLOCK_P = min(16 if B * H <= 132 else 32, block_of(P))  # narrow, so that one text fills the GPU
-    _mamba2_steps_kernel[(H * triton.cdiv(P, BLOCK_P), B)](
-        z, xBC, dt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, y, inputs, states,
-        H, H // n_groups, P, N, conv_size, projected.stride(0), projected.stride(1),
-        T, W, every, settled, BLOCK_P=BLOCK_P, BLOCK_N=block_of(N), **early_launch(),
-    )  # fmt: skip
-    return y, inputs, states
-
-
-def mamba2_steps(
-    projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every=False,
-    overwrite=False, settled=False, backend="auto",
-):  # fmt: skip
-    """Returns `mamba2_steps_ref(...)` on the backend asked for. The kernel drops gradients: call it under no_grad.
-
-    It is unrolled over the tokens: meant for a handful. Raises ValueError if shapes do not match.
-    """
-    (B, T, _), (H, P, N), (channels, W) = projected.shape, ssm_state.shape[1:], conv_weight.shape
-    for name, tensor, shape in (
-        ("projected", projected, (B, T, 2 * H * P + 2 * n_groups * N + H)), ("ssm_state", ssm_state, (B, H, P, N)),
-        ("conv_state", conv_state, (B, channels, W - 1)), ("conv_bias", conv_bias, (channels,)),
-        ("conv_weight", conv_weight, (H * P + 2 * n_groups * N, W)), ("dt_bias", dt_bias, (H,)),
-        ("A_log", A_log, (H,)), ("D", D, (H,)),
-    ):  # fmt: skip
-        expect(name, tensor, *shape)
-    in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
-    return (mamba2_steps_triton if in_triton else mamba2_steps_ref)(
-        projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite,
-        settled,
-    )  # fmt: skip
-
-
 def mamba2_inner(
-    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128,
-    state=None, real=None, return_final_state=False, backend="auto",
-):  # fmt: skip
+    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128, backend="auto"
+):
     """Returns `mamba2_inner_ref(...)` on the backend asked for.
 
-    In Triton it is fused where gradients are wanted and states are not (training); else, and for odd sizes, it is put
-    together from its operations.
+    In Triton it is fused where gradients are wanted (training); else, and for odd sizes, it is put together from its
+    operations.
     """
     weights = conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps
     P, N = norm_weight.shape[0] // A.shape[0], (conv_weight.shape[0] - norm_weight.shape[0]) // (2 * n_groups)
-    fusible = (
-        state is None
-        and conv_bias is not None
-        and projected.shape[1] > 0
-        and real is None
-        and not return_final_state
-        and P % 8 == 0
-        and N % 8 == 0
-    )
+    fusible = conv_bias is not None and projected.shape[1] > 0 and P % 8 == 0 and N % 8 == 0
     in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
     if fusible and torch.is_grad_enabled() and in_triton:
         return mamba2_inner_triton(projected, *weights)
-    return mamba2_inner_ref(projected, *weights, chunk_size, state, real, return_final_state, backend)
+    return mamba2_inner_ref(projected, *weights, chunk_size, backend)
 
 
-# ---- 7. the claim ----
+# ---- 7. the layer ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecurrentState:
+    """What a recurrent layer remembers of B sequences: tensors [B, ...] whose size does not grow with the text.
+
+    A subclass is a dataclass of tensors, None before the first token. With `can_roll_back` it has a `rollback`, which
+    draft tokens need (decoding.py).
+    """
+
+    can_roll_back = False
+
+    def tensors(self):
+        """Returns the tensors of the state, [] before the first token."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        return [] if values and values[0] is None else values
+
+    @property
+    def nbytes(self):
+        """Bytes of the state."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def expand(self, rows, capacity=0, into=None):
+        """Returns a state whose row i is a copy of row rows[i], int64 [n]. into: such a state, to be written over.
+
+        capacity: for states that grow.
+        """
+        if into is None:
+            return type(self)(*(t[rows].contiguous() for t in self.tensors()))
+        for old, new in zip(into.tensors(), self.tensors()):
+            old.copy_(new[rows])
+        return into
+
+    def select(self, rows):
+        """Returns a state of rows `rows`, int64 [n], which move to the front of the same tensors."""
+        return type(self)(*(t[: len(rows)].copy_(t[rows]) for t in self.tensors()))
+
+
+@dataclass
+class MambaState(RecurrentState):
+    """The state of one Mamba-2 layer: the same size after one token and after a million."""
+
+    conv: torch.Tensor | None = None  # [B, di + 2 G N, W-1] the last inputs of the convolution, newest last
+    ssm: torch.Tensor | None = None  # [B, H, P, N] float32: errors in a 16-bit state add up over the text
+    can_roll_back = True
+
+    def rollback(self, pending, last):
+        """Returns pairs (tensor, what to copy into it) that leave the state after token number `last`, a tensor [].
+
+        pending: (inputs, states) of `decode_kernels.mamba2_steps` with every=True, of the tokens since then.
+        """
+        inputs, states = pending
+        window = last + 1 + torch.arange(self.conv.shape[-1], device=last.device)
+        return [(self.conv, inputs.index_select(-1, window)), (self.ssm, states.index_select(1, last[None])[:, 0])]
+
+
+class _Weight(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+class Mamba2(nn.Module):
+    """A gated, selective state space layer (section 7 and Figure 6 of the paper; names of transformers' NemotronH)."""
+
+    def __init__(
+        self, hidden_size, num_heads, head_dim=64, state_size=128, n_groups=1, conv_kernel=4, chunk_size=128, eps=1e-5,
+        use_bias=False, use_conv_bias=True,
+    ):  # fmt: skip
+        super().__init__()
+        self.num_heads, self.n_groups, self.chunk_size, self.eps = num_heads, n_groups, chunk_size, eps
+        di = num_heads * head_dim  # width of the mixer
+        channels = di + 2 * n_groups * state_size  # x, B and C go through the convolution together
+        self.in_proj = nn.Linear(hidden_size, di + channels + num_heads, bias=use_bias)  # z | x B C | dt
+        self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels, bias=use_conv_bias)
+        self.A_log = nn.Parameter(torch.linspace(1, 16, num_heads).log())
+        self.D = nn.Parameter(torch.ones(num_heads))
+        dt = torch.logspace(-3, -1, num_heads)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.norm = _Weight(di)  # of the gated norm
+        self.out_proj = nn.Linear(di, hidden_size, bias=use_bias)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draws A uniform in [1, 16], dt log-uniform in [1e-3, 1e-1], the convolution as torch does; sets D to 1.
+
+        A new layer has both spread evenly instead, head by head.
+        """
+        bound = 1 / math.sqrt(self.conv1d.weight.shape[-1])
+        self.conv1d.weight.uniform_(-bound, bound)
+        if self.conv1d.bias is not None:
+            self.conv1d.bias.uniform_(-bound, bound)
+        self.A_log.uniform_(1, 16).log_()
+        self.D.fill_(1)
+        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
+        dt.add_(torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def new_state(self, capacity=0):
+        """Returns the state before the first token."""
+        return MambaState()
+
+    def forward(self, u, state=None, attention_mask=None):
+        """Returns [B, T, C] of u [B, T, C]. With a state it goes on from it and brings it up to date.
+
+        attention_mask bool [B, T] or None: False on padding, which stands on the left and leaves no trace.
+        """
+        di, H, conv_weight = self.out_proj.in_features, self.num_heads, self.conv1d.weight.squeeze(1)
+        A = -torch.exp(at_least_float32(self.A_log))  # [H], negative
+        projected = self.in_proj(u)  # [B, T, 2 di + 2 G N + H]
+        if state is None and attention_mask is None:  # steps 1 to 5 on whole sequences: one fused op in training
+            weights = conv_weight, self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight
+            return self.out_proj(mamba2_inner(projected, *weights, self.n_groups, self.eps, self.chunk_size))
+        state = state or MambaState()
+        # 1. Split: gate z, what goes through the convolution, the step size of each head.
+        z, xBC, dt = split_projected(projected, di, self.conv1d.in_channels)  # [B, T, di], [.., di + 2 G N], [.., H]
+        dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [B, T, H], > 0
+        if attention_mask is not None:  # nothing enters the convolution, and dt = 0 leaves the state as it is
+            xBC, dt = xBC * attention_mask[..., None], dt * attention_mask[..., None]
+        # 2. A causal convolution of width W, then silu.
+        xBC, state.conv = causal_conv1d(xBC, conv_weight, self.conv1d.bias, state.conv, return_final_state=True)
+        # 3. By heads: x [B, T, H, P]; where each token writes and reads, Bmat and Cmat [B, T, G, N].
+        x, Bmat, Cmat = by_heads(xBC, di, H, self.n_groups)
+        # 4. The recurrence: one step of it, or the chunked scan. D x goes straight to y.
+        if state.ssm is not None and x.shape[1] == 1:
+            y, state.ssm = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, Bmat[:, 0], Cmat[:, 0], self.D)
+            y = y[:, None]  # [B, 1, H, P]
+        else:
+            y, state.ssm = ssd(x, dt, A, Bmat, Cmat, self.D, self.chunk_size, state.ssm, return_final_state=True)
+        # 5. Gate and norm: norm(y * silu(z)) in n_groups groups. 6. Back to the residual stream.
+        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, di // self.n_groups, self.eps)  # [B, T, di]
+        return self.out_proj(y)
+
+
+# ---- 8. python ssd.py: linear in time -----------------------------------------------------------------------------
 
 
 def _seconds(fn):

@@ -15,7 +15,7 @@ What is learnt is an objective, a small class in its paper's file:
         def evaluate(self, model) -> dict                 # numbers to log; 'val_loss' or 'reward' is plotted
         def build(self, config) -> nn.Module              # optional: the model to train, where it is not a `Hybrid`
         def lr_scale(self, step, lr) -> float             # optional: a factor on the learning rate of a step
-
+        def part_scale(self, step, part) -> float         # optional: the same for a part of the model, "planner"
         def epochs(self, tokens) -> float                 # optional: how often a run of so many reads its data
         def state_dict(self) / load_state_dict(self, s)   # optional: what a checkpoint keeps of it
 
@@ -68,16 +68,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
+import grpo
 import mdlm_dultra
-import nano_hybrid
 from common.checkpoints import replacing
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import Tokenizer, load_corpus
 from common.objectives import NextToken, Recipe, RunInfo
 from grpo import GRPO, GRPOConfig
 from kernels import pick_backend
+from nano_hybrid import PRESETS as HYBRIDS
 from nano_hybrid import Hybrid, HybridConfig
 
+PRESETS = HYBRIDS | grpo.PRESETS | mdlm_dultra.PRESETS
 OUT = Path("out")
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # dense bf16
@@ -133,7 +135,6 @@ RECIPES = {
         settings_gpu=dict(envs=EVERYTHING, warm_start=700, rl_lr=2e-4, entropy_coef=0.01),
     ),
 } | mdlm_dultra.RECIPES
-PRESETS = nano_hybrid.PRESETS | mdlm_dultra.PRESETS
 
 SETTINGS = {GRPO: GRPOConfig, mdlm_dultra.DUltra: mdlm_dultra.DUltraConfig}  # what an objective has of its own
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Bench, check_and_time
-from ssd import mamba2_inner, mamba2_steps, ssd, ssd_step
+from decode_kernels import mamba2_steps
+from ssd import mamba2_inner, ssd, ssd_step
 
 
 def _ssd_inputs(randn, B, T, H, P, G, N):

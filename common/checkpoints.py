@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 @contextmanager
@@ -60,6 +61,33 @@ def to_disk_names(state_dict):
         else:
             tensors[name] = tensor.contiguous().clone()
     return tensors
+
+
+def save_weights(directory, config, state_dict):
+    """Writes config.json and model.safetensors: each beside its name, and moved there when whole.
+
+    On disk the backbone is called "backbone.", as in NVIDIA's releases; tied weights are written twice, since
+    transformers does not tie this model.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"} | config
+    tensors = to_disk_names(state_dict)
+    with replacing(directory / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    with replacing(directory / "model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def expect_weights(tensors, expected, source):
+    """Raises ValueError naming `source` unless `tensors` have the names and shapes of `expected`, both state_dicts."""
+    wrong = [
+        f"{n} {list(tensors[n].shape) if n in tensors else 'missing'}"
+        for n in expected
+        if n not in tensors or tensors[n].shape != expected[n].shape
+    ] + [f"{n} unexpected" for n in tensors if n not in expected]
+    if wrong:
+        raise ValueError(f"{source} does not fit its config: {wrong[0]}, the first of {len(wrong)}")
 
 
 def checkpoint_tensors(directory):

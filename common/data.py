@@ -12,7 +12,6 @@ Batches     A batch is a function of (seed, row numbers) alone. Whoever knows th
             iterator state, and N processes read between them what one would.
 Score       Losses in nats per token cannot be compared across tokenizers. Bits per byte can: total nats / ln 2 / bytes
             of the text predicted. `Corpus.compressors` gives gzip's and xz's figure for the same text.
-Passkeys    Made-up texts with something to be found again, to see how far back a model can look: `passkey_batch`.
 Tasks       Made-up problems for reinforcement learning with exact verifiers: `environment("sort:6").sample(rng)`. One
             prompt in eight is held out, by its hash.
 """
@@ -398,43 +397,6 @@ def load_corpus(data="python", tokenizer="python4k", context=1, cache="out/cache
         raise ValueError(f"--data={data} leaves {len(val)} tokens for validation; give more text")
     train = [tokens for tokens in train if len(tokens) > context]
     return Corpus(data, tokenizer, train, val[:LONGEST_VALIDATION])
-
-
-# ---- 5. passkeys ----------------------------------------------------------------------------------------------------
-
-PASSKEY_VOCAB = 64  # token ids: ten digits, two marks, and the filler
-PASSKEY_DIGITS = 5
-KEY_MARK, QUERY_MARK, FIRST_FILLER = 10, 11, 12
-
-
-def passkey_batch(rng, n, length, depth=None, digits=PASSKEY_DIGITS):
-    """Returns (ids, targets), int64 [n, length]: n texts, each with a number somewhere in it that its end asks for.
-
-        filler ... KEY_MARK 4 7 1 1 9 filler ... filler QUERY_MARK 4 7 1 1|9      (9: the last target)
-
-    The filler is random and has no digits. targets are one token ahead, and -100 except for the answer: the last
-    `digits` positions.
-    rng: a numpy Generator. depth: where the key stands, 0 at the start, 1 right before the question, anything between
-    (rounded to a token); None: anywhere, each text by itself. Raises ValueError for a depth that is none of that, and
-    a length that the key and the question do not fit in.
-
-    Source: the passkey test of Mohtashami and Jaggi, arXiv:2305.16300, in random tokens.
-    """
-    last = length - 2 * digits - 1  # where a key stands that has no filler after it
-    if last < 0:
-        raise ValueError(f"length={length} is too short for a key of {digits} digits: need at least {2 * digits + 1}")
-    if depth is not None and not 0 <= depth <= 1:
-        raise ValueError(f"depth={depth} must be between 0 (key at the start) and 1 (key before the question)")
-    block = rng.integers(FIRST_FILLER, PASSKEY_VOCAB, (n, length + 1))
-    key = rng.integers(10, size=(n, digits))
-    place = rng.integers(last + 1, size=n) if depth is None else np.full(n, round(depth * last))
-    block[np.arange(n), place] = KEY_MARK
-    block[np.arange(n)[:, None], place[:, None] + 1 + np.arange(digits)] = key
-    block[:, -digits - 1] = QUERY_MARK
-    block[:, -digits:] = key
-    targets = block[:, 1:].copy()
-    targets[:, :-digits] = -100
-    return block[:, :-1], targets
 
 
 if __name__ == "__main__":  # the shipped file was made by Python 3.11.7, from its standard library

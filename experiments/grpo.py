@@ -32,8 +32,8 @@ from common import tasks
 from common.data import Tokenizer
 from common.tasks import THINK_END, Chain, Sort
 from decoding import ThinkingBudget
-from grpo import GRPO, GRPOConfig, judged_answers, learn, sample_answers
-from nano_hybrid import PRESETS, Hybrid
+from grpo import GRPO, PRESETS, GRPOConfig, judged_answers, learn, sample_answers
+from nano_hybrid import Hybrid
 
 SEEDS = (0, 1, 2)
 BATCH = 256 if torch.cuda.is_available() else 64  # answers: prompts times 8

@@ -1,13 +1,23 @@
 """Choosing and checking tokens, closing thoughts, and the products and memory of a step."""
 
+from dataclasses import dataclass
+from functools import partial
+
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import decode_kernels
+import decoding
 import kernels
+import nano_hybrid
+from common.sampling import token_probs
+from conftest import TINY, scramble
 from decode_kernels import linear_step
-from decoding import BudgetControl, Sampler, ThinkingBudget, accept, draw, token_probs
+from decoding import BudgetControl, Sampler, ThinkingBudget, accept, draw
+from nano_hybrid import Hybrid, HybridConfig
+from ssd import RecurrentState
 
 NO_TRITON = pytest.mark.skipif(decode_kernels.triton is None, reason="no triton")
 BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
@@ -223,3 +233,108 @@ def test_the_end_of_a_step(backend, monkeypatch):
     assert position == 7 and all(torch.equal(*pair) for pair in zip(olds, news))
     ids, weight = torch.tensor([[3, 0], [1, 1]], device=DEVICE), rand(5, 6)
     assert torch.equal(decode_kernels.embed(ids, weight), weight[ids])
+
+
+# ---- generate: the same tokens as nano_hybrid's ----
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return scramble(Hybrid(HybridConfig(**(TINY | changes)))).double().eval()
+
+
+def tokens_of(steps):
+    return torch.stack(list(steps), 1).tolist()
+
+
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13]]
+
+
+@pytest.mark.parametrize("pattern", ["M-*M-", "ML-L", "ME*E", "*-", "M", "-"])
+@pytest.mark.parametrize(
+    "options", [dict(temperature=0), dict(temperature=0.9), dict(top_k=5), dict(top_p=0.8, temperature=2.0)], ids=str
+)
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1], [[5, 6]] * 3], ids=["ragged", "one", "equal"])
+def test_fast_and_plain_generation_write_the_same_tokens(pattern, options, prompts):
+    model, made = tiny(hybrid_override_pattern=pattern), []
+    for fast in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        call = partial(decoding.generate, model) if fast else model.generate
+        made.append(tokens_of(call(prompts, 12, stop=[50, 51], generator=generator, **options)))
+    assert made[0] == made[1]
+
+
+# ---- a mixer of one's own ----
+
+
+@dataclass
+class MatrixState(RecurrentState):
+    matrix: torch.Tensor | None = None  # [B, H, D, D]
+
+
+class GatedLinearAttention(nn.Module):
+    """S_t = g_t S_{t-1} + k_t v_t^T; y_t = q_t S_t, with a gate g_t in (0, 1) for each head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        size = self.heads * self.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * size, bias=False)
+        self.gate = nn.Linear(config.hidden_size, self.heads)
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+
+    def new_state(self, capacity=0):
+        return MatrixState()
+
+    def forward(self, x, state=None, attention_mask=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)  # [B, T, H, D]
+        gate = self.gate(x).sigmoid()  # [B, T, H]
+        if attention_mask is not None:  # padding writes nothing, and forgets nothing
+            k, gate = k * attention_mask[..., None, None], gate.where(attention_mask[..., None], 1.0)
+        S = None if state is None else state.matrix
+        S = x.new_zeros(len(x), self.heads, self.head_dim, self.head_dim) if S is None else S
+        out = []
+        for t in range(x.shape[1]):
+            S = gate[:, t, :, None, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+            out.append((q[:, t, :, None, :] @ S)[:, :, 0])
+        if state is not None:
+            state.matrix = S
+        return self.o_proj(torch.stack(out, 1).flatten(2))
+
+
+@pytest.fixture
+def letter_g(monkeypatch):
+    monkeypatch.setitem(nano_hybrid.MIXERS, "G", GatedLinearAttention)
+
+
+def test_a_letter_of_ones_own_trains_samples_and_is_refused_by_drafts(letter_g):
+    model = tiny(hybrid_override_pattern="GM-G*", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="-")
+    ids = torch.arange(20).repeat(2, 2)
+    optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
+    for _ in range(15):
+        loss, metrics = model.train().loss(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(metrics["loss"].item())
+    assert losses[-1] < 0.5 * losses[0]
+    model.eval()
+    made = [tokens_of(call(PROMPTS, 9, 0)) for call in (model.generate, partial(decoding.generate, model))]
+    assert made[0] == made[1]
+    for row, prompt in zip(made[0], PROMPTS):
+        assert row[0] == model(torch.tensor([prompt]))[0, -1].argmax()
+    with pytest.raises(ValueError, match="GatedLinearAttention cannot take draft tokens back"):
+        next(decoding.generate(model, [[1, 2]], 4, draft=2))
+    with pytest.raises(ValueError, match="one letter per layer, of M . L - E G"):
+        HybridConfig(hybrid_override_pattern="MX")
+
+
+def test_a_growing_state_without_a_fast_step_is_named(monkeypatch):
+    class Own(nano_hybrid.Attention):
+        pass
+
+    monkeypatch.setitem(nano_hybrid.MIXERS, "O", Own)
+    model = tiny(hybrid_override_pattern="O-")
+    assert len(tokens_of(model.generate(PROMPTS, 4))[0]) == 4
+    with pytest.raises(ValueError, match="Own has a state that grows and no fast step"):
+        list(decoding.generate(model, PROMPTS, 4))

@@ -472,7 +472,7 @@ def test_cache_is_exact_where_nothing_cached_can_change(cache, monkeypatch):
     """Attention that sees only its own block and those before it, prefix; and its own block alone, dual."""
     forward = mdlm_dultra.BidirectionalAttention.forward
 
-    def block_causal(self, x, view):
+    def block_causal(self, x, view, attention_mask=None):
         attend, T, start = F.scaled_dot_product_attention, x.shape[1], view.start
 
         def with_mask(q, k, v, attn_mask=None, **options):

@@ -9,20 +9,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from common.data import PASSKEY_VOCAB
+from common.accounting import CG_STEPS
 from conftest import TINY, scramble
-from decoding import DraftStats, ThinkingBudget
+from decoding import DraftStats, StaticCache, ThinkingBudget, decode_step, generate, step_logits, to_static
+from experiments.nano_hybrid import PASSKEY_VOCAB, PasskeyStudy, attention_baseline, passkey, state_bytes
 from nano_hybrid import (
-    CG_STEPS,
     PRESETS,
-    Cache,
     Hybrid,
     HybridConfig,
-    PasskeyStudy,
-    attention_twin,
-    memory_per_text,
-    passkey,
-    rotate,
+    apply_rope,
 )
 
 
@@ -40,6 +35,11 @@ MIXTURES = {"standard": MOE, "grouped": MOE | dict(n_group=4, topk_group=2), "la
 
 
 ATTENTIONS = [TINY["hybrid_override_pattern"], "ML-L"]  # with softmax attention, and with local linear attention
+
+
+def step(model, ids, cache):
+    """Logits of ids on a StaticCache."""
+    return step_logits(model, decode_step(model, ids, cache), normed=False)
 
 
 def draw_ids(B, T, seed=0):
@@ -366,8 +366,8 @@ def test_the_mamba_state_does_not_grow():
     for T in (3, 40):
         cache = model.new_cache()
         model(draw_ids(1, T), cache)
-        sizes.append([(s.conv.shape, s.ssm.shape) for s in cache.layers if hasattr(s, "ssm")])
-        assert all(s.ssm.dtype == torch.float32 for s in cache.layers if hasattr(s, "ssm"))
+        sizes.append([(s.conv.shape, s.ssm.shape) for s in cache.states if hasattr(s, "ssm")])
+        assert all(s.ssm.dtype == torch.float32 for s in cache.states if hasattr(s, "ssm"))
     assert sizes[0] == sizes[1]
 
 
@@ -397,7 +397,7 @@ def test_left_padding_is_exact(pattern):
 
 
 def run(model, prompts, n, **kwargs):
-    return torch.stack(list(model.generate(prompts, n, **kwargs)), dim=1).tolist()
+    return torch.stack(list(generate(model, prompts, n, **kwargs)), dim=1).tolist()
 
 
 @pytest.mark.parametrize("pattern", ATTENTIONS)
@@ -433,7 +433,7 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
 def test_the_log_probabilities_of_generation_are_those_of_training():
     model, prompts, logprobs = build().eval(), [[1, 2, 3], [4], [5, 6]], []
     options = dict(temperature=0.8, generator=torch.Generator().manual_seed(0), logprobs=logprobs)
-    tokens = torch.stack(list(model.generate(prompts, 6, **options)), 1)  # [3, 6]
+    tokens = torch.stack(list(generate(model, prompts, 6, **options)), 1)  # [3, 6]
     for prompt, new, found in zip(prompts, tokens.tolist(), torch.stack(logprobs, 1)):
         expected, _ = model.logprobs(torch.tensor([prompt + new]), temperature=0.8)
         assert (found - expected[0, len(prompt) - 1 :]).abs().max() < 1e-4
@@ -459,7 +459,7 @@ def test_generation_repeats_with_its_seed():
 )
 def test_generate_refuses_what_cannot_be(prompt, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        next(build().generate(prompt, 3, **kwargs))
+        next(generate(build(), prompt, 3, **kwargs))
 
 
 # ---- checkpoints and configurations ----
@@ -617,8 +617,8 @@ def predictor():
 @pytest.mark.parametrize("prefill_size", [4, 8192])
 def test_greedy_text_is_the_same_with_drafts(predictor, n, prefill_size):
     prompt, stats = [[3, 4, 9, 6, 7, 8, 9]], DraftStats()
-    plain = torch.stack(list(predictor.generate(prompt, 50, temperature=0)))
-    drafted = predictor.generate(prompt, 50, temperature=0, draft=n, drafts=stats, prefill_size=prefill_size)
+    plain = torch.stack(list(generate(predictor, prompt, 50, temperature=0)))
+    drafted = generate(predictor, prompt, 50, temperature=0, draft=n, draft_stats=stats, prefill_size=prefill_size)
     assert torch.equal(torch.stack(list(drafted)), plain)
     assert stats.tokens / stats.forwards > 1.5 and stats.accepted[0] > 0.5 * stats.drafted[0]
 
@@ -626,13 +626,13 @@ def test_greedy_text_is_the_same_with_drafts(predictor, n, prefill_size):
 @pytest.mark.parametrize("pattern", ATTENTIONS)
 def test_greedy_text_is_the_same_when_the_drafts_are_bad(pattern):
     model, stats = build(hybrid_override_pattern=pattern, **MTP), DraftStats()  # never trained: guesses are wrong
-    plain = torch.stack(list(model.generate(draw_ids(1, 9), 40, temperature=0)))
-    drafted = torch.stack(list(model.generate(draw_ids(1, 9), 40, temperature=0, draft=3, drafts=stats)))
+    plain = torch.stack(list(generate(model, draw_ids(1, 9), 40, temperature=0)))
+    drafted = torch.stack(list(generate(model, draw_ids(1, 9), 40, temperature=0, draft=3, draft_stats=stats)))
     assert torch.equal(plain, drafted) and stats.accepted[0] < 0.5 * stats.drafted[0]
 
 
 def test_stop_ends_a_text_with_drafts_too(predictor):
-    tokens = [t.item() for t in predictor.generate([[3, 4, 5, 6]], 50, temperature=0, draft=3, stop=[12])]
+    tokens = [t.item() for t in generate(predictor, [[3, 4, 5, 6]], 50, temperature=0, draft=3, stop=[12])]
     assert tokens.count(12) == 1 and tokens[-1] == 12
 
 
@@ -640,7 +640,7 @@ def test_sampled_text_with_drafts_is_distributed_as_without(predictor):
     generator, counts = torch.Generator().manual_seed(0), torch.zeros(2, 16)
     for row, draft in enumerate((0, 2)):
         for _ in range(250):
-            steps = predictor.generate([[5, 6]], 4, temperature=2.0, generator=generator, draft=draft)
+            steps = generate(predictor, [[5, 6]], 4, temperature=2.0, generator=generator, draft=draft)
             counts[row, list(steps)[-1]] += 1
     expected = counts.mean(0)
     chi2 = ((counts - expected) ** 2 / expected.clamp(min=1)).sum()
@@ -653,23 +653,23 @@ def test_sampled_text_with_drafts_is_distributed_as_without(predictor):
 )
 def test_drafts_that_cannot_be_are_refused(changes, prompt, options):
     with pytest.raises(ValueError, match="draft=2 needs"):
-        next(build(**changes).generate(prompt, 4, draft=2, **options))
+        next(generate(build(**changes), prompt, 4, draft=2, **options))
 
 
 @pytest.mark.parametrize("pattern", ATTENTIONS)
 def test_a_prompt_read_in_parts_is_the_prompt_at_once(pattern):
     model = build(hybrid_override_pattern=pattern)
     prompts = [draw_ids(1, 21)[0].tolist(), draw_ids(1, 13, seed=1)[0].tolist()]
-    texts = [torch.stack(list(model.generate(prompts, 12, 0, prefill_size=size))) for size in (5, 8, 8192)]
+    texts = [torch.stack(list(generate(model, prompts, 12, 0, prefill_size=size))) for size in (5, 8, 8192)]
     assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[2])
 
 
 def test_a_budget_in_generate():
     (model, prompt), END = (build(), draw_ids(2, 5)), [60, 61]
-    rows = torch.stack(list(model.generate(prompt, 12, 0, budget=ThinkingBudget(4, END, grace=2))), dim=1)
-    free = torch.stack(list(model.generate(prompt, 6, 0)), dim=1)
+    rows = torch.stack(list(generate(model, prompt, 12, 0, budget=ThinkingBudget(4, END, grace=2))), dim=1)
+    free = torch.stack(list(generate(model, prompt, 6, 0)), dim=1)
     assert torch.equal(rows[:, :6], free) and rows[:, 6:8].tolist() == [END, END]
-    after = model.generate(torch.cat([prompt, rows[:, :8]], dim=1), 4, 0)  # the answer is what the model says next
+    after = generate(model, torch.cat([prompt, rows[:, :8]], dim=1), 4, 0)  # the answer is what the model says next
     assert torch.equal(rows[:, 8:], torch.stack(list(after), dim=1))
 
 
@@ -684,53 +684,53 @@ def test_the_cache_is_as_large_as_its_pattern_says(pattern, T):
     with torch.no_grad():
         for part in draw_ids(3, T).split(4, dim=1):
             model(part, cache)
-    assert cache.size() == 3 * memory_per_text(model.config, T, 4)
+    assert cache.nbytes == 3 * state_bytes(model.config, T, 4)
 
 
-def test_the_attention_only_twin_has_as_many_parameters():
+def test_the_attention_only_baseline_has_as_many_parameters():
     config = replace(PRESETS["small"], vocab_size=4096)
     with torch.device("meta"):
-        ours, twin = Hybrid(config).num_parameters(), Hybrid(attention_twin(config)).num_parameters()
-    assert twin == pytest.approx(ours, rel=1e-3) and "M" not in attention_twin(config).hybrid_override_pattern
+        ours, baseline = Hybrid(config).num_parameters(), Hybrid(attention_baseline(config)).num_parameters()
+    assert baseline == pytest.approx(ours, rel=1e-3) and "M" not in attention_baseline(config).hybrid_override_pattern
 
 
 @pytest.mark.parametrize("pattern", ["M-*-", "MM", "*-*-", "ML-L"])
-def test_a_fixed_cache_remembers_the_same(pattern):
+def test_a_static_cache_remembers_the_same(pattern):
     model, ids = build(hybrid_override_pattern=pattern).eval(), draw_ids(2, 30)
     pad = torch.tensor([0, 3])
     with torch.no_grad():
-        moving, fixed = model.new_cache(pad), model.new_cache(pad)
-        for cache in (moving, fixed):
+        moving, static = model.new_cache(pad), model.new_cache(pad)
+        for cache in (moving, static):
             model(ids[:, :10], cache)
-        fixed.fix(20, "cpu")
-        places = [t.data_ptr() for s in fixed.layers if s for t in vars(s).values() if torch.is_tensor(t)]
+        static = to_static(static, 20, "cpu")
+        places = [t.data_ptr() for s in static.states if s for t in vars(s).values() if torch.is_tensor(t)]
         for at, T in ((10, 1), (11, 3), (14, 1)):
-            expected, got = (model(ids[:, at : at + T], cache) for cache in (moving, fixed))
-            assert torch.allclose(got, expected, atol=1e-5)
-        assert fixed.position == 15
-        assert places == [t.data_ptr() for s in fixed.layers if s for t in vars(s).values() if torch.is_tensor(t)]
+            part = ids[:, at : at + T]
+            assert torch.allclose(step(model, part, static), model(part, moving), atol=1e-5)
+        assert static.position == 15
+        assert places == [t.data_ptr() for s in static.states if s for t in vars(s).values() if torch.is_tensor(t)]
 
 
 @pytest.mark.parametrize("pattern", ["M-*-M", "ML-M"])
-def test_of_a_trial_only_what_is_kept_was_read(pattern):
+def test_of_a_speculative_step_only_what_is_accepted_was_read(pattern):
     model, ids = build(hybrid_override_pattern=pattern).eval(), draw_ids(1, 30)
     with torch.no_grad():
         cache = model.new_cache()
         model(ids[:, :10], cache)
-        cache.fix(20, "cpu")
-        cache.trial = True
-        model(torch.cat([ids[:, 10:12], ids[:, 20:22]], dim=1), cache)  # two right, two wrong
-        cache.keep(torch.tensor(1))
-        got = model(ids[:, 12:13], cache)
+        cache = to_static(cache, 20, "cpu")
+        cache.speculative = True
+        decode_step(model, torch.cat([ids[:, 10:12], ids[:, 20:22]], dim=1), cache)  # two accepted, two rejected
+        cache.rollback(torch.tensor(1))
+        got = step(model, ids[:, 12:13], cache)
         assert torch.allclose(got, model(ids[:, :13])[:, -1:], atol=1e-5) and cache.position == 13
 
 
 @pytest.mark.parametrize("draft", [0, 2])
 def test_a_text_outgrows_its_room(monkeypatch, predictor, draft):
     prompt = torch.tensor([[3, 4, 5]])
-    whole = torch.stack(list(predictor.generate(prompt, 60, temperature=0)))
-    monkeypatch.setattr("nano_hybrid.ROOM", 5)
-    assert torch.equal(torch.stack(list(predictor.generate(prompt, 60, temperature=0, draft=draft))), whole)
+    whole = torch.stack(list(generate(predictor, prompt, 60, temperature=0)))
+    monkeypatch.setattr("decoding.CAPACITY", 5)
+    assert torch.equal(torch.stack(list(generate(predictor, prompt, 60, temperature=0, draft=draft))), whole)
 
 
 # ---- rotary positions, passkeys ----
@@ -740,15 +740,15 @@ def test_rotary_scores_are_those_of_complex_numbers_and_relative():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def score(i, j):
-        return (rotate(q, i, 100.0) * rotate(k, j, 100.0)).sum()
+        return (apply_rope(q, i, 100.0) * apply_rope(k, j, 100.0)).sum()
 
     a, b = (torch.complex(*t[0, 0, 0].chunk(2)) for t in (q, k))  # channels (d, d + D/2) as one number
     turns = torch.polar(torch.ones(4).double(), 4 * 100.0 ** -(torch.arange(4).double() / 4))  # 4 positions apart
     assert score(9, 5).item() == pytest.approx((a * b.conj() * turns).real.sum().item())
     assert torch.allclose(score(9, 5), score(1004, 1000)) and not torch.allclose(score(9, 5), score(9, 6))
-    assert torch.equal(rotate(q, 0, 100.0), q)
-    both = rotate(torch.cat([q, k], dim=2), torch.tensor(3), 100.0)
-    assert torch.allclose(both, torch.cat([rotate(q, 3, 100.0), rotate(k, 4, 100.0)], dim=2))
+    assert torch.equal(apply_rope(q, 0, 100.0), q)
+    both = apply_rope(torch.cat([q, k], dim=2), torch.tensor(3), 100.0)
+    assert torch.allclose(both, torch.cat([apply_rope(q, 3, 100.0), apply_rope(k, 4, 100.0)], dim=2))
 
 
 def test_attention_knows_the_order_only_with_rotary_positions(tmp_path):
@@ -767,17 +767,17 @@ def test_attention_knows_the_order_only_with_rotary_positions(tmp_path):
 
 @pytest.mark.parametrize("pattern", ATTENTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("fixed", [False, True])
-def test_a_cache_of_rotary_attention_goes_on_where_it_was(pattern, fixed, dtype):
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_of_rotary_attention_goes_on_where_it_was(pattern, static, dtype):
     model, ids = build(dtype, hybrid_override_pattern=pattern, rotary_base=1e4), draw_ids(2, 20)
     pad = torch.tensor([0, 4])
     with torch.no_grad():
         expected = model(ids), model(ids[1:, 4:])  # the second row begins after its padding
         cache = model.new_cache(pad)
         got = [model(ids[:, :10], cache)]
-        if fixed:
-            cache.fix(24, "cpu")
-        got = torch.cat(got + [model(part, cache) for part in ids[:, 10:].split([1, 3, 6], dim=1)], dim=1)
+        cache = to_static(cache, 24, "cpu") if static else cache
+        forward = step if static else Hybrid.__call__
+        got = torch.cat(got + [forward(model, part, cache) for part in ids[:, 10:].split([1, 3, 6], dim=1)], dim=1)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
     assert torch.allclose(got[:1], expected[0][:1], atol=tolerance)
     assert torch.allclose(got[1:, 4:], expected[1], atol=tolerance)
@@ -801,11 +801,11 @@ def test_the_passkey_study_compares_models_of_a_size(tmp_path, monkeypatch, caps
 def test_a_model_that_remembers_nothing_writes(pattern, draft):
     changes = MOE | MTP | dict(hybrid_override_pattern=pattern, mtp_hybrid_override_pattern="-")
     model, ids = build(**changes), draw_ids(1, 4)
-    texts = [torch.stack(list(model.generate(ids, 9, 0, draft=n))) for n in (0, draft)]
+    texts = [torch.stack(list(generate(model, ids, 9, 0, draft=n))) for n in (0, draft)]
     assert torch.equal(*texts)
 
 
-def test_a_cache_is_fixed_only_when_all_of_it_fits():
+def test_a_cache_becomes_static_only_when_all_of_it_fits():
     model, pad = build(), torch.tensor([0, 5])
     with torch.no_grad():
         cache = model.new_cache(pad)
@@ -813,27 +813,27 @@ def test_a_cache_is_fixed_only_when_all_of_it_fits():
         for room, ready in ((20, False), (2, False), (20, True)):
             if ready:
                 model(draw_ids(2, 3), cache)
-                cache.fix(room, "cpu")
+                assert to_static(cache, room, "cpu").position == 6
             else:
                 with pytest.raises(ValueError, match="does not fit"):
-                    cache.fix(room, "cpu")
+                    to_static(cache, room, "cpu")
 
 
 @pytest.mark.parametrize("options", [dict(draft=-1), dict(prefill_size=0), dict(temperature=math.nan)], ids=str)
 def test_settings_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="need "):
-        next(build(**MTP).generate([[1, 2]], 4, **options))
+        next(generate(build(**MTP), [[1, 2]], 4, **options))
 
 
 def test_a_prompt_without_rows_is_refused():
     for ids in ([3, 4, 5], torch.tensor([3, 4, 5]), []):
         with pytest.raises(ValueError, match="one row"):
-            next(build().generate(ids, 4))
+            next(generate(build(), ids, 4))
 
 
 def test_a_tiny_temperature_is_greedy():
     model, ids = build(), draw_ids(1, 4)
-    assert torch.equal(*(torch.stack(list(model.generate(ids, 9, t))) for t in (0, 1e-40)))
+    assert torch.equal(*(torch.stack(list(generate(model, ids, 9, t))) for t in (0, 1e-40)))
 
 
 # ---- a batch that shrinks
@@ -848,9 +848,9 @@ def early_and_late(n=80):
 @pytest.mark.parametrize("smallest", [32, 2])
 @pytest.mark.parametrize("budget", [None, ThinkingBudget(3, [61, 62], [5, 6, 7], grace=4)], ids=["free", "budget"])
 def test_a_batch_that_shrinks_writes_what_each_row_writes_alone(monkeypatch, smallest, budget):
-    (model, prompts, stop), sizes, select = early_and_late(), [], Cache.select
-    monkeypatch.setattr("nano_hybrid.SMALLEST_CUT", smallest)
-    monkeypatch.setattr(Cache, "select", lambda cache, rows: (sizes.append(len(rows)), select(cache, rows)))
+    (model, prompts, stop), sizes, select = early_and_late(), [], StaticCache.select_batch
+    monkeypatch.setattr("decoding.SMALLEST_CUT", smallest)
+    monkeypatch.setattr(StaticCache, "select_batch", lambda cache, rows: (sizes.append(len(rows)), select(cache, rows)))
     options = dict(temperature=0, stop=stop, budget=budget)
     rows = run(model, prompts, 16, **options)
     assert sizes[0] <= 40 and all(2 * b <= a for a, b in zip(sizes, sizes[1:])) and (len(sizes) > 1) == (smallest == 2)
@@ -864,7 +864,7 @@ def test_a_batch_that_shrinks_writes_what_each_row_writes_alone(monkeypatch, sma
 def test_the_log_probabilities_of_a_batch_that_shrinks():
     (model, prompts, stop), logprobs = early_and_late(), []
     options = dict(temperature=0.8, generator=torch.Generator().manual_seed(0), logprobs=logprobs, stop=stop)
-    tokens = torch.stack(list(model.generate(prompts, 16, **options)), 1)  # [80, 16]
+    tokens = torch.stack(list(generate(model, prompts, 16, **options)), 1)  # [80, 16]
     assert {tuple(found.shape) for found in logprobs} == {(80,)}
     found, size, dropped = torch.stack(logprobs[: tokens.shape[1]], 1), 80, torch.zeros(80, dtype=torch.bool)
     n_left = 80
