@@ -13,7 +13,7 @@ import mdlm_dultra
 from common.canvas import canvas_of, completion_logprob, completions
 from common.data import Tokenizer
 from common.tasks import BLANK, FILL_INS, environment, sample_task, sudoku_grids
-from experiments.mdlm_dultra import aup
+from experiments.mdlm_dultra import Study, aup, plot_frontiers, report, run_study
 from grpo import advantages
 from mdlm_dultra import (
     EPS,
@@ -837,3 +837,18 @@ def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="known: .*sudoku"):
         DUltra(DUltraConfig(task="chess"), Tokenizer("bytes"), 16)
     assert asdict(DUltraConfig())["task"] == "sudoku:4"
+
+
+def test_demo_and_a_study_print_accuracy_and_nfe_of_rules_and_planner(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    mdlm_dultra.demo(pretrain=2, imitate=1, updates=1, puzzles=4)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 10 and table[0].split()[-3:] == ["accuracy", "NFE", "tokens/NFE"]
+    assert table[1].split() == ["top_k:1", table[1].split()[1], "12.00", "1.00"]
+    study = Study("sudoku:8", 32, "*-", None, 2e-3, 2, 16, 32, {"planner": (1, dict(imitate=2))}, 4)
+    rows = run_study(study, 0, "cpu")
+    assert len({row["curve"] for row in rows}) == 6 and all(0 < row["nfe"] <= 8 for row in rows)
+    report(rows, "sudoku:8", 1)
+    assert "lowest NFE at an accuracy of 0.98" in capsys.readouterr().out
+    plot_frontiers(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
