@@ -1,12 +1,12 @@
-"""python -m benchmarks.mdlm_dultra: the statistics that every decoder of masked diffusion reads, timed on a GPU."""
+"""python -m benchmarks.mdlm_dultra: the statistics that every rule of masked diffusion reads, timed on a GPU."""
 
 import json
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import milliseconds
-from mdlm_dultra import softmax_statistics, softmax_statistics_ref
+from benchmarks.harness import milliseconds, provenance
+from unmasking import softmax_statistics, softmax_statistics_ref
 
 
 def bench(N=2048, V=126464):
@@ -25,14 +25,10 @@ def bench(N=2048, V=126464):
     share = copy / 2 / kernel
     print(f"[{N}, {V}] bfloat16: {kernel:.3f} ms, {share:.0%} of the rate of a copy ({copy:.3f} ms: it writes, too);")
     print(f"PyTorch, in blocks of 256 rows: {eager:.2f} ms. Largest error against float64: {worst:.1e}")
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    record = dict(
-        command="python -m benchmarks.mdlm_dultra", machine=machine, kernel_ms=kernel, copy_ms=copy, eager_ms=eager
-    )
+    record = provenance("python -m benchmarks.mdlm_dultra") | dict(kernel_ms=kernel, copy_ms=copy, eager_ms=eager)
     record |= dict(share_of_copy_rate=share, error=worst)
-    (Path(__file__).parent.parent / "assets" / "bench" / "mdlm_statistics.json").write_text(
-        json.dumps(record, indent=1) + "\n"
-    )
+    path = Path(__file__).parent.parent / "assets" / "bench" / "mdlm_statistics.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

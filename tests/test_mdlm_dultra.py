@@ -10,38 +10,45 @@ import torch
 import torch.nn.functional as F
 
 import mdlm_dultra
+from common.canvas import canvas_of, completion_logprob, completions
 from common.data import Tokenizer
 from common.tasks import BLANK, FILL_INS, environment, sample_task, sudoku_grids
+from experiments.mdlm_dultra import Study, aup, plot_frontiers, report, run_study
 from grpo import advantages
 from mdlm_dultra import (
+    EPS,
     DUltra,
     DUltraConfig,
-    ExactPosterior,
     MaskedDiffusionLM,
     UnmaskPlanner,
-    aup,
-    block_ends,
-    canvas_of,
-    completions,
-    decode,
-    entropy_bounded,
-    factor,
-    first_hitting,
-    in_block,
     mdlm_loss,
     nelbo,
     noise_levels,
-    planned,
+    rewards,
+    step_logprob,
+)
+from nano_hybrid import Hybrid, HybridConfig
+from unmasking import (
+    RULES,
+    Decoded,
+    Probs,
+    Step,
+    apply_rule,
+    block_ends,
+    current_block,
+    decode,
+    entropy_bounded,
+    factor,
     planner_logprob,
+    planner_rule,
     random_k,
-    random_ranks,
     rule_of,
     softmax_statistics,
     softmax_statistics_ref,
     threshold,
     top_k,
+    top_positions,
 )
-from nano_hybrid import Hybrid, HybridConfig
 
 TINY = dict(
     vocab_size=8, hidden_size=24, hybrid_override_pattern="*-*-", num_attention_heads=2, num_key_value_heads=1,
@@ -60,18 +67,23 @@ def tiny(positions=None, planner=False, scale=6.0, **changes):
     return model
 
 
-class Joint:
-    """The exact denoiser of an arbitrary joint distribution over short texts: texts [N, T], weights [N]."""
+class ExactPosterior:
+    """What a MaskedDiffusionLM learns to be: the exact model of sequences [N, T] of probabilities weights [N].
+
+    It has what `decode` and the bounds use of a model. weights: default all equal.
+    """
 
     n_layers, planner = 1, None
 
-    def __init__(self, texts, weights, mask_id):
+    def __init__(self, texts, mask_id, weights=None):
+        weights = torch.ones(len(texts)).double() if weights is None else weights
         self.texts, self.weights, self.mask_id = texts, weights / weights.sum(), mask_id
 
     def encode(self, ids, keys=None, kv=None, start=0):
+        """Returns log p [B, T, V] of every token, given what is known; where no sequence agrees, all are alike."""
         agrees = ((ids[:, None] == self.texts) | (ids[:, None] == self.mask_id)).all(-1) * self.weights
         counts = torch.einsum("bn,ntv->btv", agrees, F.one_hot(self.texts, self.mask_id).double())
-        return (counts / agrees.sum(1)[:, None, None]).log().clamp(min=-1e4)
+        return (counts / agrees.sum(1).clamp(min=1e-30)[:, None, None]).log().clamp(min=-1e4)
 
     def logits(self, hidden):
         return hidden
@@ -82,15 +94,26 @@ class Joint:
 
 
 def ternary(T=4, seed=0):
-    """All texts of T letters out of three, with random probabilities."""
+    """All sequences of T letters out of three, with random probabilities."""
     texts = torch.tensor(list(itertools.product(range(3), repeat=T)))
     weights = torch.rand(len(texts), generator=torch.Generator().manual_seed(seed)).double() ** 3 + 1e-3
-    return Joint(texts, weights, 3)
+    return ExactPosterior(texts, 3, weights)
 
 
 def sudoku():
-    """The exact denoiser of the 288 sudokus, digits 0 to 3."""
+    """The exact posterior of the 288 sudokus, digits 0 to 3."""
     return ExactPosterior(torch.tensor([[int(d) - 1 for d in grid] for grid in sudoku_grids()]), 4)
+
+
+def integral_bound(model, ids, maskable, samples, generator):
+    """Returns (mean [B], standard error [B]) of the bound as the loss has it: an integral over t, in nats a row."""
+    draws = []
+    for sample in range(samples):
+        t = EPS + (1 - EPS) * (sample + torch.rand(len(ids), generator=generator)) / samples
+        masked = maskable & (torch.rand(ids.shape, generator=generator) < t[:, None])
+        draws.append(-model.logprobs(ids, masked).sum(1) / t)
+    draws = torch.stack(draws)
+    return draws.mean(0), draws.std(0) / math.sqrt(samples)
 
 
 def subsets(T):
@@ -133,21 +156,18 @@ def test_every_order_costs_the_same_under_the_exact_posterior():
             total += model.logprobs(text, masked)[:, position]
             masked[:, position] = False
         torch.testing.assert_close(total, model.weights[[5, 50]].log())
-    mean, error = nelbo(model, text, form="order", samples=4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mean, -model.weights[[5, 50]].log())
-    assert error.max() < 1e-9
 
 
 @pytest.mark.parametrize("form", ["count", "integral"])
 def test_monte_carlo_of_both_forms_is_the_exact_likelihood(form):
-    model = sudoku()
+    model, bound = sudoku(), nelbo if form == "count" else integral_bound
     ids = model.texts[:3]
-    mean, error = nelbo(model, ids, form=form, samples=600, generator=torch.Generator().manual_seed(1))
+    mean, error = bound(model, ids, torch.ones_like(ids) > 0, 600, torch.Generator().manual_seed(1))
     assert ((mean - math.log(288)).abs() < 4 * error + 0.01).all()  # the integral form leaves out t < EPS
     clues = torch.zeros(3, 16, dtype=torch.bool)
     clues[:, :4] = True
     counts = ((model.texts[:, None] == ids)[..., :4].all(-1)).sum(0)
-    mean, error = nelbo(model, ids, ~clues, form, 600, torch.Generator().manual_seed(2))
+    mean, error = bound(model, ids, ~clues, 600, torch.Generator().manual_seed(2))
     assert ((mean - counts.double().log()).abs() < 4 * error + 0.01).all()
 
 
@@ -192,10 +212,18 @@ def test_noise_levels_are_one_to_a_stratum():
     assert sorted(((1 - (t - 1e-3) / 0.999) * 64).floor().clamp(0, 63).tolist()) == list(range(64))
 
 
-def test_random_ranks_number_the_maskable():
+def test_the_bound_masks_exactly_k_of_the_maskable():
     maskable = torch.tensor([[True, False, True, True], [False, False, False, True]])
-    ranks = random_ranks(maskable, torch.Generator().manual_seed(0))
-    assert sorted(ranks[0].tolist()) == [0, 1, 2, 4] and ranks[0, 1] == 4 and ranks[1].tolist() == [4, 4, 4, 0]
+    seen = []
+
+    class Spy:
+        def logprobs(self, ids, masked, keys):
+            seen.append(masked)
+            return torch.zeros(ids.shape)
+
+    nelbo(Spy(), torch.zeros(2, 4, dtype=torch.int64), maskable, samples=3, generator=torch.Generator().manual_seed(0))
+    assert [m[0].sum().item() for m in seen] == [1, 2, 3] and all((m <= maskable).all() for m in seen)
+    assert all(m[1].tolist() == maskable[1].tolist() for m in seen)
 
 
 def test_mask_is_never_predicted_and_the_loss_learns():
@@ -304,18 +332,18 @@ def test_statistics_kernel_takes_16_bits_strides_and_no_rows():
 # ---- 4, 5. rules and the decoder
 
 
-def test_number_of_forwards():
+def test_nfe_of_rules():
     model = sudoku()
     ids = torch.full((6, 16), 4)
     cases = {threshold(0.0): 1, threshold(1.1): 16, factor(0.0): 16, top_k(1): 16, top_k(3): 6, top_k(5): 4}
-    cases |= {random_k(16): 1, first_hitting(): 16, entropy_bounded(1e9): 1, rule_of("ancestral:1", model): 1}
+    cases |= {random_k(16): 1, random_k(1): 16, entropy_bounded(1e9): 1, rule_of("ancestral:1", model): 1}
     for rule, nfe in cases.items():
         decoded = decode(model, ids, rule, generator=torch.Generator().manual_seed(0))
         assert decoded.nfe.tolist() == [nfe] * 6
         assert (decoded.ids < 4).all() and decoded.order.amax(1).tolist() == [nfe] * 6 and decoded.order.min() == 1
 
 
-@pytest.mark.parametrize("spec", [*mdlm_dultra.RULES])
+@pytest.mark.parametrize("spec", [*RULES])
 @pytest.mark.parametrize("block_size", [None, 5])
 def test_every_rule_ends_keeps_what_is_known_and_treats_rows_alone(spec, block_size):
     model = tiny(positions=16, planner=True)
@@ -342,8 +370,8 @@ def test_every_rule_ends_keeps_what_is_known_and_treats_rows_alone(spec, block_s
 def test_rules_choose_by_their_definition():
     confidence = torch.tensor([[0.99, 0.95, 0.5, 0.9, 0.2]])
     eligible = torch.tensor([[True, True, True, True, False]])
-    probs = mdlm_dultra.Probs(confidence, None, torch.tensor([[0.04, 0.2, 0.9, 0.05, 0.0]]), 1 - confidence)
-    step = mdlm_dultra.Step(None, None, torch.tensor([[0.3, 0.1, 0.9, 0.25, 0.0]]), None, 7, None)
+    probs = Probs(confidence, None, torch.tensor([[0.04, 0.2, 0.9, 0.05, 0.0]]), 1 - confidence)
+    step = Step(None, None, torch.tensor([[0.3, 0.1, 0.9, 0.25, 0.0]]), None, 7, None)
 
     def chosen(rule):
         return (rule(probs, eligible, step) & eligible)[0].nonzero().flatten().tolist()
@@ -419,7 +447,7 @@ def test_blocks_are_decoded_in_order():
     assert block_ends(ids, 7, 5) == [7, 12] and block_ends(ids, 7) == [12]
     assert (order[:, 2:7].amax(1) < order[:, 7:].amin(1).clamp(max=99)).all()
     for s in range(1, int(order.max()) + 1):
-        eligible = in_block(order >= s, 5)
+        eligible = current_block(order >= s, 5)
         assert eligible[order == s].all() and (eligible.sum(1) <= 5).all()
 
 
@@ -444,7 +472,7 @@ def test_cache_is_exact_where_nothing_cached_can_change(cache, monkeypatch):
     """Attention that sees only its own block and those before it, prefix; and its own block alone, dual."""
     forward = mdlm_dultra.BidirectionalAttention.forward
 
-    def block_causal(self, x, view, _=None):
+    def block_causal(self, x, view, attention_mask=None):
         attend, T, start = F.scaled_dot_product_attention, x.shape[1], view.start
 
         def with_mask(q, k, v, attn_mask=None, **options):
@@ -464,7 +492,7 @@ def test_cache_is_exact_where_nothing_cached_can_change(cache, monkeypatch):
 
         def rule(p, eligible, step, probs=probs):
             probs.append(p.entropy)
-            return mdlm_dultra.best(p.confidence, eligible, 1)
+            return top_positions(p.confidence, eligible, 1)
 
         decode(model, ids, rule, block_size=4, cache=kind)
     assert len(seen[None]) == 8
@@ -502,7 +530,7 @@ def test_probabilities_of_all_actions_add_up_to_one():
     authors = torch.where(actions[:, :4], p, 1 - p).prod(1)
     assert authors.sum().item() < 0.99
     # and they are the frequencies of what is drawn
-    rule, step = planned(lambda *_: z.expand(40000, -1)), mdlm_dultra.Step(
+    rule, step = planner_rule(lambda *_: z.expand(40000, -1)), Step(
         torch.zeros(40000, 5), None, None, None, 7, torch.Generator().manual_seed(0)
     )  # fmt: skip
     drawn = rule(None, eligible.expand(40000, -1), step)
@@ -614,7 +642,7 @@ def test_replayed_steps_have_the_log_probability_they_were_drawn_with(joint, blo
     drawn = []
 
     def remembering(planner):
-        rule = planned(planner)
+        rule = planner_rule(planner)
 
         def spy(probs, eligible, step):
             action = rule(probs, eligible, step)
@@ -629,13 +657,13 @@ def test_replayed_steps_have_the_log_probability_they_were_drawn_with(joint, blo
 
         return spy
 
-    monkeypatch.setattr(mdlm_dultra, "planned", remembering)
+    monkeypatch.setattr(mdlm_dultra, "planner_rule", remembering)
     batch = found.batch(model, 5)
     replayed = {}
     order, ids = batch["order"], batch["ids"]
     for s in range(1, int(order.max()) + 1):
         rows = (order.amax(1) >= s).nonzero().flatten()
-        logprob = found.step_logprob(model, batch, rows, torch.full_like(rows, s))
+        logprob = step_logprob(model, batch, rows, torch.full_like(rows, s), found.settings)
         before = ids[rows].masked_fill(order[rows] >= s, model.mask_id)
         for text, value in zip(before.tolist(), logprob.tolist()):
             replayed.setdefault(tuple(text), []).append(value)
@@ -644,7 +672,7 @@ def test_replayed_steps_have_the_log_probability_they_were_drawn_with(joint, blo
         for text, value in zip(texts.tolist(), logprob.tolist()):
             assert min(abs(value - other) for other in replayed[tuple(text)]) < 1e-4
             count += 1
-    assert count == sum(map(len, replayed.values())) == int(batch["numbers"]["nfe"] * 32 + 0.5)
+    assert count == sum(map(len, replayed.values())) == int(batch["metrics"]["nfe"] * 32 + 0.5)
 
 
 @pytest.mark.parametrize(("joint", "block_size"), [(False, None), (True, None), (False, 4), (True, 4)])
@@ -671,13 +699,13 @@ def test_loss_is_the_formula():
     for floor in (None, 0.0):
         found, model = objective(efficiency=2.0, advantage_floor=floor)
         batch = found.batch(model, 3)
-        R = (batch["numbers"]["train_reward"]).item()
-        assert R == pytest.approx(-2.0 * batch["numbers"]["nfe"].item() / 8, abs=0.05)
+        R = (batch["metrics"]["train_reward"]).item()
+        assert R == pytest.approx(-2.0 * batch["metrics"]["nfe"].item() / 8, abs=0.05)
         loss, _ = found.loss(model, batch)
         wanted = torch.zeros(())
         for s in range(1, int(batch["order"].max()) + 1):
             rows = (batch["order"].amax(1) >= s).nonzero().flatten()
-            logprob = found.step_logprob(model, batch, rows, torch.full_like(rows, s))
+            logprob = step_logprob(model, batch, rows, torch.full_like(rows, s), found.settings)
             wanted = wanted - (logprob * batch["advantages"][rows]).sum() / (32 * 8)
         parameters = list(model.planner.parameters())
         for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(wanted, parameters)):
@@ -696,8 +724,8 @@ def test_tokens_that_are_no_text_are_not_free():
 
 
 def test_imitation_knows_that_something_is_always_written():
-    probs = mdlm_dultra.Probs(torch.tensor([[0.4, 0.6, 0.5]]), None, None, None)
-    assert mdlm_dultra.chosen(threshold(0.9), probs, torch.ones(1, 3, dtype=torch.bool)).tolist() == [
+    probs = Probs(torch.tensor([[0.4, 0.6, 0.5]]), None, None, None)
+    assert apply_rule(threshold(0.9), probs, torch.ones(1, 3, dtype=torch.bool)).tolist() == [
         [False, True, False]
     ]
 
@@ -735,12 +763,12 @@ def test_a_planner_tells_positions_apart():
 
 
 def test_rewards_add_or_multiply(tmp_path):
-    decoded = mdlm_dultra.Decoded(None, torch.tensor([4, 2]), torch.ones(2, 8), None)
+    decoded = Decoded(None, torch.tensor([4, 2]), torch.ones(2, 8), None)
     right = torch.tensor([1.0, 0.0])
     found, _ = objective(efficiency=0.5)
-    assert found.rewards(right, decoded, None).tolist() == [0.75, -0.125]
+    assert rewards(right, decoded, found.settings).tolist() == [0.75, -0.125]
     found, _ = objective(efficiency=0.5, reward="multiplicative")
-    assert found.rewards(right, decoded, None).tolist() == [0.75, 0]
+    assert rewards(right, decoded, found.settings).tolist() == [0.75, 0]
 
 
 def test_teacher_scores_completions(tmp_path):
@@ -750,7 +778,8 @@ def test_teacher_scores_completions(tmp_path):
     found, model = objective("add:2", teacher=str(tmp_path), distill_coef=0.5)
     tasks = found.tasks(0, 4)
     solved = found.canvas(model, tasks).solved
-    logprob = found.teacher_logprob(tasks, solved)
+    texts = completions(tasks, solved, found.tokenizer, found.env.max_new_tokens)
+    logprob = completion_logprob(found.teacher, tasks, texts, found.tokenizer)
     for task, value in zip(tasks, logprob.tolist()):
         ids = torch.tensor([[256, *task.prompt.encode(), *task.demonstration.encode(), 256]])
         logp = found.teacher(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
@@ -808,3 +837,18 @@ def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="known: .*sudoku"):
         DUltra(DUltraConfig(task="chess"), Tokenizer("bytes"), 16)
     assert asdict(DUltraConfig())["task"] == "sudoku:4"
+
+
+def test_demo_and_a_study_print_accuracy_and_nfe_of_rules_and_planner(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    mdlm_dultra.demo(pretrain=2, imitate=1, updates=1, puzzles=4)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 10 and table[0].split()[-3:] == ["accuracy", "NFE", "tokens/NFE"]
+    assert table[1].split() == ["top_k:1", table[1].split()[1], "12.00", "1.00"]
+    study = Study("sudoku:8", 32, "*-", None, 2e-3, 2, 16, 32, {"planner": (1, dict(imitate=2))}, 4)
+    rows = run_study(study, 0, "cpu")
+    assert len({row["curve"] for row in rows}) == 6 and all(0 < row["nfe"] <= 8 for row in rows)
+    report(rows, "sudoku:8", 1)
+    assert "lowest NFE at an accuracy of 0.98" in capsys.readouterr().out
+    plot_frontiers(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
