@@ -393,7 +393,7 @@ def latent_moe():
     found = record("latent_moe")["demo"]
     rows = []
     for who, (E, K, width, loss, std, gap, gap_std, ms, load) in found["rows"].items():
-        beside = printed([gap, gap_std]) if gap else ""
+        beside = f"{gap:+.3f} ± {gap_std:.3f}" if gap else ""
         rows.append([who, f"{E}, {K}, {width}", printed([loss, std]), beside, f"{ms:.0f}", f"{load:.2f}"])
     head = ["layer", "experts, of them used, width", "loss, nats", "difference", "ms/step", "busiest expert / mean"]
     return f"""## Mixtures of experts
@@ -438,8 +438,8 @@ differ in reward become rare, and nothing is left to learn from.
 
 
 def reward_table(run):
-    """Returns the table of a run's held-out rewards by step: at most ten steps."""
-    steps = list(run["rewards"])
+    """Returns the table of a run's held-out rewards by step, from the last demonstrations on: at most ten steps."""
+    steps = [step for step in run["rewards"] if int(step) >= run["warm_start"]]
     kept = [step for i, step in enumerate(steps) if i % (len(steps) // 9 + 1) == 0 or step == steps[-1]]
     names = [name for name in run["rewards"][steps[0]] if name != "reward"]
     rows = [[step, *(f"{run['rewards'][step][name]:.3f}" for name in names)] for step in kept]
@@ -565,7 +565,8 @@ def diffusion():
     """Returns the section on masked diffusion: mdlm_dultra.json, mdlm_text.json, mdlm_statistics.json."""
     found = record("mdlm_dultra")
     parts = [frontier(found, task, part) for task, part in found["studies"].items()]
-    parts += [frontier(found, f"{task}, another layout", part) for task, part in found.get("earlier", {}).items()]
+    for task, part in found.get("earlier", {}).items():
+        parts.append(frontier(found, f"{task}, steps as a prompt", part, by_seed=True))
     tables = "\n\n".join(parts)
     return f"""## Masked diffusion
 
@@ -586,21 +587,28 @@ bound, and with the backbone one seed of three needs fewer; after joint training
 {statistics_kernel()}"""
 
 
-def frontier(found, task, part):
-    """Returns the table of accuracy against forward passes on one task."""
-    curves = {}
-    for row in part["rows"]:
+def frontier(found, task, part, by_seed=False):
+    """Returns the table of accuracy against forward passes on one task; settings with equal results share a row.
+
+    by_seed: list the seeds' values instead of their mean and spread, as where one seed did not learn the task.
+    """
+
+    def cell(values, digits):
+        return ", ".join(f"{x:.{digits}f}" for x in values) if by_seed else spread(values, digits)
+
+    curves, rows = {}, {}
+    for row in sorted(part["rows"], key=lambda row: row["seed"]):
         curves.setdefault((row["curve"], row["setting"]), []).append(row)
-    rows = []
     for (curve, setting), at in curves.items():
-        nfe = [row["nfe"] for row in at]
-        rows.append([curve, f"`{setting}`", spread([row["accuracy"] for row in at]), spread(nfe, 2), len(at)])
+        results = cell([row["accuracy"] for row in at], 3), cell([row["nfe"] for row in at], 2), len(at)
+        rows.setdefault((curve, *results), []).append(setting)
+    lines = [[curve, ", ".join(f"`{s}`" for s in settings), *results] for (curve, *results), settings in rows.items()]
     seconds = f" {part['seconds']} s." if "seconds" in part else ""
     return f"""### {task}
 
 {sources(part, command=found["command"])}{seconds}
 
-{table(["what decides", "setting", "right", "NFE", "seeds"], rows)}"""
+{table(["what decides", "setting", "right", "NFE", "seeds"], lines)}"""
 
 
 def diffusion_text():
@@ -654,9 +662,9 @@ def render():
     """Returns the text of RESULTS.md."""
     head = """# Results
 
-Every measured number of this repository, rendered from the records in [`assets/bench`](assets/bench) by `python -m
-benchmarks.report`. A "-" stands for what a record does not say: the commit, mostly. Commands are today's; a record is
-as old as its commit.
+Every measured number of this repository, rendered from the records in [`assets/bench`](assets/bench) by
+`python -m benchmarks.report`. A "-" stands for what a record does not say: the commit, mostly. Commands are spelt as
+they are today.
 """
     return head + "\n" + "\n\n".join(section() for section in SECTIONS) + "\n"
 
