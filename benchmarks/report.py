@@ -1,7 +1,7 @@
 """Renders RESULTS.md from the records in assets/bench/*.json, and the `Files` lines of the paper files.
 
     python -m benchmarks.report            # writes RESULTS.md
-    python -m benchmarks.report --files    # counts the lines that a copier of each paper file takes along
+    python -m benchmarks.report --files    # writes what a copier of each paper file takes along, and how many lines
 
 A section is a function that returns its text. Every measured number in it comes from a record; what stands here in
 words is how to read a table, and what it says of a paper's claim.
@@ -11,6 +11,7 @@ import ast
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -19,7 +20,46 @@ BENCH = ROOT / "assets" / "bench"
 
 # ---- 1. what a copier takes along ------------------------------------------------------------------------
 
-FILES_LINE = re.compile(r"^(Files\s+)(\S+\.py(?:\s*\+\s*\S+)*)(:\s+)([\d,]+)( lines in all)", flags=re.M)
+ENGINE = {"kernels", "expert_kernels", "decode_kernels", "decoding", "train", "sample"}  # at top level, and not papers
+FILES_LINE = re.compile(r"^Files\s+(.+?):\s+([\d,]+) lines in all", flags=re.M | re.S)
+
+
+def is_main_block(node):
+    """Returns whether a statement is `if __name__ == "__main__":`."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+def imports(path):
+    """Returns the set of files of ours that a file imports, within functions too, but not in its __main__ block.
+
+    Raises ValueError at a relative import.
+    """
+    names = set()
+    statements = [s for s in ast.parse(path.read_text(encoding="utf-8")).body if not is_main_block(s)]
+    for node in (node for statement in statements for node in ast.walk(statement)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"{path.name}:{node.lineno}: a relative import")
+            names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    files = {ROOT / f"{name.replace('.', '/')}.py" for name in names}
+    return {file for file in files if file.exists()} - {path}
+
+
+def needed_files(path):
+    """Returns the files that a copier of a paper file takes along: itself, what it imports, and what that imports."""
+    found, new = [path], [path]
+    while new:
+        reached = {file for one in new for file in imports(one)}.difference(found)
+        new = sorted(reached, key=lambda file: (file.parent != ROOT, file.name))
+        found += new
+    return [file for file in found if file.parent == ROOT] + [file for file in found if file.parent != ROOT]
+
+
+def lines_of(paths):
+    """Returns how many lines these files have together, as `wc -l` counts them."""
+    return sum(path.read_bytes().count(b"\n") for path in paths)
 
 
 def files_line(path):
@@ -29,30 +69,28 @@ def files_line(path):
     """
     found = FILES_LINE.search(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
     if not found:
-        raise ValueError(f"{path.name}: its docstring has no line `Files    {path.name} + ...: N lines in all`")
-    return [name.strip() for name in found[2].split("+")], int(found[4].replace(",", ""))
+        raise ValueError(f"{path.name}: no `Files` line in its docstring; run python -m benchmarks.report --files")
+    return re.split(r"[\s+,]+", found[1]), int(found[2].replace(",", ""))
 
 
-def copied_files(path):
-    """Returns the paths that the `Files` line of a paper file names; `common/` is every Python file of that folder."""
-    names, _ = files_line(path)
-    folders = {name: sorted((ROOT / name).glob("*.py")) for name in names if name.endswith("/")}
-    return [file for name in names for file in folders.get(name, [ROOT / name])]
+def write_files_line(path):
+    """Writes the needed files and their true number of lines into a paper file's docstring."""
+    text = path.read_text(encoding="utf-8")
+    if not FILES_LINE.search(text):  # a new one is the last line of the docstring
+        end = text.index('"""', text.index('"""') + 3)
+        text = text[:end] + f"Files    {path.name}: 0 lines in all\n" + text[end:]
+    names = [file.relative_to(ROOT).as_posix() for file in needed_files(path)]
+    for _ in range(2):  # the first round may change the number of lines of this file itself
+        line = f"Files    {' + '.join(names)}: {lines_of(needed_files(path)):,} lines in all"
+        line = textwrap.fill(line, 116, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
+        text = FILES_LINE.sub(lambda _, line=line: line, text, count=1)
+        path.write_text(text, encoding="utf-8")
+    print(line)
 
 
-def lines_of(paths):
-    """Returns how many lines these files have together, as `wc -l` counts them."""
-    return sum(path.read_bytes().count(b"\n") for path in paths)
-
-
-def write_files_lines():
-    """Writes the true number of lines into every `Files` line at top level."""
-    for path in sorted(ROOT.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if FILES_LINE.search(text):
-            lines = f"{lines_of(copied_files(path)):,}"
-            path.write_text(FILES_LINE.sub(rf"\g<1>\g<2>\g<3>{lines}\g<5>", text, count=1), encoding="utf-8")
-            print(f"{path.name}: {lines} lines in all")
+def papers():
+    """Returns the paper files: what is at top level and no engine."""
+    return [path for path in sorted(ROOT.glob("*.py")) if path.stem not in ENGINE]
 
 
 # ---- 2. records and tables -------------------------------------------------------------------------------
@@ -671,7 +709,9 @@ they are today.
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--files"]:
-        write_files_lines()
+        for _ in range(2):  # a line that was added changes the count of the files that need this one
+            for paper in papers():
+                write_files_line(paper)
     elif sys.argv[1:]:
         sys.exit("python -m benchmarks.report takes --files, or nothing")
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import copied_files, files_line, lines_of
+from benchmarks.report import files_line, imports, lines_of, needed_files, papers
 from conftest import ROOT
 
 # ---- 1. the tree ------------------------------------------------------------------------------------------
@@ -25,10 +25,13 @@ FLOORS = {
     "train": 6, "sample": 6,
 }  # fmt: skip
 FOLDERS = {"common": 0, "experiments": 6, "benchmarks": 6}  # the floor of each folder's modules
-WITHIN = {"common": {"common"}, "experiments": {"experiments", "benchmarks"}, "benchmarks": {"benchmarks"}}
+WITHIN = {
+    "common": {"common"},
+    "experiments": {"experiments", "benchmarks"},
+    "benchmarks": {"experiments", "benchmarks"},
+}
 SAME_FLOOR = {"expert_kernels": {"kernels"}, "common": {"kernels"}}  # who may import whom on its own floor
 LAYERS = {"ssd", "lla", "latent_moe", "nvfp4", "decode_kernels", "unmasking"}  # these import kernels, and nothing else
-ENGINE = {"kernels", "expert_kernels", "decode_kernels", "decoding", "train", "sample"}  # not papers
 
 LIMITS = {"train.py": 500, "kernels.py": 1200, "expert_kernels.py": 1000, "decode_kernels.py": 1000, "ssd.py": 1000,
           "lla.py": 1000, "nvfp4.py": 1000}  # fmt: skip
@@ -36,7 +39,6 @@ PAPER_LIMIT, FUNCTION_LIMIT, CLASS_LIMIT, README_LIMIT = 700, 60, 200, 200
 
 TOP = sorted(ROOT.glob("*.py"))
 FILES = TOP + [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
-PAPERS = [path for path in TOP if path.stem not in ENGINE]
 
 
 def name_of(path):
@@ -58,26 +60,9 @@ def parsed(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def is_main_block(node):
-    """Returns whether the statement is `if __name__ == "__main__":`."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-
-
-def imports(path):
-    """Returns the set of our modules that a file imports anywhere, functions included, but for its __main__ block."""
-    found = set()
-    for statement in parsed(path).body:
-        if is_main_block(statement):
-            continue
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                within = {f"{node.module}.{alias.name}" for alias in node.names}
-                found.update(within & MODULES.keys() or {node.module})
-            elif isinstance(node, ast.ImportFrom):
-                raise AssertionError(f"{path.name}:{node.lineno}: a relative import")
-    return found & MODULES.keys()
+def modules(path):
+    """Returns the set of our modules that a file imports."""
+    return {name_of(file) for file in imports(path)}
 
 
 def floor(module):
@@ -106,14 +91,14 @@ def test_every_file_has_its_floor(path):
 @each(FILES)
 def test_imports_run_down_the_floors(path):
     module = name_of(path)
-    up = [other for other in sorted(imports(path)) if other != module and not may_import(module, other)]
+    up = [other for other in sorted(modules(path)) if not may_import(module, other)]
     if module.split(".")[0] in ("experiments", "benchmarks"):
         up = [other for other in up if other not in ("train", "sample")]  # an experiment runs the whole house
     assert not up, f"{module} imports {', '.join(up)}"
 
 
 def test_imports_go_in_no_circle():
-    edges = {name: imports(path) - {name} for name, path in MODULES.items()}
+    edges = {name: modules(path) for name, path in MODULES.items()}
     while leaves := [name for name, others in edges.items() if not others]:
         edges = {name: others.difference(leaves) for name, others in edges.items() if name not in leaves}
     assert not edges, f"these import each other: {edges}"
@@ -159,7 +144,7 @@ def test_what_is_public_is_explained(path):
 
 # ---- 3. a paper file can be copied ------------------------------------------------------------------------
 
-EXAMPLES = {  # ten lines with each, run in a folder that holds the files its docstring names and nothing else
+EXAMPLES = {  # ten lines with each, run in a folder with the files that its docstring names and nothing else
     "ssd.py": """
         from ssd import ssd, ssd_recurrent_ref
         x, dt = torch.randn(2, 37, 4, 8), torch.rand(2, 37, 4)
@@ -217,30 +202,29 @@ EXAMPLES = {  # ten lines with each, run in a folder that holds the files its do
         assert (done.ids != model.mask_id).all() and 1 <= done.nfe.item() <= 16
     """,
     "unmasking.py": """
-        from unmasking import threshold, softmax_statistics
-        probs = softmax_statistics(torch.randn(2, 5, 11))
-        assert probs.confidence.shape == (2, 5)
-        eligible = torch.tensor([[True] * 5, [False] * 4 + [True]])
-        assert (threshold(0.9)(probs, eligible) & ~eligible).sum() == 0
+        from unmasking import softmax_statistics, threshold
+        logits = torch.randn(10, 11)
+        probs = softmax_statistics(logits)
+        torch.testing.assert_close(probs.confidence, logits.softmax(1).amax(1))
+        assert torch.equal(threshold(0.5)(probs, torch.ones(10, dtype=bool), None), probs.confidence >= 0.5)
     """,
 }
 
 
-@each(PAPERS)
+@each(papers())
 def test_a_paper_file_says_what_a_copier_takes_along(path):
-    named, count = files_line(path)
-    assert named[0] == path.name, f"{path.name}: its Files line begins with {named[0]}"
-    true = lines_of(copied_files(path))
-    assert count == true, f"{path.name} says {count} lines, they are {true}: run python -m benchmarks.report --files"
+    files = needed_files(path)
+    true = [file.relative_to(ROOT).as_posix() for file in files], lines_of(files)
+    assert files_line(path) == true, "run python -m benchmarks.report --files"
 
 
-@each(PAPERS)
+@each(papers())
 def test_a_paper_file_runs_where_only_its_files_are(path, tmp_path):
     assert path.name in EXAMPLES, f"give {path.name} ten lines in EXAMPLES"
-    for source in copied_files(path):
-        target = tmp_path / source.relative_to(ROOT)
+    for name in files_line(path)[0]:
+        target = tmp_path / name
         target.parent.mkdir(exist_ok=True)
-        shutil.copy(source, target)
+        shutil.copy(ROOT / name, target)
     code = "import torch\n" + textwrap.dedent(EXAMPLES[path.name])
     bare = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     bare |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": ""}
@@ -254,6 +238,6 @@ def test_the_rules_find_what_they_forbid(tmp_path):
     path = Path(tmp_path / "x.py")
     path.write_text(source)
     assert too_long(path, ast.FunctionDef, FUNCTION_LIMIT) == ["f (line 2): 62 lines"]
-    assert imports(path) == {"ssd"}
+    assert imports(path) == {ROOT / "ssd.py"}
     assert not may_import("ssd", "lla") and not may_import("nano_hybrid", "decoding") and may_import("grpo", "decoding")
     assert not may_import("ssd", "common.data") and not may_import("sample", "train") and may_import("train", "grpo")

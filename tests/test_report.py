@@ -54,15 +54,18 @@ def test_no_measured_number_stands_in_the_renderer():
             assert found <= allowed, (node.lineno, found - allowed)
 
 
-def test_the_line_of_files_is_read_and_counted(tmp_path, monkeypatch):
+def test_the_line_of_files_is_rendered(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "data.py").write_text("1\n2\n")
-    (tmp_path / "base.py").write_text("1\n")
+    (tmp_path / "base.py").write_text("from common import data\n")
     paper = tmp_path / "paper.py"
-    paper.write_text('"""A paper.\n\nFiles    paper.py + base.py + common/: 0 lines in all\n"""\n')
-    assert report.files_line(paper) == (["paper.py", "base.py", "common/"], 0)
-    report.write_files_lines()
-    assert report.files_line(paper)[1] == 4 + 1 + 2
-    with pytest.raises(ValueError, match="no line `Files"):
-        report.files_line(tmp_path / "base.py")
+    paper.write_text('"""A paper.\n\nLimits   none\n"""\n\nimport base\n')
+    with pytest.raises(ValueError, match="no `Files` line"):
+        report.files_line(paper)
+    for _ in range(2):
+        report.write_files_line(paper)
+        assert report.files_line(paper) == (["paper.py", "base.py", "common/data.py"], 7 + 1 + 2)
+    assert paper.read_text().count("Files") == 1
+    paper.write_text('"""A paper.\n\nFiles    paper.py, base.py +\n         common/: 9,999 lines in all\n"""\n')
+    assert report.files_line(paper) == (["paper.py", "base.py", "common/"], 9999)
