@@ -245,7 +245,7 @@ def decoding():
     """Returns the section on generation: writing.json."""
     found = record("writing")
     rows = [[*origin(found, row), what, *decoding_cells(row)] for what, row in decoding_rows(found)]
-    ours, theirs = found["1B, 8K in, 16K out"], found["its attention-only twin"]
+    ours, theirs = found["1B, 8K in, 16K out"], found["its attention-only baseline"]
     head = ["command", "card", "torch", "commit", "what", "tokens/s", "remark"]
     return f"""## Decoding
 
@@ -267,7 +267,7 @@ def decoding_rows(found):
     """Returns [(what, row)] of the records of writing.json that are rates."""
     names = {
         "1B, 8K in, 16K out": "1B, 8,192 tokens in, 16,384 out",
-        "its attention-only twin": "its attention-only baseline",
+        "its attention-only baseline": "its attention-only baseline",
         "small, one text": "`small`, one sequence, greedy", "the same through transformers": "the same, `transformers`",
         "1B, one text": "1B, one sequence, greedy", "small, reading": "`small`, prefill of 64 prompts of 1,024",
         "small, a million tokens": "`small`, one sequence after 1,000,000 tokens",
@@ -658,10 +658,12 @@ def diffusion_text():
         bpb = printed([run["val_bpb"], run.get("val_error")])
         trained.append([*origin(found, machine, run), bpb, run["seconds"], short(run.get("tokens_per_s"))])
     rates = [
-        [row["rule"], row["texts"], row["forwards"], row["tokens_per_forward"], row["tokens_per_s"]]
+        [row["rule"], row["sequences"], row["nfe"], row["tokens_per_forward"], row["tokens_per_s"]]
         for row in found["writing"]["rows"]
     ]
-    rates += [["autoregressive, cache and CUDA graphs", n, "", 1, x] for n, x in found["twin"]["tokens_per_s"].items()]
+    rates += [
+        ["autoregressive, cache and CUDA graphs", n, "", 1, x] for n, x in found["baseline"]["tokens_per_s"].items()
+    ]
     head = ["command", "card", "torch", "commit", "bits per byte", "seconds", "tokens/s"]
     return f"""### Text
 
@@ -670,7 +672,7 @@ Masked diffusion (an upper bound on its bits per byte) and an autoregressive mod
 
 {table(head, trained)}
 
-Sampling. {sources(found["writing"], found["twin"], machine=found["machine"], commit=found["commit"])}
+Sampling. {sources(found["writing"], found["baseline"], machine=found["machine"], commit=found["commit"])}
 
 {table(["rule", "sequences", "NFE", "tokens per pass", "tokens/s"], rates)}
 
