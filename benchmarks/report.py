@@ -238,6 +238,24 @@ Misses: inside a compiled model the plain norm stays with the compiler, which is
 little with backward."""
 
 
+def ssd_claims():
+    """Returns the section on the claims of SSD's paper: ssd_claims.json, or nothing where it was not measured."""
+    if not (BENCH / "ssd_claims.json").exists():
+        return ""
+    found = record("ssd_claims")
+    lengths = sorted({int(T) for by in found["ms"].values() for T in by})
+    rows = [[who, *(short(by.get(str(T))) for T in lengths)] for who, by in found["ms"].items()]
+    return f"""## SSD's claims
+
+The forms of the scan and softmax attention, forward. [`ssd_claims.json`](assets/bench/ssd_claims.json). {sources(found)}
+
+{table(["claim", "the paper, A100", "here"], found["claims"])}
+
+Milliseconds by length:
+
+{table(["", *(f"{T:,}" for T in lengths)], rows)}"""
+
+
 # ---- 5. decoding -----------------------------------------------------------------------------------------
 
 
@@ -428,21 +446,27 @@ Peak memory in MiB by tokens, forward + backward. {sources(memory)}
 
 def latent_moe():
     """Returns the section on what mixtures of experts learn: latent_moe.json."""
-    found = record("latent_moe")["demo"]
+    found = record("latent_moe")
+    tables = "\n\n".join(latent_moe_table(found[key]) for key in ("demo", "demo_cpu") if key in found)
+    return f"""## Mixtures of experts
+
+A Transformer with the standard layer, and with LatentMoE layers of equal active parameters; validation loss, and its
+difference from the standard layer seed by seed. [`latent_moe.json`](assets/bench/latent_moe.json).
+
+{tables}
+
+Among the latent layers the order on the GPU is the paper's: alpha 4 before alpha 8, and more experts before as many.
+Miss: all of them are behind the standard layer, where the paper's, thousands of times larger, are ahead of it."""
+
+
+def latent_moe_table(found):
+    """Returns the table of one machine's mixtures of experts."""
     rows = []
     for who, (E, K, width, loss, std, gap, gap_std, ms, load) in found["rows"].items():
         beside = f"{gap:+.3f} ± {gap_std:.3f}" if gap else ""
         rows.append([who, f"{E}, {K}, {width}", printed([loss, std]), beside, f"{ms:.0f}", f"{load:.2f}"])
     head = ["layer", "experts, of them used, width", "loss, nats", "difference", "ms/step", "busiest expert / mean"]
-    return f"""## Mixtures of experts
-
-A Transformer with the standard layer, and with LatentMoE layers of equal active parameters; validation loss, and its
-difference from the standard layer seed by seed. [`latent_moe.json`](assets/bench/latent_moe.json). {sources(found)}
-
-{table(head, rows)}
-
-Among the latent layers the order is the paper's: alpha 4 before alpha 8, and more experts before as many. Miss: all
-of them are behind the standard layer here, where the paper's, thousands of times larger, are ahead of it."""
+    return f"{sources(found)}\n\n{table(head, rows)}"
 
 
 # ---- 7. rewards ------------------------------------------------------------------------------------------
@@ -641,7 +665,7 @@ def frontier(found, task, part, by_seed=False):
         results = cell([row["accuracy"] for row in at], 3), cell([row["nfe"] for row in at], 2), len(at)
         rows.setdefault((curve, *results), []).append(setting)
     lines = [[curve, ", ".join(f"`{s}`" for s in settings), *results] for (curve, *results), settings in rows.items()]
-    seconds = f" {part['seconds']} s." if "seconds" in part else ""
+    seconds = f" {part['seconds']:.0f} s." if "seconds" in part else ""
     return f"""### {task}
 
 {sources(part, command=found["command"])}{seconds}
@@ -695,7 +719,7 @@ Confidence, entropy, margin and token of bfloat16 logits [8 x 256, 126,464]: LLa
 
 # ---- 9. the page -----------------------------------------------------------------------------------------
 
-SECTIONS = (training, models, kernels, decoding, passkey, lla, latent_moe, rewards, studies, diffusion)
+SECTIONS = (training, models, kernels, ssd_claims, decoding, passkey, lla, latent_moe, rewards, studies, diffusion)
 
 
 def render():
@@ -706,7 +730,7 @@ Every measured number of this repository, rendered from the records in [`assets/
 `python -m benchmarks.report`. A "-" stands for what a record does not say: the commit, mostly. Commands are spelt as
 they are today.
 """
-    return head + "\n" + "\n\n".join(section() for section in SECTIONS) + "\n"
+    return head + "\n" + "\n\n".join(filter(None, (section() for section in SECTIONS))) + "\n"
 
 
 if __name__ == "__main__":

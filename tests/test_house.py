@@ -19,7 +19,7 @@ FLOORS = {
     "kernels": 0, "expert_kernels": 0,
     "ssd": 1, "lla": 1, "latent_moe": 1, "nvfp4": 1, "decode_kernels": 1, "unmasking": 1, "arena_hard": 1, "mmmg": 1,
     "nano_hybrid": 2, "ppe": 2,
-    "decoding": 3,
+    "decoding": 3, "rollouts": 3,
     "grpo": 4, "minitron": 4,
     "mdlm_dultra": 5, "ppo_calibration": 5, "asearcher": 5,
     "train": 6, "sample": 6,
@@ -203,6 +203,13 @@ EXAMPLES = {  # ten lines with each, run in a folder with the files that its doc
         masked = torch.full((1, 16), model.mask_id)
         done = decode(model, masked, threshold(0.9))
         assert (done.ids != model.mask_id).all() and 1 <= done.nfe.item() <= 16
+    """,
+    "rollouts.py": """
+        from rollouts import dpo_loss
+        chosen, rejected = torch.randn(2, 5, requires_grad=True)
+        loss = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach())
+        loss.backward()
+        torch.testing.assert_close(loss, torch.tensor(2.0).log())
     """,
     "unmasking.py": """
         from unmasking import softmax_statistics, threshold
