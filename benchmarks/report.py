@@ -247,7 +247,8 @@ def ssd_claims():
     rows = [[who, *(short(by.get(str(T))) for T in lengths)] for who, by in found["ms"].items()]
     return f"""## SSD's claims
 
-The forms of the scan and softmax attention, forward. [`ssd_claims.json`](assets/bench/ssd_claims.json). {sources(found)}
+The forms of the scan and softmax attention, forward. [`ssd_claims.json`](assets/bench/ssd_claims.json).
+{sources(found)}
 
 {table(["claim", "the paper, A100", "here"], found["claims"])}
 
