@@ -1,4 +1,4 @@
-"""README.md: its commands parse, its code runs, its links lead somewhere, --help works."""
+"""README.md: its commands parse, its code runs, its links lead somewhere, its numbers are measured, --help works."""
 
 import re
 import shlex
@@ -9,13 +9,15 @@ import pytest
 
 import sample
 import train
+from benchmarks.report import papers
 from common.cli import parse
 from conftest import ROOT
 from nano_hybrid import HybridConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.M | re.S)
-COMMANDS = [line.split("#")[0] for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+COMMANDS = [line.split("#")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+PAPERS = [line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("| [`")]
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if re.search(r"(train|sample)\.py", c) and "--help" not in c])
@@ -27,7 +29,8 @@ def test_every_flag_of_a_command_exists(line):
         given, *_ = parse(
             train.TrainConfig, HybridConfig, *train.SETTINGS.values(), prog="train.py", about="", argv=flags
         )
-        assert given.get("recipe", "hybrid") in train.RECIPES
+        recipe = given.get("recipe", "hybrid")
+        assert recipe in train.RECIPES or recipe.endswith(".py")  # a file of the reader's own
     else:
         parse(sample.SampleConfig, prog="sample.py", about="", argv=flags)
 
@@ -54,8 +57,37 @@ def test_the_install_and_test_commands_are_those_of_ci():
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
 
 
+def anchors(path):
+    """Returns the anchors that GitHub gives the headings of a Markdown file."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 def test_links_and_pictures_are_there():
-    targets = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README)
+    targets = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", README)
     for target in (a or b for a, b in targets):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            name, _, anchor = target.partition("#")
+            assert (ROOT / name).exists(), target
+            assert not anchor or anchor in anchors(ROOT / name), target
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if " -m " in c and "pytest" not in c and "-m venv" not in c])
+def test_modules_of_commands_exist(line):
+    module = line.split(" -m ")[1].split()[0]
+    assert (ROOT / f"{module.replace('.', '/')}.py").exists(), line
+
+
+@pytest.mark.parametrize("row", PAPERS, ids=[row[0].split("`")[1] for row in PAPERS])
+def test_a_row_of_the_papers_is_short_and_its_number_is_in_the_results(row):
+    file, paper, claim, number = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell) for cell in row)
+    for cell in (file, paper, claim, number):
+        assert len(cell.split()) <= 15, cell
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for digits in re.findall(r"\d+\.\d+|\d+,\d+", number):
+        assert re.search(rf"(?<![\d.]){re.escape(digits)}(?!\d)", results), f"{digits}: not in RESULTS.md"
+
+
+def test_every_paper_file_has_a_row():
+    listed = {name for row in PAPERS for name in re.findall(r"`(\w+\.py)`", row[0])}
+    assert {path.name for path in papers()} <= listed
