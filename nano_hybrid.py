@@ -572,10 +572,7 @@ class Hybrid(nn.Module):
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, MoE)]
 
     def balance_routers(self, finite=True):
-        """Moves each router's bias towards an even load (`latent_moe.balance_routers`): call it after the optimiser.
-
-        finite: bool or tensor, whether that step was made. Returns metrics.
-        """
+        """Moves each router's bias towards an even load, if the optimiser's step was made (finite); returns metrics."""
         return balance_routers(self.moe_layers(), self.config.router_bias_update_rate * finite)
 
     def logprobs(self, ids, mask=None, temperature=1.0):
