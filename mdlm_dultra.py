@@ -34,7 +34,7 @@ Differs  From the authors' code, on purpose. If no token was drawn, the step unm
          for a correct answer against .1 NFE / 50. By default only the planner learns from rewards (--joint: and the
          backbone), without a teacher (--distill_coef), also from decodings worse than their group (--advantage_floor).
 Files    mdlm_dultra.py + unmasking.py, grpo.py, decoding.py, nano_hybrid.py, ssd.py, lla.py, latent_moe.py,
-         decode_kernels.py, kernels.py, common/: 10032 lines in all
+         decode_kernels.py, kernels.py, common/: 9930 lines in all
 """
 
 import math
