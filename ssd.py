@@ -26,7 +26,7 @@ Differs  From the paper's Listing 1: any length, initial and final states, packe
          take chunks of 16, 32 or 64 tokens, whatever chunk_size says (released models: 128).
          From mamba_ssm's kernels: one kernel computes the states of all chunks, in a loop over time; the gradient
          of A is summed chunk by chunk (section 4 says why).
-Files    ssd.py + kernels.py: 1,906 lines in all.
+Files    ssd.py + kernels.py: 1,905 lines in all.
 Read     `ssd_recurrent_ref` first: it is what Mamba-2 *is*; then `ssd_ref`, then `Mamba2`.
 """
 
@@ -561,8 +561,7 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
         decay = tl.exp(tl.where(seen, s[None, :] - s[:, None], -float("inf")))  # [j, i]
         pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay  # [j, i]
         pairs *= scores
-        by_reader = tl.sum(pairs * dt[:, None], 0)  # [i]
-        by_writer = tl.sum(pairs, 1)  # [j], without dt
+        by_reader, by_writer = tl.sum(pairs * dt[:, None], 0), tl.sum(pairs, 1)  # [i]; [j], without dt
         # to the state that leaves
         du = tl.dot(b, tl.trans(g), input_precision=PRECISION) * to_end[:, None]  # [Q, P]
         written = tl.sum(x.to(tl.float32) * du, 1)  # [j], without dt
@@ -989,8 +988,8 @@ def demo(H=4, P=64, N=64):
     few = [v[:, :512].double() if v.dim() > 1 else v.double() for v in inputs]
     apart = (ssd(*few, chunk_size=64) - ssd_recurrent_ref(*few)).abs().max()
     growth = {name: after / before for name, before, after in zip(forms, *took[-2:])}
-    print(f"From 1,024 to 4,096 tokens SSD takes {growth['SSD']:.1f} times as long, softmax {growth['softmax']:.1f} times.")
-    print(f"SSD and the recurrence differ by at most {apart:.0e} (float64).")
+    print(f"1,024 to 4,096 tokens: SSD takes {growth['SSD']:.1f} times as long, softmax {growth['softmax']:.1f} times")
+    print(f"SSD and the recurrence differ by at most {apart:.0e} (float64)")
 
 
 if __name__ == "__main__":
