@@ -1,8 +1,16 @@
-"""Checks and times kernels: every file of this folder lists its ops as `Bench` rows and calls `check_and_time`."""
+"""Checks and times kernels: a file of this folder lists its ops as `Bench` rows and calls `check_and_time`.
+
+A check compares the Triton path with the definition in float64, in every output and every gradient. A timing compares
+it with the definition under torch.compile, with its peers where they are installed, and with the least time in which
+an H200 could move the bytes or do the arithmetic. Timings go to assets/bench/<file>.json, each row with its
+`provenance`: command, machine and commit.
+"""
 
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +21,7 @@ import torch
 
 from kernels import INTERPRET, triton
 
-#
-# Other files with kernels check and time theirs with the same functions.
-
+ROOT = Path(__file__).resolve().parent.parent
 FLOPS, BYTES = 799e12, 4.25e12  # per second: what an H200 reaches on a large bf16 product and a large copy: "the floor"
 
 
@@ -30,6 +36,46 @@ class Bench(NamedTuple):
     peers: Callable = lambda: ()  # yields (name, function of the same arguments); an ImportError ends it
     compiles: bool = True  # whether torch.compile can make something of the definition
     has_backward: bool = True
+
+
+def provenance(command=None):
+    """Returns dict(command, machine, commit): how, where and from which code a record was made, for each of its rows.
+
+    command: what to type to repeat it; by default the running command, such as "python -m benchmarks.ssd".
+    machine: the GPUs (or "CPU") and the versions of torch and triton.
+    commit: short hash of HEAD, with "-dirty" if a Python file differs from it. In a copy without git, the environment
+    variable GIT_COMMIT, or "unknown".
+    """
+    if torch.cuda.is_available():
+        count, card = torch.cuda.device_count(), torch.cuda.get_device_name()
+    else:
+        count, card = 1, "CPU"
+    machine = f"{f'{count} x ' if count > 1 else ''}{card}, torch {torch.__version__}"
+    machine += f", triton {triton.__version__}" if triton else ""
+    return dict(command=command or running_command(), machine=machine, commit=commit())
+
+
+def running_command():
+    """Returns how this process was started: "python X.py ..." for a file at top level, else "python -m folder.X"."""
+    script = Path(sys.argv[0]).resolve()
+    if script.parent == ROOT or not script.is_relative_to(ROOT):
+        start = ["python", script.name]
+    else:
+        start = ["python", "-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def commit():
+    """Returns the commit that `provenance` speaks of."""
+
+    def git(*args):
+        run = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("GIT_COMMIT", "unknown")
 
 
 def each(benches, which):
@@ -150,10 +196,7 @@ def measure(benches, path):
     Rows of other ops that the file has already stay there.
     """
     print(f"\n{'bf16 (floor: that of an H200)':60}{'fwd ms':>8}{'of floor':>9}{'f+b ms':>8}{'of floor':>9}{'MiB':>7}")
-    command, machine = (
-        f"python {' '.join([path.stem + '.py', *sys.argv[1:]])}",
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}",
-    )
+    source = provenance()
     names = {bench.op.__name__ for bench in benches}
     record = json.loads(path.read_text()) if path.exists() else dict(rows=[])
     rows = [row for row in record["rows"] if row["op"] not in names]
@@ -171,7 +214,7 @@ def measure(benches, path):
                 print(f"{bench.op.__name__} {sizes} {who}: {type(error).__name__} {str(error)[:80]}")
                 continue
             found = dict(fwd_ms=forward, fwd_bwd_ms=both, extra_mib=mib, floor_fwd_ms=floor)
-            rows.append(dict(op=bench.op.__name__, sizes=sizes, who=who, **found, command=command, machine=machine))
+            rows.append(dict(op=bench.op.__name__, sizes=sizes, who=who, **found, **source))
             print(
                 f"{bench.op.__name__} {sizes} {who}"[:59].ljust(60)
                 + f"{forward:8.3f}{floor / forward:9.0%}{both:8.3f}{3 * floor / both:9.0%}{mib:7.0f}"
@@ -181,14 +224,18 @@ def measure(benches, path):
 
 
 def check_and_time(benches, name):
-    """Checks all kernels of a file; on a GPU times them too, and writes assets/bench/<name>.json."""
+    """Checks all kernels of a file; on a GPU times them too, and writes assets/bench/<name>.json.
+
+    Without a GPU the checks run in Triton's interpreter. Raises SystemExit where there is no Triton, or if a kernel is
+    less exact than `allowed_error`.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and triton is None:
         raise SystemExit(f"{name}.py: the package triton is not installed; there is nothing to check")
     if device == "cpu" and not INTERPRET:  # Triton reads this when it is imported: start again
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"TRITON_INTERPRET": "1"})
     check(benches, device)
     if device == "cpu":
         print("all exact; timings need a GPU")
     else:
-        measure(benches, Path(__file__).parent.parent / "assets" / "bench" / f"{name}.json")
+        measure(benches, ROOT / "assets" / "bench" / f"{name}.json")
