@@ -63,7 +63,7 @@ from common.checkpoints import config_fields, read_config, read_weights
 from common.data import Tokenizer
 from common.objectives import NextToken, Objective, Recipe
 from common.tasks import BLANK, ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
-from grpo import LARGEST, REWARDS, advantages, check_dropout, check_given, check_run, choose, policy_loss
+from grpo import LARGEST, REWARDS, advantages, check_choice, policy_loss
 from kernels import at_least_float32, block_of, jit, linear_logprob, pick_backend
 from nano_hybrid import PRESETS as TEXT_PRESETS
 from nano_hybrid import (
@@ -75,6 +75,7 @@ from nano_hybrid import (
     HybridConfig,
     rotate,
 )
+from rollouts import check_dropout, check_run
 
 try:
     import triton
@@ -326,7 +327,7 @@ def nelbo(model, ids, maskable=None, form="count", samples=16, generator=None, k
     form: "count" (k spread evenly over the samples, and exactly k masks), "integral" or "order", which takes as many
     forwards a sample as there are tokens. With one sample there is no standard error: nan.
     """
-    choose("form", form, ("count", "integral", "order"))
+    check_choice("form", form, ("count", "integral", "order"))
     maskable = torch.ones_like(ids, dtype=torch.bool) if maskable is None else maskable
     A, found = maskable.sum(1), []  # [B]
     shift = torch.rand(len(ids), generator=generator, device=ids.device)
@@ -510,7 +511,7 @@ def first_hitting():
 
 def top_k(k=1, by="confidence"):
     """Writes the k tokens of highest confidence, highest margin or lowest entropy: LLaDA's and Dream's decoders."""
-    choose("by", by, ("confidence", "margin", "entropy"))
+    check_choice("by", by, ("confidence", "margin", "entropy"))
     sign = -1 if by == "entropy" else 1
     return lambda probs, eligible, step: best(sign * getattr(probs, by), eligible, k)
 
@@ -576,7 +577,7 @@ def rule_of(spec, model):
     Raises ValueError for one that is not there.
     """
     name, _, number = spec.partition(":")
-    choose("rule", name, RULES)
+    check_choice("rule", name, RULES)
     if name == "planner" and model.planner is None:
         raise ValueError("rule='planner': this model has none; use threshold:0.9, say")
     whole = name in ("ancestral", "random_k", "top_k", "margin", "low_entropy")
@@ -901,7 +902,7 @@ class DUltraConfig:
     replay_rows: int = 2048  # steps that are learnt from at a time: bounds the memory, not the result
 
     def __post_init__(self):
-        choose("reward", self.reward, ("additive", "multiplicative"))
+        check_choice("reward", self.reward, ("additive", "multiplicative"))
         if self.joint and not self.temperature >= 1e-3:
             raise ValueError(
                 "--joint learns from the tokens that were drawn: it needs --temperature of at least 0.001 (1 is usual)"
@@ -978,10 +979,9 @@ class DUltra(Objective):
     def from_run(cls, run, settings):
         """Returns the objective of a run. Raises ValueError for settings that do not go together."""
         before = settings.pretrain + settings.imitate
-        check_run(run, before, f"pretrain and --imitate, {before} steps together,")
+        check_run(run, before, f"pretrain and --imitate, {before} steps together,", "--task")
         where = dict(seed=run.seed, rank=run.rank, world_size=run.world_size)
         objective = cls(settings, Tokenizer(run.tokenizer), run.config.batch_size, **where)
-        check_given(run, "--task")
         return objective
 
     def build(self, config):

@@ -586,7 +586,7 @@ def with_low_effort(tasks, marked):
 
 
 def demonstration_rows(tasks, tokenizer, rng, cut=0.0, silent=0.0):
-    """Returns a list of (ids, targets), lists of one length each: end of text, prompt, demonstration, end of text.
+    """Returns (ids, targets), int64 [B, T] each: end of text, prompt, demonstration, end of text, padded on the right.
 
     targets are the ids that follow, those of the demonstration and its end; -100 stands for no target. cut: share of
     the tasks that think whose thought stops early. There the closing tag is no target: the model learns to answer from
@@ -608,4 +608,6 @@ def demonstration_rows(tasks, tokenizer, rng, cut=0.0, silent=0.0):
             closing = len(encode(task.parts(demonstration)[0]))
             targets[closing : closing + tag] = [-100] * tag
         rows.append(([end, *prompt, *encode(demonstration)], [-100] * len(prompt) + targets))
-    return rows
+    T = max(len(ids) for ids, _ in rows)
+    ids = np.array([ids + [end] * (T - len(ids)) for ids, _ in rows])
+    return ids, np.array([targets + [-100] * (T - len(targets)) for _, targets in rows])
