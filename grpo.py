@@ -42,19 +42,17 @@ brackets what only the functions take; clip is clip_low, clip_high.
     MOPD (Ultra)          any          grpo         .2, .28     token        --teachers=... --group_size=1, as IcePop
 
     Nano, Super and Ultra update once per batch: r = 1, the clip is inert, w is all there is. Nano and Super drop rows
-    that are not `faithful`. Super and Ultra set A := -5 on the tokens of malformed messages: one more reason that A may
-    be [BG, T].
+    that are not `rollouts.faithful`. Super and Ultra set A := -5 on tokens of malformed messages: A may be [BG, T].
 
-Read     The table above, 1, 2; then 4 and 5, where an answer is sampled, judged and learnt from. `python grpo.py`
-         compares five losses, `python grpo.py bench` times answers on a GPU; `python train.py --recipe=grpo` learns
-         several tasks at once; grpo_studies.py puts Nemotron's claims to the test.
+Read     The table above, 1, 2; then `GRPO.batch` and `GRPO.rollouts` in 4, from sampling to judging to advantages, and
+         `GRPO.loss`. `python grpo.py` compares five losses, `python train.py --recipe=grpo` learns several tasks at
+         once, `python -m experiments.grpo` tests Nemotron's claims, `python -m benchmarks.grpo` times answers.
+Files    grpo.py, rollouts.py, nano_hybrid.py and what that needs; common/tasks.py, data.py, objectives.py
 Limits   Equal rewards give advantages of exactly 0; the first update of a batch has the same gradient under grpo, gspo
          and cispo; behaviour = old is PPO; one token and one teacher make MOPD the reverse KL: see tests/test_grpo.py.
 Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVIDIA's eps of 1e-6, and groups without
-         spread are set to 0 rather than left to it. CISPO's upper bound is 1 + hi, as in the paper; TRL's is hi. Length
-         control is the paper's, not the released server's; the recipe adds it to advantages, not to rewards, of right
-         answers only: else in a group of equal rewards its coefficient cancels, and the shortest wrong answer wins.
-         Dynamic sampling fills a batch from all environments: those solved, or hopeless, lose their share of it.
+         spread are set to 0 rather than left to it. CISPO's upper bound is 1 + hi, as in the paper; TRL's is hi.
+         Dynamic sampling fills a batch from any environment: solved and hopeless ones lose their share of it.
          Nemotron's reports say masked weights; the table follows the released configurations: a sequence mask (Nano),
          TIS (Super, Ultra). k3 is capped at e^20, not at 10 (verl): an exploding estimate is what the metric is for.
          The recipe's KL is k3+, for the gradient of the reverse KL; GRPO's own is k3. Neither is known to be better.
@@ -87,17 +85,11 @@ EPS = 1e-6  # added to standard deviations: NVIDIA's; TRL has 1e-4
 ADVANTAGES = ("grpo", "nemotron", "rloo", "dr", "batch")
 
 
-def check_choice(name, value, choices):
-    """Raises ValueError, with the choices, unless `value` is one of them."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}, expected one of {', '.join(map(str, choices))}")
-
-
 def informative(rewards):
     """Returns bool [B]: whether the rewards [B, G] of a group differ. If not, it is silent: its advantages are all 0.
 
     Silence is not harmless: its tokens count in the token mean, so the step shrinks as training succeeds, and with
-    kl_coef > 0 they still have a gradient. `keep_only(mask, informative(rewards))` takes them out of both.
+    kl_coef > 0 they still have a gradient. `rollouts.keep_only(mask, informative(rewards))` takes them out of both.
     """
     return rewards.amax(1) != rewards.amin(1)
 
@@ -128,7 +120,7 @@ def advantages(rewards, kind="grpo"):
     A group of equal rewards, and so one of a single answer, is exactly 0 in all. Only with "grpo" and "nemotron" may
     environments have rewards of different ranges. Raises ValueError for another kind or shape.
     """
-    check_choice("kind", kind, ADVANTAGES)
+    rollouts.check_choice("kind", kind, ADVANTAGES)
     if rewards.dim() != 2:
         raise ValueError(f"rewards is {list(rewards.shape)}, expected [B, G]: G answers for each of B prompts")
     rewards = at_least_float32(rewards)
@@ -146,34 +138,6 @@ def advantages(rewards, kind="grpo"):
         mean, std = leave_one_out(rewards)
         A = torch.where(std > 0, (rewards - mean) / (std + EPS), rewards - mean)
     return A.masked_fill(~informative(rewards)[:, None], 0)  # R - mean of equal numbers may round to 1e-8
-
-
-def keep_only(mask, keep):
-    """Returns mask [B, T] with the rows that are not to be kept set to 0.
-
-    keep: bool, one for a row, or one for each group of consecutive rows. The overlong filter of DAPO and Nemotron 3
-    Nano is `keep_only(mask, ~truncated)`: an answer cut off at the limit has no gradient, but its reward still counts
-    in its group's baseline.
-    """
-    if len(mask) % max(1, len(keep)):
-        raise ValueError(f"keep is [{len(keep)}], expected a divisor of the {len(mask)} rows of mask")
-    return mask * keep.to(mask.device).repeat_interleave(len(mask) // max(1, len(keep)))[:, None]
-
-
-def dynamic_sampling(draw, n, refills=4):
-    """Returns (groups, acceptance): the first n informative groups, and the share of the drawn ones that were.
-
-    draw(n) returns (a list of n groups, their rewards [n, G]). Fewer than n come back when 1 + refills draws did not
-    yield them: on a task too hard or too easy there is no end to it. Source: DAPO, "Dynamic Sampling".
-    """
-    kept, drawn = [], 0
-    for _ in range(1 + refills):
-        groups, rewards = draw(n)
-        kept += [group for group, keep in zip(groups, informative(rewards).tolist()) if keep]
-        drawn += len(groups)
-        if len(kept) >= n:
-            break
-    return kept[:n], len(kept) / max(1, drawn)
 
 
 # ---- 2. losses ----------------------------------------------------------------------------------------------------
@@ -197,7 +161,7 @@ def kl_estimate(logprob, ref_logprob, kind="k3"):
     KL(pi || ref), exactly; of k3, that of the forward KL(ref || pi), as grad k3 = (1 - ref / pi) grad log pi. k3 times
     pi / pi_old, kept in the graph, has value and gradient of the reverse KL: `kl_ratio` of `policy_loss`.
     """
-    check_choice("kind", kind, KL_KINDS)
+    rollouts.check_choice("kind", kind, KL_KINDS)
     x = at_least_float32(ref_logprob) - at_least_float32(logprob)
     far = x.clamp(max=20)  # e^89 is inf
     if kind == "k1":
@@ -221,9 +185,9 @@ def denominator(mask, aggregate="token", max_tokens=None):
 
     Take it once from the whole optimiser batch (of all GPUs: sum it) and hand it to every micro-batch; one that divides
     by its own tokens has a gradient that depends on how the batch was cut. What is not in the mask does not count; to
-    let silent groups count, as DAPO does without dynamic sampling, take it from the mask before `keep_only`.
+    let silent groups count, as DAPO does without dynamic sampling, take it from the mask before `rollouts.keep_only`.
     """
-    check_choice("aggregate", aggregate, AGGREGATES)
+    rollouts.check_choice("aggregate", aggregate, AGGREGATES)
     if aggregate == "constant" and not max_tokens:
         raise ValueError('aggregate="constant" divides by B max_tokens: pass denominator(mask, "constant", max_tokens)')
     if aggregate == "constant":
@@ -284,7 +248,7 @@ def correction_weights(old_logprob, behaviour_logprob, mask, correction="tis", b
     NaN and inf become 0 in all, and belong to `out`, as does what is outside of the bounds. The denominator of the loss
     goes on counting what is dropped. Sample at the trainer's temperature and without top-k or top-p, or w is wrong.
     """
-    check_choice("correction", correction, BOUNDS)
+    rollouts.check_choice("correction", correction, BOUNDS)
     low, high = BOUNDS[correction] if bounds is None else bounds
     log_w = (at_least_float32(old_logprob) - at_least_float32(behaviour_logprob)).detach().masked_fill(mask == 0, 0)
     w = log_w.exp()
@@ -296,7 +260,7 @@ def correction_weights(old_logprob, behaviour_logprob, mask, correction="tis", b
 
 def check_loss_arguments(logprob, kind, dual_clip, correction, kl_coef, tensors):
     """Raises ValueError for what `policy_loss` cannot take. tensors: dict of what has logprob's shape, or is None."""
-    check_choice("kind", kind, SURROGATES)
+    rollouts.check_choice("kind", kind, SURROGATES)
     if logprob.dim() != 2:
         raise ValueError(f"logprob is {list(logprob.shape)}, expected [B, T]")
     for name, tensor in tensors.items():
@@ -355,10 +319,9 @@ def policy_loss(
     if correction is not None:
         w, out = correction_weights(old, behaviour, mask, correction, bounds)
     token_loss = -w * surrogate
-    kl = None
-    if ref is not None:
-        kl = kl_estimate(logprob, ref.detach(), kl_kind)
-        kl = kl * w * ratio_terms(logprob, old, mask) if kl_ratio else kl
+    kl = None if ref is None else kl_estimate(logprob, ref.detach(), kl_kind)
+    if kl is not None and kl_ratio:
+        kl = kl * w * ratio_terms(logprob, old, mask)
     if kl_coef:  # 0 times an infinite estimate is NaN
         token_loss = token_loss + kl_coef * kl
     metrics = loss_metrics(ratio, A, mask, kind, clip, logprob, old, behaviour, out, kl)
@@ -386,10 +349,8 @@ def loss_metrics(ratio, advantages, mask, kind, clip, logprob, old_logprob, beha
 # ---- 3. settings --------------------------------------------------------------------------------------------------
 
 LARGEST = sys.float_info.max
-CHOICES = dict(
-    advantage=ADVANTAGES, surrogate=SURROGATES, aggregate=AGGREGATES, correction=("", "clip", *BOUNDS),
-    overlong=("zero", "filter"),
-)  # fmt: skip
+CHOICES = dict(advantage=ADVANTAGES, surrogate=SURROGATES, aggregate=AGGREGATES, overlong=("zero", "filter"))
+CHOICES["correction"] = ("", "clip", *BOUNDS)
 LIMITS = [  # (setting, lowest, highest)
     ("warm_start", 0, math.inf), ("group_size", 1, math.inf), ("updates", 1, math.inf), ("sampler_every", 1, math.inf),
     ("rl_lr", 1e-12, LARGEST), ("temperature", 1e-3, LARGEST), ("eval_temperature", 0, LARGEST),
@@ -432,7 +393,7 @@ class GRPOConfig:
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+            rollouts.check_choice(name, getattr(self, name), choices)
         for name, low, high in LIMITS:
             if not low <= getattr(self, name) <= high:
                 span = f"from {low} to {high}" if high < LARGEST else f"at least {low}, and finite"
@@ -450,19 +411,27 @@ class GRPOConfig:
 POOL, TRIES = 2048, 8  # tasks of an environment that a curriculum orders, at most; answers that tell a pass rate
 
 
+def shaped_advantages(settings, rewards, tasks, completions, tokenizer):
+    """Returns A [B] of answers with rewards [n, G], with what low effort and length control make of it."""
+    c, G = settings, settings.group_size
+    if not (c.length_coef or c.low_effort):
+        return advantages(rewards, c.advantage).flatten()
+    lengths, shaped = rollouts.part_lengths(tasks, completions, tokenizer, G), rewards
+    if c.low_effort:
+        shaped = rollouts.low_effort_rewards(rewards, tasks[::G], lengths[0], c.low_effort_tokens)
+    A = advantages(shaped, c.advantage) + rollouts.brevity_advantages(rewards, lengths, c.length_coef)
+    return A.flatten()
+
+
 class GRPO(Objective):
     """Reinforcement learning from verifiable rewards, after a supervised warm start in the same run.
 
-    Metrics of a step, beside those of `policy_loss` and `rollouts.rollout_metrics`:
+    Metrics, beside those of `policy_loss` and `rollouts.rollout_metrics`: informative, the share of the drawn groups
+    whose answers differ in reward; pass_rate, before rewards, of the tasks that curricula drew; entropy of the policy,
+    nats a token (a collapse means no more exploration); tokens learnt from; rollout_tokens_per_s, of sampling.
 
-    informative   share of the drawn groups whose answers differ in reward: the others teach nothing
-    pass_rate     mean pass rate, before rewards, of the tasks that curricula drew
-    entropy       of the policy, nats a token: falls as it decides; collapse means no more exploration
-    tokens        that were learnt from       rollout_tokens_per_s   answers' tokens / time to sample
-
-    `state` is what a run needs to go on, beside weights and step: answers that updates are still to come for, copies of
-    the weights, pass rates. Silent groups still get the entropy bonus, which keeps them exploring, and the KL. A
-    mixture of experts is balanced by its bias alone, as in Nemotron's RL; its router is trained, where theirs is not.
+    Silent groups still get the entropy bonus, which keeps them exploring, and the KL. A mixture of experts is balanced
+    by its bias alone, as in Nemotron's RL; its router is trained, where theirs is not.
     """
 
     Settings = GRPOConfig
@@ -476,7 +445,8 @@ class GRPO(Objective):
         rollouts.check_batch(settings, batch_size, self.envs, seed)
         self.n_prompts = batch_size // settings.group_size
         self.example = self.envs[0].sample(np.random.default_rng(seed)).prompt
-        self.state, self.session, self.generator = {}, DecodeSession(), None
+        self.state = {}  # of a checkpoint: answers with updates still to come, copies of weights, pass rates
+        self.session, self.generator = DecodeSession(), None
         self.copies = PolicyCopies(self.state)
         n_tasks = min(POOL, settings.curriculum * self.n_prompts // len(self.envs))
         self.curricula = Curricula(self.envs, n_tasks, settings.curriculum, seed, rank)
@@ -486,8 +456,8 @@ class GRPO(Objective):
     def from_run(cls, run, settings):
         """Returns the objective of a run. Raises ValueError for settings that do not go together."""
         rollouts.check_run(run, settings.warm_start, f"warm_start={settings.warm_start}", "--envs")
-        where = dict(seed=run.seed, rank=run.rank, world_size=run.world_size)
-        return cls(settings, Tokenizer(run.tokenizer), run.config.batch_size, **where)
+        batch_size = run.config.batch_size
+        return cls(settings, Tokenizer(run.tokenizer), batch_size, run.seed, run.rank, run.world_size)
 
     def build(self, config):
         """Returns None: a Hybrid. Raises ValueError for one with dropout."""
@@ -530,7 +500,8 @@ class GRPO(Objective):
     def rollouts(self, model, step):
         """Returns (batch, metrics): fresh answers, judged and compared; in the batch a row for each of n G answers."""
         c, G, n = self.settings, self.settings.group_size, self.n_prompts
-        generator = self.seeded_generator(model, step)
+        self.generator = self.generator or torch.Generator(next(model.parameters()).device)  # captured by CUDA graphs
+        generator = self.generator.manual_seed(hash((self.seed, step, self.rank)) % 2**63)
         sampler = self.copies.sampler(model, step - c.warm_start, c.sampler_every, c.updates)
         tasks, parts, verdicts, seconds = [], [], [], []  # of all draws; parts: Answers of each
         self.curricula.drawn_rates = []
@@ -546,7 +517,7 @@ class GRPO(Objective):
             rewards = torch.tensor([reward for reward, _ in verdicts[-n * G :]]).view(-1, G)
             return range(len(tasks) // G - n, len(tasks) // G), rewards
 
-        groups, accepted = dynamic_sampling(draw, n, c.dynamic_sampling)  # one draw, if its setting is 0
+        groups, accepted = rollouts.dynamic_sampling(draw, n, c.dynamic_sampling)  # one draw, if its setting is 0
         rewards = torch.tensor([reward for reward, _ in verdicts]).view(-1, G)  # [groups drawn, G]
         silent = [i for i in range(len(rewards)) if i not in set(groups)]  # they fill up what is missing
         groups = torch.tensor(sorted((groups + silent)[:n]))
@@ -565,8 +536,10 @@ class GRPO(Objective):
         ids, mask, logprob, finished = (
             x[rows.to(x.device)] for x in (answers.ids, answers.mask, answers.logprob, answers.finished)
         )
-        A = self.advantages(rewards[groups], tasks, completions).to(ids.device)  # 3. compare them: [n G]
-        mask = keep_only(mask, finished) if c.overlong == "filter" else mask
+        A = shaped_advantages(c, rewards[groups], tasks, completions, self.tokenizer).to(
+            ids.device
+        )  # 3. compare: [n G]
+        mask = rollouts.keep_only(mask, finished) if c.overlong == "filter" else mask
         batch = dict(ids=ids, mask=mask, behaviour_logprob=logprob, advantages=A)
         return batch | self.other_policies(model, batch, tasks), metrics  # 4. what `loss` compares them with
 
@@ -591,23 +564,16 @@ class GRPO(Objective):
     @torch.no_grad()
     def evaluate(self, model, n=128):
         """Returns reward_<env>, the mean over sampled answers to n held-out prompts, and reward, their mean."""
-        device, scores = next(model.parameters()).device, {}
-        tasks = self.tasks(0, n * len(self.envs), held_out=True)
-        generator = torch.Generator(device).manual_seed(self.seed)
-        prompts, temperature = [task.prompt for task in tasks], self.settings.eval_temperature
+        tasks, temperature = self.tasks(0, n * len(self.envs), held_out=True), self.settings.eval_temperature
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
+        prompts = [task.prompt for task in tasks]
         answers = sample_answers(model, self.tokenizer, prompts, self.max_new_tokens, temperature, generator)
-        for task, (reward, _) in zip(tasks, judged_answers(tasks, answers)):
-            scores.setdefault(task.env, []).append(reward)
-        means = {f"reward_{env}": sum(values) / len(values) for env, values in scores.items()}
-        return dict(reward=sum(means.values()) / len(means)) | means
+        return rollouts.mean_rewards(tasks, judged_answers(tasks, answers))
 
     # -- what `batch` and `rollouts` call
 
     def tasks(self, step, n, held_out=False, again=0):
-        """Returns n tasks, the environments taking turns: a function of (seed, step, rank) and the number of the draw.
-
-        With a curriculum it also depends on earlier draws, with `focus` on how many groups were informative.
-        """
+        """Returns n tasks by (seed, step, rank) and number of draw; with curriculum or focus, by earlier ones too."""
         c, rng = self.settings, np.random.default_rng((self.seed, step, self.rank, held_out, again))
         if held_out:
             return [sample_task(env, rng, held_out=True) for env in rollouts.focused(self.envs, n, None, 0, rng)]
@@ -636,28 +602,10 @@ class GRPO(Objective):
             self.state["pass_rates"] = self.curricula.pass_rates(rewards_of, TRIES, self.batch_size)
             self.curricula.start(self.state["pass_rates"])
 
-    def seeded_generator(self, model, step):
-        """Returns the generator of a step's answers, always the same object: a CUDA graph is captured with it."""
-        self.generator = self.generator or torch.Generator(next(model.parameters()).device)
-        return self.generator.manual_seed(hash((self.seed, step, self.rank)) % 2**63)
-
     def answer(self, model, tasks, generator):
         """Returns the model's Answers to tasks."""
-        prompts, c = [task.prompt for task in tasks], self.settings
-        return sample_answers(
-            model, self.tokenizer, prompts, self.max_new_tokens, c.temperature, generator, session=self.session
-        )
-
-    def advantages(self, rewards, tasks, completions):
-        """Returns A [B] of answers with rewards [n, G], with what low effort and length control make of it."""
-        c, G = self.settings, self.settings.group_size
-        if not (c.length_coef or c.low_effort):
-            return advantages(rewards, c.advantage).flatten()
-        lengths, shaped = rollouts.part_lengths(tasks, completions, self.tokenizer, G), rewards
-        if c.low_effort:
-            shaped = rollouts.low_effort_rewards(rewards, tasks[::G], lengths[0], c.low_effort_tokens)
-        A = advantages(shaped, c.advantage) + rollouts.brevity_advantages(rewards, lengths, c.length_coef)
-        return A.flatten()
+        where = dict(temperature=self.settings.temperature, generator=generator, session=self.session)
+        return sample_answers(model, self.tokenizer, [t.prompt for t in tasks], self.max_new_tokens, **where)
 
     @torch.no_grad()
     def other_policies(self, model, batch, tasks):
@@ -676,8 +624,7 @@ class GRPO(Objective):
 
 
 # fmt: off
-PRESETS = {
-    # For grpo.py's tasks of a few dozen bytes: 0.4 M and 7 M parameters.
+PRESETS = {  # for tasks of a few dozen bytes: 0.4 M and 7 M parameters
     "grpo-tiny": HybridConfig(
         hybrid_override_pattern="M*-M*-", hidden_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=24,
         intermediate_size=384, mamba_num_heads=4, mamba_head_dim=48, ssm_state_size=32, chunk_size=32,
@@ -713,8 +660,8 @@ ALGORITHMS = {  # of the table at the top, with two updates for each batch of an
 
 def learn(model, objective, steps, lr, name=None):
     """Trains for `steps` steps, on a GPU in bfloat16, and returns the metrics of each: name -> float."""
-    optimizer, rows = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0), []
-    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+    device, rows = next(model.parameters()).device, []
     for step in tqdm(range(steps), desc=name, delay=2, leave=False, disable=name is None):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10)
         # A context for each step: autocast caches the weights it has cast until it is left.
@@ -729,24 +676,24 @@ def learn(model, objective, steps, lr, name=None):
     return rows
 
 
-def demo(env="sort:4", warm_start=60, steps=30, batch_size=64):
+def demo(env="sort:5", warm_start=50, steps=25, batch_size=96):
     """Prints the share of held-out prompts answered right after demonstrations, then after rewards by five losses."""
     device, tokenizer, began = "cuda" if torch.cuda.is_available() else "cpu", Tokenizer("bytes"), time.perf_counter()
     torch.manual_seed(0)
     model = Hybrid(replace(PRESETS["grpo-tiny"], vocab_size=320)).to(device)
     start = GRPO(GRPOConfig(envs=env, warm_start=warm_start), tokenizer, batch_size)
-    learn(model, start, warm_start, 3e-3, "demonstrations")
+    learn(model, start, warm_start, 3e-3)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     base = start.evaluate(model, 256)["reward"]
     print(f"{env}, on a {device}: share of 256 held-out prompts answered right; {steps} steps of {batch_size} answers")
     print(f"{warm_start} steps of demonstrations {base:8.2f}")
-    for name, settings in ALGORITHMS.items():
+    for name, flags in ALGORITHMS.items():
         model.load_state_dict(weights)
-        config = GRPOConfig(envs=env, warm_start=0, updates=2, entropy_coef=0.0, **settings)
-        objective = GRPO(config, tokenizer, batch_size, seed=100)
-        learn(model, objective, steps, 6e-4, name)
+        settings = GRPOConfig(envs=env, warm_start=0, updates=2, entropy_coef=0.0, **flags)
+        objective = GRPO(settings, tokenizer, batch_size, seed=100)
+        learn(model, objective, steps, 4e-4)
         reward = objective.evaluate(model, 256)["reward"]
-        print(f"  then rewards, {name:12} {reward:8.2f}   {reward - base:+.2f}")
+        print(f"  then rewards, {name:9} {reward:12.2f}   {reward - base:+.2f}", flush=True)
     print(f"{time.perf_counter() - began:.0f} s. Longer, with seeds and a picture: python -m experiments.grpo losses")
 
 

@@ -63,7 +63,7 @@ from common.checkpoints import config_fields, read_config, read_weights
 from common.data import Tokenizer
 from common.objectives import NextToken, Objective, Recipe
 from common.tasks import BLANK, ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
-from grpo import LARGEST, REWARDS, advantages, check_choice, policy_loss
+from grpo import LARGEST, REWARDS, advantages, policy_loss
 from kernels import at_least_float32, block_of, jit, linear_logprob, pick_backend
 from nano_hybrid import PRESETS as TEXT_PRESETS
 from nano_hybrid import (
@@ -75,7 +75,7 @@ from nano_hybrid import (
     HybridConfig,
     rotate,
 )
-from rollouts import check_dropout, check_run
+from rollouts import check_choice, check_dropout, check_run
 
 try:
     import triton

@@ -103,6 +103,15 @@ def join_answers(parts, end):
     return Answers(completions=[text for part in parts for text in part.completions], **tensors)
 
 
+def mean_rewards(tasks, verdicts):
+    """Returns reward_<env>, the mean reward of each environment, and reward, the mean of those."""
+    scores = {}
+    for task, (reward, _) in zip(tasks, verdicts):
+        scores.setdefault(task.env, []).append(reward)
+    means = {f"reward_{env}": sum(values) / len(values) for env, values in scores.items()}
+    return dict(reward=sum(means.values()) / len(means)) | means
+
+
 def rollout_metrics(envs, tasks, answers, verdicts):
     """Returns name -> float, the metrics of all the answers of a step.
 
@@ -215,6 +224,34 @@ class Curricula:
             columns.append([pool[i] for i in drawn])
             self.drawn_rates += order.pass_rates[drawn].tolist()
         return [task for row in zip(*columns) for task in row][:n]
+
+
+def dynamic_sampling(draw, n, refills=4):
+    """Returns (groups, acceptance): the first n informative groups, and the share of the drawn ones that were.
+
+    draw(n) returns (a list of n groups, their rewards [n, G]). Fewer than n come back when 1 + refills draws did not
+    yield them: on a task too hard or too easy there is no end to it. Source: DAPO, "Dynamic Sampling".
+    """
+    chosen, drawn = [], 0
+    for _ in range(1 + refills):
+        groups, rewards = draw(n)
+        chosen += [group for group, keep in zip(groups, (rewards.amax(1) != rewards.amin(1)).tolist()) if keep]
+        drawn += len(groups)
+        if len(chosen) >= n:
+            break
+    return chosen[:n], len(chosen) / max(1, drawn)
+
+
+def keep_only(mask, keep):
+    """Returns mask [B, T] with the rows that are not to be kept set to 0.
+
+    keep: bool, one for a row, or one for each group of consecutive rows. The overlong filter of DAPO and Nemotron 3
+    Nano is `keep_only(mask, ~truncated)`: an answer cut off at the limit has no gradient, but its reward still counts
+    in its group's baseline.
+    """
+    if len(mask) % max(1, len(keep)):
+        raise ValueError(f"keep is [{len(keep)}], expected a divisor of the {len(mask)} rows of mask")
+    return mask * keep.to(mask.device).repeat_interleave(len(mask) // max(1, len(keep)))[:, None]
 
 
 def focused(envs, n, weight, share, rng):
@@ -402,6 +439,12 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
 
 
 # ---- 5. checks ----------------------------------------------------------------------------------------------------
+
+
+def check_choice(name, value, choices):
+    """Raises ValueError, with the choices, unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}, expected one of {', '.join(map(str, choices))}")
 
 
 def check_run(run, before, flags, source):

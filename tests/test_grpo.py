@@ -334,14 +334,14 @@ def test_a_silent_group_has_no_gradient_even_with_a_kl_term():
     assert gradient(logprob, old, A, mask, **options)[:3].any()  # the KL of answers that nothing is learnt from
     keep = grpo.informative(rewards)
     assert keep.tolist() == [False, True]
-    found = gradient(logprob, old, A, grpo.keep_only(mask, keep), **options)
+    found = gradient(logprob, old, A, rollouts.keep_only(mask, keep), **options)
     assert not found[:3].any() and found[3:].any()
 
 
 def test_overlong_answers_change_baselines_and_have_no_gradient():
     logprob, old, _, mask = batch()
     truncated = torch.tensor([True, False, False, False, False, False])
-    kept = grpo.keep_only(mask, ~truncated)
+    kept = rollouts.keep_only(mask, ~truncated)
     found = []
     for reward in (0.0, 1.0):  # of the answer that was cut off
         A = grpo.advantages(torch.tensor([[reward, 0.3, 0.6], [0.1, 0.4, 0.9]]), "dr").flatten()
@@ -353,10 +353,10 @@ def test_overlong_answers_change_baselines_and_have_no_gradient():
 
 def test_keep_only_counts_rows_or_groups():
     mask = torch.ones(4, 2)
-    assert grpo.keep_only(mask, torch.tensor([True, False])).tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
-    assert grpo.keep_only(mask.bool(), torch.tensor([True, False, True, False])).dtype == torch.bool
+    assert rollouts.keep_only(mask, torch.tensor([True, False])).tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
+    assert rollouts.keep_only(mask.bool(), torch.tensor([True, False, True, False])).dtype == torch.bool
     with pytest.raises(ValueError, match=r"keep is \[3\].*4 rows"):
-        grpo.keep_only(mask, torch.ones(3).bool())
+        rollouts.keep_only(mask, torch.ones(3).bool())
 
 
 # ---- samplers that are not the policy
@@ -570,11 +570,11 @@ def test_dynamic_sampling_draws_until_it_has_enough():
         made.extend(groups)
         return groups, torch.stack([torch.tensor([0.0, i % 3]) for i in groups])
 
-    groups, acceptance = grpo.dynamic_sampling(source, 3)
+    groups, acceptance = rollouts.dynamic_sampling(source, 3)
     assert groups == [1, 2, 4] and len(made) == 6 and acceptance == 4 / 6  # one more than was asked for
-    groups, acceptance = grpo.dynamic_sampling(source, 3, refills=0)
+    groups, acceptance = rollouts.dynamic_sampling(source, 3, refills=0)
     assert groups == [7, 8] and len(made) == 9
-    groups, acceptance = grpo.dynamic_sampling(lambda n: (list(range(n)), torch.ones(n, 3)), 4, refills=2)
+    groups, acceptance = rollouts.dynamic_sampling(lambda n: (list(range(n)), torch.ones(n, 3)), 4, refills=2)
     assert groups == [] and acceptance == 0
 
 
@@ -1167,11 +1167,13 @@ def test_right_answers_gain_by_being_short_and_wrong_ones_do_not():
     texts += ["</think>5", "12</think>5", "12</think>5", "1234</think>5"]
     rewards = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     base = grpo.advantages(rewards, run.settings.advantage)
-    A = run.advantages(rewards, tasks, texts).view(3, 4)
+    A = grpo.shaped_advantages(run.settings, rewards, tasks, texts, run.tokenizer).view(3, 4)
     thought, answer = torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0])  # a wrong one is as long as the longest
     assert close(A[0] - base[0], sum(0.5 * (u - u.float().mean()) for u in (thought, answer)), 1e-5)
     assert not A[1].any() and close(A[2], [0.25, 0, 0, -0.25], 1e-6)  # equal rewards: the coefficient, and no more
-    assert torch.equal(objective().advantages(rewards, tasks, texts), base.flatten())
+    assert torch.equal(
+        grpo.shaped_advantages(objective().settings, rewards, tasks, texts, run.tokenizer), base.flatten()
+    )
 
 
 def test_length_control_is_learnt_from_and_not_reported(monkeypatch):
@@ -1199,7 +1201,9 @@ def test_low_effort_changes_the_rewards_of_marked_prompts_only():
     run, (marked, plain) = think_on(2, low_effort=1.0, low_effort_tokens=4, advantage="dr")
     other = replace(marked, prompt=marked.prompt[1:])
     texts, rewards = ["</think>5", "12</think>5", "12345678</think>5", "1234"] * 3, torch.tensor([[1.0, 1, 1, 0]] * 3)
-    A = run.advantages(rewards, [marked] * 4 + [plain] * 4 + [other] * 4, texts).view(3, 4)
+    A = grpo.shaped_advantages(
+        run.settings, rewards, [marked] * 4 + [plain] * 4 + [other] * 4, texts, run.tokenizer
+    ).view(3, 4)
     shaped = torch.tensor([[1.1, 1.05, 0.9, 0], [1, 1, 1, 0], [1, 1, 1, 0]])
     assert close(A, shaped - shaped.mean(1, keepdim=True), 1e-6)
 
