@@ -1,6 +1,34 @@
-"""Made-up problems for reinforcement learning with exact verifiers: `environment("sort:6").sample(rng)`.
+"""Tasks with exact verifiers, for reinforcement learning: `environment("sort:6").sample(rng)`.
 
-One prompt in eight is held out, by its hash.
+An environment makes up prompts, shows one good completion of each, and judges any other. It is any object with
+
+    name              what its rewards are listed under
+    max_new_tokens    bytes of the longest sensible completion, and a margin
+    sample(rng)       a Task; rng: numpy's Generator
+
+One of your own takes ten lines, and a row in ENVIRONMENTS so that `--envs=reverse:6,sort` finds it. It may stand in the
+file of your own recipe (`train.py --recipe=my/file.py`):
+
+    class Reverse:
+        name = "reverse"
+
+        def __init__(self, size=4):
+            self.size, self.max_new_tokens = size, size + MARGIN
+
+        def sample(self, rng):
+            word = "".join(rng.choice(list("abc"), self.size))
+            answer = word[::-1]
+            return Task(self.name, f"r{word}=", demonstration=answer, check=lambda text: text == answer)
+
+    ENVIRONMENTS["reverse"] = Reverse
+
+The environments here write short ASCII for the "bytes" tokenizer, because models of a million parameters read it. The
+first letter of a prompt tells one environment from another. The end-of-text token that ends a completion is not part of
+its text. One prompt in HELD_OUT is never trained on; a hash of the prompt decides which.
+
+Sections  1 tasks and how completions are judged    2 environments    3 texts to fill in (mdlm_dultra.py)
+          4 drawing tasks, held-out ones apart      5 scores that survive a broken verifier
+          6 demonstrations for a supervised start
 """
 
 import ast
@@ -22,17 +50,7 @@ from functools import partial
 
 import numpy as np
 
-# ---- 6. tasks with a verifier ---------------------------------------------------------------------------------------
-
-# What reinforcement learning practises on. An environment is any object with
-#
-#     name              what rewards are listed under
-#     max_new_tokens    bytes: its longest sensible completion, and a margin
-#     sample(rng)       -> Task: a prompt, one good completion, and a judge of any other
-#
-# so yours is one more class of twenty lines, and one more row in ENVIRONMENTS. Ours write short ASCII for the "bytes"
-# tokenizer, because models of a million parameters read it. A first letter tells one environment from another.
-# The end-of-text token that ends a completion is no part of its text.
+# ---- 1. tasks and how completions are judged ------------------------------------------------------------------------
 
 THINK_END = "</think>"
 THINKING = {None: "", True: "<think>\n", False: "<think>" + THINK_END}  # how a prompt ends: plain, thinking on, off
@@ -113,6 +131,9 @@ def evaluate(node, tools=()):
     raise ValueError(f"{type(node).__name__} has no meaning here")
 
 
+# ---- 2. environments ------------------------------------------------------------------------------------------------
+
+
 class Sort:
     """Digits in order: `s314159=` -> `113459`. size: digits."""
 
@@ -131,9 +152,9 @@ class Sort:
 class Countdown:
     """An expression that makes a number of others, each used once: `c3,5>8=` -> `3+5`. size: numbers to use.
 
-    It has + - * / and parentheses, no sign before a number, and exact fractions on the way. The demo is any expression
-    over the numbers: it shows the form, and never looks at the target, so that hitting it is left to discover.
-    Numbers go to 9, two of them to 20: of digits there are so few pairs that no held-out one follows from the rest.
+    It has + - * / and parentheses, no sign before a number, and exact fractions on the way. The demonstration is
+    any expression over the numbers: it shows the form and ignores the target, so that rewards must teach to hit it.
+    Numbers go to 9, but two of them to 20: with digits there are so few pairs that no held-out one would be new.
     """
 
     name, sizes = "countdown", range(2, 7)
@@ -149,8 +170,8 @@ class Countdown:
             target = self.expression(numbers, rng)[1]
         numbers = [str(n) for n in numbers]
         prompt, key = (f"c{','.join(order)}>{target}=" for order in (numbers, sorted(numbers)))
-        demo = self.expression(numbers, rng)[0]
-        return Task(self.name, prompt, demo, partial(self.hits, numbers, target), key)
+        demonstration = self.expression(numbers, rng)[0]
+        return Task(self.name, prompt, demonstration, partial(self.hits, numbers, target), key)
 
     def hits(self, numbers, target, answer):
         return len(answer) <= self.max_new_tokens and self.worth(numbers, answer) == target
@@ -201,8 +222,8 @@ class Add:
             answer, carry = answer + str(total % 10), total // 10
         answer += "1" if carry else ""
         question = "a{}+{}=".format("".join(map(str, x)), "".join(map(str, y)))
-        demo = thought + THINK_END + answer if self.think else answer
-        return Task(self.name, question + THINKING[self.think], demo, partial(operator.eq, answer))
+        demonstration = thought + THINK_END + answer if self.think else answer
+        return Task(self.name, question + THINKING[self.think], demonstration, partial(operator.eq, answer))
 
 
 class Chain:
@@ -227,8 +248,8 @@ class Chain:
             question += f"{sign}{operand}"
             thought += f"{value}{sign}{operand}={result}\n"
             value = result
-        demo = f"{thought}{THINK_END}{value}" if self.think else str(value)
-        return Task(self.name, f"{question}={THINKING[self.think]}", demo, partial(operator.eq, str(value)))
+        demonstration = f"{thought}{THINK_END}{value}" if self.think else str(value)
+        return Task(self.name, f"{question}={THINKING[self.think]}", demonstration, partial(operator.eq, str(value)))
 
 
 class Brackets:
@@ -268,9 +289,9 @@ class Schema:
         schema = {key: "sibl"[rng.integers(4)] for key in random_keys(rng, self.size)}
         x, y = rng.integers(10, size=2).tolist()
         values = {"s": random_keys(rng, 1)[0], "i": 10 * x + y, "b": x < y, "l": [x, y]}
-        demo = json.dumps({key: values[kind] for key, kind in schema.items()}, separators=(",", ":"))
+        demonstration = json.dumps({key: values[kind] for key, kind in schema.items()}, separators=(",", ":"))
         prompt = "j{}=".format(",".join(f"{key}:{kind}" for key, kind in schema.items()))
-        return Task(self.name, prompt, demo, partial(self.fits, {k: self.types[t] for k, t in schema.items()}))
+        return Task(self.name, prompt, demonstration, partial(self.fits, {k: self.types[t] for k, t in schema.items()}))
 
     @staticmethod
     def fits(schema, answer):
@@ -308,8 +329,8 @@ class Instruct:
         rules = [every[i] for i in rng.permutation(5)[: self.size]]
         others = [letter for letter in letters if letter != lacks]
         words = ["".join(rng.choice(others, rng.integers(1, 4))) for _ in range(n)]
-        demo = first + " ".join(words) + has + mark  # keeps the rules that were not asked for as well
-        return Task(self.name, f"i{','.join(rules)}=", demo, partial(self.keeps, rules))
+        demonstration = first + " ".join(words) + has + mark  # keeps the rules that were not asked for as well
+        return Task(self.name, f"i{','.join(rules)}=", demonstration, partial(self.keeps, rules))
 
     @classmethod
     def keeps(cls, rules, answer):
@@ -358,10 +379,10 @@ class Tool:
     def sample(self, rng):
         asked = [(PEOPLE[rng.integers(len(PEOPLE))], FIELDS[rng.integers(len(FIELDS))]) for _ in range(self.size)]
         calls = [f"get({person},{field})" for person, field in asked]
-        demo = functools.reduce(lambda left, right: f"add({left},{right})", calls)
+        demonstration = functools.reduce(lambda left, right: f"add({left},{right})", calls)
         prompt = "t{}=".format("+".join(f"{person}.{field}" for person, field in asked))
         wanted = sum(self.database[person][field] for person, field in asked)
-        return Task(self.name, prompt, demo, partial(self.finds, wanted))
+        return Task(self.name, prompt, demonstration, partial(self.finds, wanted))
 
     @classmethod
     def finds(cls, wanted, answer):
@@ -375,9 +396,10 @@ class Tool:
 
 ENVIRONMENTS = {c.name: c for c in (Sort, Countdown, Add, Chain, Brackets, Schema, Instruct, Lookup, Tool)}
 
-
-# Two tasks to fill in, in any order, for models that can: mdlm_dultra.py. What is blank is ambiguous in both, and not
-# in the same way: in a sudoku everything hangs on everything, in the progressions a group on itself alone.
+# ---- 3. texts to fill in --------------------------------------------------------------------------------------------
+#
+# Tasks for models that write in any order (mdlm_dultra.py). The blanks are ambiguous in both, in different ways: in a
+# sudoku every cell depends on all the others, in the progressions a group depends on itself alone.
 
 BLANK = "_"
 
@@ -442,6 +464,9 @@ class Progressions:
 FILL_INS = {c.name: c for c in (Sudoku, Progressions)}
 
 
+# ---- 4. drawing tasks -----------------------------------------------------------------------------------------------
+
+
 def environment(spec, known=ENVIRONMENTS):
     """Returns the environment that a text asks for: name, name:size, or with "on" or "off" for thinking, "chain:6:off".
 
@@ -485,10 +510,13 @@ def sample_task(env, rng, held_out=False):
     )
 
 
-def score(task, text):
-    """Returns (reward in [0, 1], None), or (reward, what is wrong with the verifier): it costs its sample, not the run.
+# ---- 5. scores ------------------------------------------------------------------------------------------------------
 
-    One that raises or gives no number is worth 0; a number outside of [0, 1] is clipped. Ours do none of that.
+
+def score(task, text):
+    """Returns (reward in [0, 1], None), or (reward, problem) where the verifier is broken: the run goes on.
+
+    Where the verifier raises or returns no number the reward is 0; a number outside of [0, 1] is clipped.
     """
     try:
         reward = float(task.verify(text))
@@ -499,24 +527,25 @@ def score(task, text):
     return min(max(reward, 0.0), 1.0), None if 0 <= reward <= 1 else f"verify returned {reward}, outside of [0, 1]"
 
 
-def score_all(tasks, texts, timeout=10.0):
-    """Returns the `score` of each of many texts. One without a verdict after `timeout` seconds is worth 0, too.
+def score_all(tasks, completions, timeout=10.0):
+    """Returns the `score` of each of many completions; without a verdict after `timeout` seconds it is 0.
 
-    A thread judges one after the other. If it hangs, it is told to exit, which ends a loop in Python, and another goes
-    on behind. One that waits in C stays, and after MOST_HUNG of those the environment's texts are worth 0 unread. One
-    that keeps Python's lock (10**10**9) cannot be stopped from inside its process.
+    A thread judges one completion after the other. If its verifier hangs, an exception is raised in the thread, which
+    ends a loop in Python, and another thread takes the rest. A verifier that waits in C stays, and after MOST_HUNG of
+    those the other completions of its environment are worth 0 unread. A verifier that keeps Python's lock (10**10**9)
+    cannot be stopped from inside its process.
     """
-    found = []
-    while len(found) < len(texts):
-        verdicts, told, rest = [], threading.Event(), list(zip(tasks, texts))[len(found) :]
+    scores = []
+    while len(scores) < len(completions):
+        verdicts, stop, rest = [], threading.Event(), list(zip(tasks, completions))[len(scores) :]
         hung = collections.Counter(thread.name for thread in threading.enumerate())
 
-        def judge(verdicts=verdicts, told=told, rest=rest, hung=hung):
-            for task, text in rest:
-                many = hung[f"hung verifier of {task.env}"] >= MOST_HUNG
+        def judge(verdicts=verdicts, stop=stop, rest=rest, hung=hung):
+            for task, completion in rest:
+                given_up = hung[f"hung verifier of {task.env}"] >= MOST_HUNG
                 unread = 0.0, f"not asked: {MOST_HUNG} earlier verifiers still hang"
-                verdicts.append(unread if many else score(task, text))
-                if told.is_set():  # `score` takes SystemExit for the verifier's own
+                verdicts.append(unread if given_up else score(task, completion))
+                if stop.is_set():  # `score` has caught the SystemExit that was meant for this thread
                     return
 
         worker = threading.Thread(target=judge, daemon=True)
@@ -525,13 +554,18 @@ def score_all(tasks, texts, timeout=10.0):
         while worker.is_alive() and len(verdicts) > seen:
             seen = len(verdicts)
             worker.join(timeout)
-        found += verdicts[: len(rest)]
-        if len(found) < len(texts):
-            worker.name = f"hung verifier of {tasks[len(found)].env}"
-            told.set()
+        scores += verdicts[: len(rest)]
+        if len(scores) < len(completions):
+            worker.name = f"hung verifier of {tasks[len(scores)].env}"
+            stop.set()
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
-            found.append((0.0, f"no verdict in {timeout} s"))
-    return found
+            scores.append((0.0, f"no verdict in {timeout} s"))
+    return scores
+
+
+# ---- 6. demonstrations ----------------------------------------------------------------------------------------------
+
+LOW_EFFORT = "~"  # before a prompt, it asks for little thought
 
 
 def without_thought(task):
@@ -540,7 +574,40 @@ def without_thought(task):
     return replace(task, prompt=prompt, demonstration=task.parts(task.demonstration)[1])
 
 
-def cut_trace(demo, lines):
-    """Returns a demo with `lines` lines of its thought and the whole answer: it teaches to answer when cut short."""
-    thought, closed, answer = demo.rpartition(THINK_END)
+def cut_trace(demonstration, lines):
+    """Returns a demonstration with only `lines` lines of its thought, and the whole answer."""
+    thought, closed, answer = demonstration.rpartition(THINK_END)
     return "".join(thought.splitlines(keepends=True)[:lines]) + closed + answer
+
+
+def with_low_effort(tasks, marked):
+    """Returns the tasks, LOW_EFFORT before the prompt of those that think and are marked. marked: bool, one a task."""
+    return [replace(t, prompt=LOW_EFFORT + t.prompt) if m and t.thinks else t for t, m in zip(tasks, marked)]
+
+
+def demonstration_rows(tasks, tokenizer, rng, cut=0.0, silent=0.0):
+    """Returns (ids, targets), int64 [B, T] each: end of text, prompt, demonstration, end of text, padded on the right.
+
+    targets are the ids that follow, those of the demonstration and its end; -100 stands for no target. cut: share of
+    the tasks that think whose thought stops early. There the closing tag is no target: the model learns to answer from
+    half a thought, not to stop at half (Nemotron 3 Ultra). Where LOW_EFFORT asks for a short thought, it is one.
+    silent: share of the tasks that think whose thinking is turned off.
+    """
+    end, encode, rows = tokenizer.end_of_text, tokenizer.encode, []
+    tag = len(encode(THINK_END))
+    for task, chance in zip(tasks, rng.random(len(tasks))):
+        low_effort, lines = task.prompt.startswith(LOW_EFFORT), task.demonstration.count("\n")
+        is_cut = task.thinks and not low_effort and chance < cut
+        if task.thinks and not low_effort and not is_cut and chance < cut + silent:
+            task = without_thought(task)
+        demonstration = task.demonstration
+        if (is_cut or low_effort) and lines:
+            demonstration = cut_trace(demonstration, int(rng.integers(lines)))
+        prompt, targets = encode(task.prompt), [*encode(demonstration), end]
+        if is_cut:
+            closing = len(encode(task.parts(demonstration)[0]))
+            targets[closing : closing + tag] = [-100] * tag
+        rows.append(([end, *prompt, *encode(demonstration)], [-100] * len(prompt) + targets))
+    T = max(len(ids) for ids, _ in rows)
+    ids = np.array([ids + [end] * (T - len(ids)) for ids, _ in rows])
+    return ids, np.array([targets + [-100] * (T - len(targets)) for _, targets in rows])

@@ -1,17 +1,18 @@
-"""What Nemotron says of reinforcement learning, each claim put to a test of minutes: many small runs, three seeds.
+"""GRPO at length: five losses from one start, and five claims of Nemotron's, each a test of minutes with several seeds.
 
 Papers   Nemotron Nano 2, arXiv:2508.14444, Figure 5 (budgets); Nemotron 3 Nano, 2512.20848, sections 3.2 (all at once,
          curriculum) and 3.3 (length control); Nemotron 3 Super, 2604.12374 (stale samplers and their correction).
-Run      python grpo_studies.py               all studies; draws out/grpo_studies.png
-         python grpo_studies.py joint budget  these
+Run      python -m experiments.grpo               all studies; draws out/grpo_studies.png
+         python -m experiments.grpo joint budget  these
          Several runs share a GPU: each is too small to fill it. On a CPU this takes hours.
-Claims   joint       training on one task makes a model forget the others; training on all at once does not
+Claims   losses      GRPO, DAPO, Dr. GRPO, GSPO and CISPO all lift a policy beyond its demonstrations
+         joint       training on one task makes a model forget the others; training on all at once does not
          curriculum  from easy to hard is better than the same tasks in random order
          staleness   a sampler that is some steps behind is as good as a fresh one, if its weights are corrected
          length      length control makes thoughts shorter by a third at no loss in accuracy
-         budget      who has seen thoughts cut short answers better when its own are cut short (no rewards in this one)
-Limits   joint: who trains on one task gets four times the answers to it that "all" gets, so only the other columns are
-         for comparison. length: the demos repeat half of their lines, so a third of each thought is there to be cut.
+         budget      a model that has seen thoughts cut short answers better when its own are cut (without rewards)
+Limits   joint: a run on one task gets four times the answers to it that "all" gets, so only the other columns compare.
+         length: the demonstrations repeat half of their lines, so a third of each thought is there to be cut.
          staleness: one update for each batch, so the bounds of decoupled PPO's ratio have nothing to do.
 Read     A study is a function from (variant, seed) to numbers; VARIANTS says which. The table is all there is to it.
 """
@@ -28,12 +29,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.harness import provenance
 from common import tasks
 from common.data import Tokenizer
 from common.tasks import THINK_END, Chain, Sort
 from decoding import ThinkingBudget
-from grpo import GRPO, PRESETS, GRPOConfig, judged_answers, learn, sample_answers
+from grpo import ALGORITHMS, GRPO, PRESETS, GRPOConfig, learn
 from nano_hybrid import Hybrid
+from rollouts import judged_answers, sample_answers
 
 SEEDS = (0, 1, 2)
 BATCH = 256 if torch.cuda.is_available() else 64  # answers: prompts times 8
@@ -69,14 +72,14 @@ def objective(envs, seed, **settings):
 
 
 def warm_start(envs, seed, steps, **settings):
-    """Returns a model that has imitated `steps` batches of demos."""
+    """Returns a model that has imitated `steps` batches of demonstrations."""
     model = new_model(seed)
     learn(model, objective(envs, seed, warm_start=steps, **settings), steps, 2e-3)
     return model
 
 
 def reinforce(model, envs, seed, steps, lr=RL_LR, prepare=None, **settings):
-    """Trains the model by rewards, on prompts that its demos did not have; returns the metrics of each step."""
+    """Trains the model by rewards, on prompts that it has no demonstrations of; returns each step's metrics."""
     run = objective(envs, seed + 1000, **RL, **settings)
     if prepare:
         prepare(run)
@@ -86,8 +89,8 @@ def reinforce(model, envs, seed, steps, lr=RL_LR, prepare=None, **settings):
 def rewards(model, envs, seed, n=512):
     """Returns the mean reward of answers to n held-out prompts of each environment: name -> number."""
     with torch.autocast(device(), torch.bfloat16, enabled=device() == "cuda"):
-        found = objective(envs, seed, warm_start=0).evaluate(model, n)
-    return {name.removeprefix("reward_"): value for name, value in found.items() if name != "reward"}
+        metrics = objective(envs, seed, warm_start=0).evaluate(model, n)
+    return {name.removeprefix("reward_"): value for name, value in metrics.items() if name != "reward"}
 
 
 def answers_to(model, envs, seed, n=512, budget=None):
@@ -95,7 +98,7 @@ def answers_to(model, envs, seed, n=512, budget=None):
     run = objective(envs, seed, warm_start=0)
     tasks = run.tasks(0, n, held_out=True)
     generator = torch.Generator(device()).manual_seed(seed)
-    longest = run.max_new_tokens + 16  # room for who says more than is needed
+    longest = run.max_new_tokens + 16  # capacity for answers longer than they need be
     with torch.autocast(device(), torch.bfloat16, enabled=device() == "cuda"):
         return tasks, sample_answers(model, TOKENIZER, [task.prompt for task in tasks], longest, 1.0, generator, budget)
 
@@ -118,7 +121,7 @@ class SortOfAnySize(Sort):
 
 
 class WordyChain(Chain):
-    """Chained arithmetic whose demos write about every second line of the thought twice."""
+    """Chained arithmetic whose demonstrations write about every second line of the thought twice."""
 
     name = "wordy"
 
@@ -139,6 +142,17 @@ tasks.ENVIRONMENTS |= {env.name: env for env in (SortOfAnySize, WordyChain)}  # 
 TOGETHER = ("sort:8", "countdown", "brackets", "chain:3")
 
 
+def losses(variant, seed):
+    """Reward of held-out prompts after as many steps by each loss, from the same warm start."""
+    model = warm_start("sort", seed, 60)
+    if variant == "warm start":
+        return rewards(model, "sort", seed)
+    settings = dict(updates=2, **ALGORITHMS[variant])
+    rows = learn(model, objective("sort", seed + 1000, warm_start=0, entropy_coef=0.0, **settings), 60, 2 * RL_LR)
+    last = float(np.mean([row["train_reward"] for row in rows[-10:]]))
+    return rewards(model, "sort", seed) | {"last batches": last}
+
+
 def joint(variant, seed):
     """Rewards of every environment after training on none, one or all of them, in as many steps of as many answers."""
     envs = ",".join(TOGETHER)
@@ -146,26 +160,26 @@ def joint(variant, seed):
     trained = {"warm start": None, "all": envs}.get(variant, variant)
     if trained:
         reinforce(model, trained, seed, 250)
-    found = rewards(model, envs, seed)
-    return found | dict(mean=float(np.mean(list(found.values()))))
+    scores = rewards(model, envs, seed)
+    return scores | dict(mean=float(np.mean(list(scores.values()))))
 
 
 def curriculum(variant, seed):
     """Rewards by number of digits, and pass rates, before any rewards, of the first and the last prompts."""
-    steps, found = 250, {}
+    steps, scores = 250, {}
     model = warm_start("sort-any", seed, 150)
 
     def shuffle(run):  # the same tasks, of which none is always solved, in random order
         run.begin_rewards(model)
-        for order in run.curricula:
+        for order in run.curricula.orders:
             order.sigma, order.bin = 1e9, torch.zeros_like(order.bin)
 
     if variant != "warm start":
         prepare = shuffle if variant == "in random order" else None
         rows = reinforce(model, "sort-any", seed, steps, prepare=prepare, curriculum=steps)
         for name, part in (("first", rows[:50]), ("last", rows[-50:])):
-            found[f"{name} prompts"] = float(np.mean([row["pass_rate"] for row in part]))
-    return rewards(model, "sort:4,sort:8,sort:12,sort:16", seed) | found
+            scores[f"{name} prompts"] = float(np.mean([row["pass_rate"] for row in part]))
+    return rewards(model, "sort:4,sort:8,sort:12,sort:16", seed) | scores
 
 
 def staleness(variant, seed):
@@ -174,37 +188,38 @@ def staleness(variant, seed):
     model = warm_start("sort:8", seed, 120)
     correction = "" if correction == "none" else correction
     rows = reinforce(model, "sort:8", seed, 160, lr=2 * RL_LR, sampler_every=every, correction=correction)
-    found = {name: float(np.mean([row[name] for row in rows])) for name in ("weight_out", "entropy")}
-    return rewards(model, "sort:8", seed) | found
+    scores = {name: float(np.mean([row[name] for row in rows])) for name in ("weight_out", "entropy")}
+    return rewards(model, "sort:8", seed) | scores
 
 
 def length(variant, seed):
-    """Accuracy and length of thought, with and without length control, from demos that say half of it twice."""
+    """Accuracy and length of thought, with and without length control, where demonstrations say half of it twice."""
     model = warm_start("wordy", seed, 400)
     if variant != "warm start":
         reinforce(model, "wordy", seed, 200, length_coef=variant)
     tasks, answers = answers_to(model, "wordy", seed)
-    thoughts = [len(task.parts(text)[0]) for task, text in zip(tasks, answers.texts)]
+    thoughts = [len(task.parts(text)[0]) for task, text in zip(tasks, answers.completions)]
     right = [reward for reward, _ in judged_answers(tasks, answers)]
     return dict(accuracy=float(np.mean(right)), thought=float(np.mean(thoughts)))
 
 
 def budget(variant, seed):
-    """Accuracy and form by the tokens allowed for thought, without and with cut thoughts among the demos."""
-    env, found = "add:3:on", {}  # each line is a digit of the sum: what was not thought can still be worked out
+    """Accuracy and form by the tokens allowed for thought, without and with cut thoughts among the demonstrations."""
+    env, scores = "add:3:on", {}  # each line is a digit of the sum: what was not thought can still be worked out
     model = warm_start(env, seed, 1000, cut_thoughts=variant)
     end = TOKENIZER.encode(THINK_END)
     for tokens in BUDGETS:
         limit = ThinkingBudget(tokens, end, TOKENIZER.encode("\n"), grace=9 if tokens else 0)
         tasks, answers = answers_to(model, env, seed, budget=limit)
-        found[f"accuracy at {tokens}"] = float(np.mean([reward for reward, _ in judged_answers(tasks, answers)]))
-        found[f"in form at {tokens}"] = float(np.mean([
-            text.count(THINK_END) == 1 and text.partition(THINK_END)[2].isdigit() for text in answers.texts
+        scores[f"accuracy at {tokens}"] = float(np.mean([reward for reward, _ in judged_answers(tasks, answers)]))
+        scores[f"in form at {tokens}"] = float(np.mean([
+            text.count(THINK_END) == 1 and text.partition(THINK_END)[2].isdigit() for text in answers.completions
         ]))  # fmt: skip
-    return found
+    return scores
 
 
 VARIANTS = {
+    losses: ["warm start", *ALGORITHMS],
     joint: ["warm start", *TOGETHER, "all"],
     curriculum: ["warm start", "in random order", "easy to hard"],
     staleness: [(1, "none"), *((k, c) for k in STALE for c in CORRECTIONS)],
@@ -226,17 +241,19 @@ def run_all(studies):
     """Returns study -> variant -> metric -> [a number for each seed]."""
     jobs = [(study, variant, seed) for study in studies for seed in SEEDS for variant in VARIANTS[study]]
     workers = RUNS_AT_ONCE * torch.cuda.device_count() or 2
-    spawn, found = multiprocessing.get_context("spawn"), {}
+    spawn, outcomes = multiprocessing.get_context("spawn"), {}
     queue = spawn.Manager().Queue()
     for i in range(workers):
         queue.put(i)
     with ProcessPoolExecutor(workers, spawn, initializer=pin, initargs=(queue,)) as pool:
         pending = {pool.submit(study, variant, seed): (study, variant, seed) for study, variant, seed in jobs}
         for future in tqdm(as_completed(pending), total=len(jobs), desc="runs", delay=2):
-            found[pending[future]] = future.result()
+            outcomes[pending[future]] = future.result()
     return {
         study.__name__: {
-            str(variant): {m: [found[study, variant, seed][m] for seed in SEEDS] for m in found[study, variant, 0]}
+            str(variant): {
+                m: [outcomes[study, variant, seed][m] for seed in SEEDS] for m in outcomes[study, variant, 0]
+            }
             for variant in VARIANTS[study]
         }
         for study in studies
@@ -252,8 +269,70 @@ def print_table(study, results):
         print(f"{variant:20}" + "".join(f"{cell:>18}" for cell in cells))
 
 
+def plot_losses(axes, mean):
+    """Rewards of the warm start and of each loss, as bars."""
+    names = list(mean)
+    bars = axes.bar(names, [mean[name]["sort"] for name in names], color=["#999999", *["#0072B2"] * (len(names) - 1)])
+    axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    axes.tick_params("x", rotation=30)
+    axes.set(title="five losses from one start", ylabel="reward")
+
+
+def plot_joint(axes, mean):
+    """Reward of each environment (columns) after training on one of them, or on all (rows)."""
+    names = [metric for metric in next(iter(mean.values())) if metric != "mean"]
+    grid = [[row[metric] for metric in names] for row in mean.values()]
+    axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
+    axes.set_xticks(range(len(names)), names, rotation=30)
+    axes.set_yticks(range(len(mean)), mean)
+    axes.set(title="reward after training on one (rows)", xlabel="measured on")
+
+
+def plot_curriculum(axes, mean):
+    """Reward by the number of digits."""
+    for variant, row in mean.items():
+        sizes = [metric for metric in row if metric.startswith("sort:")]
+        axes.plot([int(m[5:]) for m in sizes], [row[m] for m in sizes], marker="o", label=variant)
+    axes.set(title="order of prompts", xlabel="digits to sort", ylabel="reward")
+
+
+def plot_staleness(axes, mean):
+    """Reward by the steps between copies of the sampler's weights."""
+    for correction in CORRECTIONS:
+        points = [(1, mean["(1, 'none')"]["sort:8"])]
+        points += [(k, mean[f"({k}, '{correction}')"]["sort:8"]) for k in STALE]
+        axes.plot(*zip(*points), marker="o", label=correction)
+    axes.set(title="stale samplers", xlabel="steps between copies", ylabel="reward", xscale="log")
+    axes.set_xticks([1, *STALE], [1, *STALE])
+    axes.minorticks_off()
+
+
+def plot_length(axes, mean):
+    """Length of thoughts by the coefficient, the accuracy above each bar."""
+    bars = axes.bar(list(mean), [row["thought"] for row in mean.values()])
+    axes.bar_label(bars, [f"{row['accuracy']:.0%} right" for row in mean.values()], fontsize=8)
+    axes.set(title="length control", xlabel="coefficient", ylabel="characters of thought")
+
+
+def plot_budget(axes, mean):
+    """Accuracy by the tokens of thought allowed."""
+    for variant, row in mean.items():
+        label = f"{float(variant):.0%} of demonstrations cut"
+        axes.plot(BUDGETS, [row[f"accuracy at {b}"] for b in BUDGETS], marker="o", label=label)
+    axes.set(title="thinking budgets", xlabel="tokens allowed", ylabel="accuracy")
+
+
+PANELS = dict(
+    losses=plot_losses, joint=plot_joint, curriculum=plot_curriculum, staleness=plot_staleness, length=plot_length,
+    budget=plot_budget,
+)  # fmt: skip
+
+
 def plot(results, path):
-    """Draws what the studies found, a panel for each, and writes it to `path`."""
+    """Draws the results of the studies, a panel for each, and writes the picture to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -264,41 +343,9 @@ def plot(results, path):
     panels = np.atleast_1d(panels).flatten()
     for empty in panels[len(results) :]:
         empty.remove()
-    for axes, (name, found) in zip(panels, results.items()):
-        mean = {variant: {m: np.mean(v) for m, v in row.items()} for variant, row in found.items()}
-        if name == "joint":
-            names = [metric for metric in next(iter(mean.values())) if metric != "mean"]
-            grid = [[row[metric] for metric in names] for row in mean.values()]
-            axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-            for i, row in enumerate(grid):
-                for j, value in enumerate(row):
-                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
-            axes.set_xticks(range(len(names)), names, rotation=30)
-            axes.set_yticks(range(len(mean)), mean)
-            axes.set(title="reward after training on one (rows)", xlabel="measured on")
-        elif name == "curriculum":
-            for variant, row in mean.items():
-                sizes = [metric for metric in row if metric.startswith("sort:")]
-                axes.plot([int(m[5:]) for m in sizes], [row[m] for m in sizes], marker="o", label=variant)
-            axes.set(title="order of prompts", xlabel="digits to sort", ylabel="reward")
-        elif name == "staleness":
-            for correction in CORRECTIONS:
-                points = [(1, mean["(1, 'none')"]["sort:8"])]
-                points += [(k, mean[f"({k}, '{correction}')"]["sort:8"]) for k in STALE]
-                axes.plot(*zip(*points), marker="o", label=correction)
-            axes.set(title="stale samplers", xlabel="steps between copies", ylabel="reward", xscale="log")
-            axes.set_xticks([1, *STALE], [1, *STALE])
-            axes.minorticks_off()
-        elif name == "length":
-            bars = axes.bar(list(mean), [row["thought"] for row in mean.values()])
-            axes.bar_label(bars, [f"{row['accuracy']:.0%} right" for row in mean.values()], fontsize=8)
-            axes.set(title="length control", xlabel="coefficient", ylabel="characters of thought")
-        else:
-            for variant, row in mean.items():
-                label = f"{float(variant):.0%} of demos cut"
-                axes.plot(BUDGETS, [row[f"accuracy at {b}"] for b in BUDGETS], marker="o", label=label)
-            axes.set(title="thinking budgets", xlabel="tokens allowed", ylabel="accuracy")
-        if name not in ("joint", "length"):
+    for axes, (name, variants) in zip(panels, results.items()):
+        PANELS[name](axes, {v: {m: np.mean(seeds) for m, seeds in row.items()} for v, row in variants.items()})
+        if axes.get_legend_handles_labels()[1] and name != "length":
             axes.legend(frameon=False, fontsize=8)
             axes.grid(alpha=0.3)
     path.parent.mkdir(exist_ok=True)
@@ -311,21 +358,22 @@ def main(names):
     """Runs the studies by these names, or all; prints tables; on a GPU writes assets/bench/grpo_studies.json."""
     known = {study.__name__: study for study in VARIANTS}
     if unknown := set(names) - set(known):
-        raise SystemExit(f"unknown study {min(unknown)!r}; usage: python grpo_studies.py [{'] ['.join(known)}]")
+        usage = f"python -m experiments.grpo [{'] ['.join(known)}]"
+        raise SystemExit(f"unknown study {min(unknown)!r}; usage: {usage}")
     began = time.perf_counter()
     studies = [known[name] for name in names] or list(known.values())
     results = run_all(studies)
     for study in studies:
         print_table(study, results[study.__name__])
     print(f"\n{time.perf_counter() - began:.0f} s")
-    path = Path(__file__).parent / "assets" / "bench" / "grpo_studies.json"
+    path = Path(__file__).parent.parent / "assets" / "bench" / "grpo_studies.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     earlier = {name: record[name]["found"] for name in known if "found" in record.get(name, {})}
     plot(earlier | results, Path("out/grpo_studies.png"))
     if torch.cuda.is_available():
-        machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
-        for name, found in results.items():
-            record[name] = dict(command=f"python grpo_studies.py {name}", machine=machine, seeds=SEEDS, found=found)
+        for name, outcome in results.items():
+            source = provenance(f"python -m experiments.grpo {name}")
+            record[name] = dict(source, seeds=SEEDS, found=outcome)
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 

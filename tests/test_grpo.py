@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import grpo
+import rollouts
 from common.data import Tokenizer
 from common.tasks import THINK_END, environment, is_held_out
 from conftest import scramble
@@ -333,14 +334,14 @@ def test_a_silent_group_has_no_gradient_even_with_a_kl_term():
     assert gradient(logprob, old, A, mask, **options)[:3].any()  # the KL of answers that nothing is learnt from
     keep = grpo.informative(rewards)
     assert keep.tolist() == [False, True]
-    found = gradient(logprob, old, A, grpo.keep_only(mask, keep), **options)
+    found = gradient(logprob, old, A, rollouts.keep_only(mask, keep), **options)
     assert not found[:3].any() and found[3:].any()
 
 
 def test_overlong_answers_change_baselines_and_have_no_gradient():
     logprob, old, _, mask = batch()
     truncated = torch.tensor([True, False, False, False, False, False])
-    kept = grpo.keep_only(mask, ~truncated)
+    kept = rollouts.keep_only(mask, ~truncated)
     found = []
     for reward in (0.0, 1.0):  # of the answer that was cut off
         A = grpo.advantages(torch.tensor([[reward, 0.3, 0.6], [0.1, 0.4, 0.9]]), "dr").flatten()
@@ -352,10 +353,10 @@ def test_overlong_answers_change_baselines_and_have_no_gradient():
 
 def test_keep_only_counts_rows_or_groups():
     mask = torch.ones(4, 2)
-    assert grpo.keep_only(mask, torch.tensor([True, False])).tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
-    assert grpo.keep_only(mask.bool(), torch.tensor([True, False, True, False])).dtype == torch.bool
+    assert rollouts.keep_only(mask, torch.tensor([True, False])).tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
+    assert rollouts.keep_only(mask.bool(), torch.tensor([True, False, True, False])).dtype == torch.bool
     with pytest.raises(ValueError, match=r"keep is \[3\].*4 rows"):
-        grpo.keep_only(mask, torch.ones(3).bool())
+        rollouts.keep_only(mask, torch.ones(3).bool())
 
 
 # ---- samplers that are not the policy
@@ -381,7 +382,11 @@ def test_the_sequence_mask_judges_the_geometric_mean():
     w = numbers([4.0, 0.25], [1.1, 1.1], [1.001, 1.001])
     weights, out = grpo.correction_weights(w.log(), torch.zeros_like(w), torch.ones(3, 2), "sequence")
     assert close(weights, [[4.0, 0.25], [0, 0], [1.001, 1.001]]) and out[:, 0].tolist() == [False, True, False]
-    assert grpo.faithful(w.log(), torch.zeros_like(w), torch.ones(3, 2)).tolist() == [False, True, True]  # mean |.|: 4
+    assert rollouts.faithful(w.log(), torch.zeros_like(w), torch.ones(3, 2)).tolist() == [
+        False,
+        True,
+        True,
+    ]  # mean |.|: 4
 
 
 def test_weights_are_constants():
@@ -449,14 +454,14 @@ def test_metrics_of_a_batch_by_hand():
 
 def test_soft_overlong_penalty():
     lengths = torch.tensor([0, 80, 90, 100, 120])
-    assert close(grpo.overlong_penalty(lengths, 100, 20), [0, 0, -0.5, -1, -1], 1e-7)
+    assert close(rollouts.overlong_penalty(lengths, 100, 20), [0, 0, -0.5, -1, -1], 1e-7)
     with pytest.raises(ValueError, match="cache=0"):
-        grpo.overlong_penalty(lengths, 100, 0)
+        rollouts.overlong_penalty(lengths, 100, 0)
 
 
 def test_length_control_sums_to_zero_before_the_bonus():
     rewards, lengths = draw(4, 8), (100 * draw(4, 8, seed=1).abs()).long()
-    term = grpo.length_control(rewards, lengths, bonus=0)
+    term = rollouts.length_control(rewards, lengths, bonus=0)
     assert close(term.sum(1), torch.zeros(4)) and term.any()
     for b in range(4):  # shorter is better, and the range is coef
         assert torch.equal(term[b].argsort(), lengths[b].argsort(descending=True))
@@ -464,28 +469,28 @@ def test_length_control_sums_to_zero_before_the_bonus():
 
 
 def test_equal_lengths_change_nothing():
-    assert not grpo.length_control(draw(3, 8), torch.full((3, 8), 50)).any()
+    assert not rollouts.length_control(draw(3, 8), torch.full((3, 8), 50)).any()
 
 
 def test_the_bonus_is_for_the_shortest_if_it_is_good():
     rewards = torch.tensor([[1.0, 2, 3, 4, 5, 6]]).repeat(2, 1)  # the quantile .8 is 5
     lengths = torch.tensor([[9, 8, 7, 6, 1, 5], [1, 8, 7, 6, 9, 5]])
-    bonus = grpo.length_control(rewards, lengths, coef=0)
+    bonus = rollouts.length_control(rewards, lengths, coef=0)
     assert bonus.tolist() == [[0, 0, 0, 0, 0.5, 0], [0] * 6]
 
 
 def test_length_control_of_two_parts_adds_up_in_any_order():
     rewards, thought, answer = draw(2, 8), draw(2, 8, seed=1).abs(), draw(2, 8, seed=2).abs()
-    a = grpo.length_control(rewards, thought, 0.3) + grpo.length_control(rewards, answer, 0.35)
+    a = rollouts.length_control(rewards, thought, 0.3) + rollouts.length_control(rewards, answer, 0.35)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    b = grpo.length_control(rewards[:, order], answer[:, order], 0.35)
-    b = b + grpo.length_control(rewards[:, order], thought[:, order], 0.3)
+    b = rollouts.length_control(rewards[:, order], answer[:, order], 0.35)
+    b = b + rollouts.length_control(rewards[:, order], thought[:, order], 0.3)
     assert close(a[:, order], b)
 
 
 def test_low_effort_reward_by_hand():
     rewards, lengths = torch.tensor([1.0, 0, 1, 0, 1]), torch.tensor([0.0, 0, 100, 200, 200])
-    assert close(grpo.low_effort_reward(rewards, lengths, U=100), [1.1, 0, 1, -0.1, 0.9], 1e-6)
+    assert close(rollouts.low_effort_reward(rewards, lengths, U=100), [1.1, 0, 1, -0.1, 0.9], 1e-6)
 
 
 def test_circular_comparison():
@@ -494,10 +499,10 @@ def test_circular_comparison():
     first, second = torch.zeros(N), torch.zeros(N)
     for i in range(N):
         hot = torch.arange(N) == i
-        assert grpo.circular_scores(hot.float(), second, torch.full((N,), 3.5)).nonzero().tolist() == [[i]]
-        assert grpo.circular_scores(first, hot.float(), torch.full((N,), 3.5)).nonzero().tolist() == [[(i + 1) % N]]
+        assert rollouts.circular_scores(hot.float(), second, torch.full((N,), 3.5)).nonzero().tolist() == [[i]]
+        assert rollouts.circular_scores(first, hot.float(), torch.full((N,), 3.5)).nonzero().tolist() == [[(i + 1) % N]]
     first, second = torch.tensor([3.0, 2, 4]), torch.tensor([3.0, 5, 4])
-    found = grpo.circular_scores(first, second, torch.tensor([1.0, 6, 5]))
+    found = rollouts.circular_scores(first, second, torch.tensor([1.0, 6, 5]))
     assert close(found, [(5.5 + 5.5) / 2, (2 + 0.5) / 2, (2.5 + 5) / 2])
     assert found.sum() == (first + second).sum() / 2
 
@@ -513,46 +518,46 @@ def pool(n=20_000):
 
 def test_the_curriculum_s_batches_follow_its_mean():
     rates, generator = pool(), torch.Generator().manual_seed(1)
-    curriculum = grpo.Curriculum(rates, steps=20)
+    curriculum = rollouts.Curriculum(rates, steps=20)
     assert [round(curriculum.mean(step), 9) for step in (0, 10, 20, 99)] == [0.7, 0.55, 0.4, 0.4]
     means = [rates[curriculum.draw(64, step, generator)].mean() for step in range(21)]
     aims = [curriculum.mean(step) for step in range(21)]
     assert max(abs(float(mean) - aim) for mean, aim in zip(means, aims)) < 0.08  # 64 draws: .15 / 8 = .02 each
     assert abs(float(sum(means)) - sum(aims)) / 21 < 0.012  # three standard errors
-    plain = grpo.Curriculum(rates, steps=20, bins=1)  # the Gaussian alone: batches follow the pool
+    plain = rollouts.Curriculum(rates, steps=20, bins=1)  # the Gaussian alone: batches follow the pool
     plain = [rates[plain.draw(64, step, generator)].mean() for step in range(21)]
     assert (sum(aims) - float(sum(plain))) / 21 > 0.024
 
 
 def test_the_curriculum_uses_a_bin_up_before_it_begins_anew():
     rates = torch.tensor([0.0, 1.0, 0.2, 0.4, 0.6, 0.8]).repeat_interleave(2)
-    curriculum = grpo.Curriculum(rates, steps=10)
+    curriculum = rollouts.Curriculum(rates, steps=10)
     drawn = [curriculum.draw(1, 5, torch.Generator().manual_seed(i)).item() for i in range(40)]
     for pair in [(0, 1), (4, 5), (6, 7), (8, 9), (10, 11)]:
         mine = [i for i in drawn if i in pair]
         assert all(set(mine[i : i + 2]) == set(pair) for i in range(0, len(mine) - 1, 2))
     assert not {2, 3} & set(drawn)  # always solved
     assert len(set(curriculum.draw(10, 5).tolist())) == 10
-    assert not {0, 1} & set(grpo.Curriculum(rates, steps=10, drop_unsolved=True).draw(8, 10).tolist())
+    assert not {0, 1} & set(rollouts.Curriculum(rates, steps=10, drop_unsolved=True).draw(8, 10).tolist())
     with pytest.raises(ValueError, match="n=11.*only 10"):
         curriculum.draw(11, 0)
     with pytest.raises(ValueError, match="from 0 to 1"):
-        grpo.Curriculum([0.5, 1.5], steps=10)
+        rollouts.Curriculum([0.5, 1.5], steps=10)
 
 
 def test_a_pool_that_is_too_small_does_not_bend_the_curriculum():
     rates = (torch.arange(2048) + 0.5) / 2048
-    curriculum, generator = grpo.Curriculum(rates, steps=250), torch.Generator().manual_seed(0)
+    curriculum, generator = rollouts.Curriculum(rates, steps=250), torch.Generator().manual_seed(0)
     means = torch.stack([rates[curriculum.draw(32, step, generator)].mean() for step in range(250)])
     aims = torch.tensor([curriculum.mean(step) for step in range(250)])
     assert (means.view(25, 10).mean(1) - aims.view(25, 10).mean(1)).abs().max() < 0.06
 
 
 def test_the_curriculum_repeats_with_its_generator_and_state():
-    a, b = (grpo.Curriculum(pool(200), steps=10) for _ in range(2))
+    a, b = (rollouts.Curriculum(pool(200), steps=10) for _ in range(2))
     first = a.draw(10, 0, torch.Generator().manual_seed(0))
     assert torch.equal(first, b.draw(10, 0, torch.Generator().manual_seed(0)))
-    c = grpo.Curriculum(pool(200), steps=10)
+    c = rollouts.Curriculum(pool(200), steps=10)
     c.left = a.left.clone()
     assert torch.equal(*(x.draw(10, 1, torch.Generator().manual_seed(1)) for x in (a, c)))
 
@@ -565,11 +570,11 @@ def test_dynamic_sampling_draws_until_it_has_enough():
         made.extend(groups)
         return groups, torch.stack([torch.tensor([0.0, i % 3]) for i in groups])
 
-    groups, acceptance = grpo.dynamic_sampling(source, 3)
+    groups, acceptance = rollouts.dynamic_sampling(source, 3)
     assert groups == [1, 2, 4] and len(made) == 6 and acceptance == 4 / 6  # one more than was asked for
-    groups, acceptance = grpo.dynamic_sampling(source, 3, refills=0)
+    groups, acceptance = rollouts.dynamic_sampling(source, 3, refills=0)
     assert groups == [7, 8] and len(made) == 9
-    groups, acceptance = grpo.dynamic_sampling(lambda n: (list(range(n)), torch.ones(n, 3)), 4, refills=2)
+    groups, acceptance = rollouts.dynamic_sampling(lambda n: (list(range(n)), torch.ones(n, 3)), 4, refills=2)
     assert groups == [] and acceptance == 0
 
 
@@ -583,13 +588,13 @@ def test_mopd_has_the_gradient_of_the_reverse_kl():
     exact = torch.autograd.grad((logprob.exp() * (logprob - teacher)).sum(), logits, retain_graph=True)[0]
     tokens = torch.tensor([0, 1, 1, 1])
     sampled, of_teacher = logprob[tokens][:, None], teacher[tokens][:, None]
-    A = grpo.mopd_advantages(of_teacher, sampled)
+    A = rollouts.mopd_advantages(of_teacher, sampled)
     loss, _ = grpo.policy_loss(sampled, sampled, A, torch.ones(4, 1))
     assert close(torch.autograd.grad(loss, logits, retain_graph=True)[0], exact)
 
     tokens = torch.tensor([0, 1])  # the same from a sampler of 1/2 and 1/2
     sampled, of_teacher = logprob[tokens][:, None], teacher[tokens][:, None]
-    A, half = grpo.mopd_advantages(of_teacher, sampled), numbers([0.5], [0.5]).log()
+    A, half = rollouts.mopd_advantages(of_teacher, sampled), numbers([0.5], [0.5]).log()
     loss, _ = grpo.policy_loss(
         sampled, sampled, A, torch.ones(2, 1), behaviour_logprob=half, correction="mask", bounds=(0, 5)
     )
@@ -597,15 +602,15 @@ def test_mopd_has_the_gradient_of_the_reverse_kl():
 
 
 def test_mopd_advantages_are_bounded_constants():
-    A = grpo.mopd_advantages(torch.tensor([[-100.0, -1]]), torch.tensor([[-1.0, -100]], requires_grad=True))
+    A = rollouts.mopd_advantages(torch.tensor([[-100.0, -1]]), torch.tensor([[-1.0, -100]], requires_grad=True))
     assert A.tolist() == [[-20, 20]] and not A.requires_grad
 
 
 def test_dpo_starts_at_log_2_and_parts_the_pair():
     chosen, rejected, ref = draw(4).requires_grad_(), draw(4, seed=1).requires_grad_(), draw(4, seed=2)
-    assert close(grpo.dpo_loss(chosen, rejected, ref, ref, beta=1e-9), math.log(2), 1e-8)
-    assert close(grpo.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach()), math.log(2))
-    grpo.dpo_loss(chosen, rejected, ref, ref).backward()
+    assert close(rollouts.dpo_loss(chosen, rejected, ref, ref, beta=1e-9), math.log(2), 1e-8)
+    assert close(rollouts.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach()), math.log(2))
+    rollouts.dpo_loss(chosen, rejected, ref, ref).backward()
     assert (chosen.grad < 0).all() and close(rejected.grad, -chosen.grad)
     margin = 0.1 * (chosen - rejected).detach()
     assert close(chosen.grad, -0.1 * torch.sigmoid(-margin) / 4)
@@ -648,9 +653,9 @@ def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"rewards is \[6\], expected \[B, G\]"):
         grpo.advantages(A)
     with pytest.raises(ValueError, match=r"lengths is \[2, 3\], expected \[2, 4\]"):
-        grpo.length_control(draw(2, 4), draw(2, 3))
+        rollouts.length_control(draw(2, 4), draw(2, 3))
     with pytest.raises(ValueError, match=r"teacher_logprob is \[2, 3\], expected \[2, 4\]"):
-        grpo.mopd_advantages(draw(2, 3), draw(2, 4))
+        rollouts.mopd_advantages(draw(2, 3), draw(2, 4))
 
 
 def test_half_precision_is_computed_in_float32():
@@ -714,7 +719,7 @@ def test_an_answer_ends_with_its_end_of_text():
         model.lm_head.weight.zero_()
     generator = torch.Generator().manual_seed(3)
     answers = grpo.sample_answers(model, tokenizer, ["s1="] * 40, 30, generator=generator)
-    for row, mask, text, finished in zip(answers.ids, answers.mask, answers.texts, answers.finished):
+    for row, mask, text, finished in zip(answers.ids, answers.mask, answers.completions, answers.finished):
         wrote = row[1:][mask].tolist()
         ends = [i for i, token in enumerate(wrote) if token == tokenizer.end_of_text]
         assert ends == ([len(wrote) - 1] if finished else []) and "endoftext" not in text
@@ -724,7 +729,7 @@ def test_a_batch_is_a_function_of_the_step_and_of_the_weights():
     model = small_model()
     for step in (0, 2, 7):
         a, b = objective().batch(model, step), objective().batch(model, step)
-        assert all(torch.equal(a[name], b[name]) for name in a if name != "numbers")
+        assert all(torch.equal(a[name], b[name]) for name in a if name != "metrics")
     demos, answers = objective().batch(model, 1), objective().batch(model, 2)
     assert set(demos) == {"ids", "targets"} and "advantages" in answers
     targets = demos["targets"]
@@ -746,12 +751,12 @@ def test_every_environment_is_in_every_batch_and_none_is_held_out():
 ])  # fmt: skip
 def test_a_step_of_every_kind_moves_the_model(settings):
     model, run = small_model(), objective(**settings)
-    for step in range(2, 2 + run.config.updates):
+    for step in range(2, 2 + run.settings.updates):
         batch = run.batch(model, step)
         batch["advantages"] = torch.linspace(-1, 1, len(batch["ids"]))  # a fresh model earns nothing
         loss, metrics = run.loss(model, batch)
         loss.backward()
-        kept = run.config.overlong != "filter"  # a fresh model hardly ends an answer
+        kept = run.settings.overlong != "filter"  # a fresh model hardly ends an answer
         assert loss.isfinite() and (metrics["ratio"] == pytest.approx(1, abs=1e-4) or not kept)
         assert metrics["mismatch"] < 1.001 and {"train_reward_sort:3", "train_reward_countdown", "entropy"} <= set(
             metrics
@@ -761,14 +766,14 @@ def test_a_step_of_every_kind_moves_the_model(settings):
 
 
 def test_a_verifier_that_raises_costs_its_answer_and_not_the_run(monkeypatch):
-    model, run, real = small_model(), objective(), grpo.score_all
+    model, run, real = small_model(), objective(), rollouts.score_all
 
     def broken(tasks, texts):
         return real([replace(task, check=lambda answer: 1 / 0) for task in tasks], ["123"] * len(texts))
 
-    monkeypatch.setattr(grpo, "score_all", broken)
+    monkeypatch.setattr(rollouts, "score_all", broken)
     batch = run.batch(model, 2)
-    assert batch["numbers"]["problems"] > 0 and batch["numbers"]["train_reward"] == 0
+    assert batch["metrics"]["problems"] > 0 and batch["metrics"]["train_reward"] == 0
     loss, _ = run.loss(model, batch)
     assert loss.isfinite()
 
@@ -776,7 +781,7 @@ def test_a_verifier_that_raises_costs_its_answer_and_not_the_run(monkeypatch):
 def test_an_answer_that_has_not_ended_is_worth_nothing():
     task = environment("sort:2").sample(np.random.default_rng(0))
     nothing, finished = torch.zeros(2, 1), torch.tensor([True, False])
-    answers = grpo.Answers(nothing, nothing, nothing, [task.demonstration, task.demonstration], finished)
+    answers = rollouts.Answers(nothing, nothing, nothing, [task.demonstration, task.demonstration], finished)
     assert grpo.judged_answers([task, task], answers) == [(1.0, None), (0.0, None)]
 
 
@@ -848,7 +853,7 @@ def rule_rewards(monkeypatch, *rewards):
         verdicts = [next(given) for _ in texts]
         return [(0.0, v) if isinstance(v, str) else (float(v), None) for v in verdicts]
 
-    monkeypatch.setattr(grpo, "score_all", score_all)
+    monkeypatch.setattr(rollouts, "score_all", score_all)
 
 
 def rule_draws(monkeypatch, *draws):
@@ -865,7 +870,7 @@ def prompts_of(batch):
 
 
 def with_seed(seed=0, rank=0, batch_size=16, **settings):
-    config = objective(batch_size, **settings).config
+    config = objective(batch_size, **settings).settings
     return grpo.GRPO(config, Tokenizer("bytes"), batch_size, seed, rank)
 
 
@@ -935,13 +940,13 @@ def test_the_loss_of_a_batch_is_its_equation(monkeypatch, aggregate):
     assert not mask.any(1).all() and loss.item() == pytest.approx((expected - 0.3 * bonus).item(), rel=1e-4)
     assert metrics["entropy"].item() == pytest.approx((rows.sum() / mask.sum()).item(), rel=1e-4)
     assert metrics["tokens"] == mask.sum() and not metrics["entropy"].requires_grad
-    assert batch["numbers"].items() <= metrics.items() and metrics["kl_ref"] > 0
+    assert batch["metrics"].items() <= metrics.items() and metrics["kl_ref"] > 0
 
 
 def test_the_numbers_of_a_batch_are_those_of_its_answers(monkeypatch):
     rule_rewards(monkeypatch, 1, 1, 1, 1, 0, "it raised", 0, 0.25, 0)
     (model, run), answers = (writer(), objective(batch_size=32)), spy(monkeypatch, grpo, "sample_answers")
-    numbers = run.batch(model, 2)["numbers"]
+    numbers = run.batch(model, 2)["metrics"]
     ((_, a),) = answers
     given = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0.25, 0] * 4)[:32] * a.finished
     by_env = given.view(4, 2, 4)  # the environments take turns
@@ -971,13 +976,13 @@ def test_the_overlong_filter_takes_a_gradient_away_and_no_reward(monkeypatch):
 def test_the_shares_of_a_batch_are_the_batch_judged_once(monkeypatch):
     rule_rewards(monkeypatch, 1, 0, 0.5)
     model, run = writer(), objective(updates=2, kl_coef=0.1)
-    whole, _ = objective(updates=2).judge(model, 2)
+    whole, _ = objective(updates=2).rollouts(model, 2)
     rule_rewards(monkeypatch, 1, 0, 0.5)
     judged = spy(monkeypatch, grpo, "judged_answers")
     first = run.batch(model, 2)
     change(model)  # between the two updates
     second = run.batch(model, 3)
-    assert len(judged) == 1 and first["numbers"] == second["numbers"]
+    assert len(judged) == 1 and first["metrics"] == second["metrics"]
     for name, value in whole.items():
         assert torch.equal(torch.cat([first[name], second[name]]), value), name
     run.batch(model, 4)
@@ -1036,8 +1041,8 @@ def test_dynamic_sampling_draws_until_every_group_is_informative(monkeypatch):
     rewards = torch.tensor([DRAWS[0][1], DRAWS[1][0], DRAWS[1][2], DRAWS[2][1]])
     assert torch.equal(batch["advantages"], grpo.advantages(rewards).flatten())
     written = torch.cat([a.mask.sum(1) for _, a in answers]).float()
-    assert batch["numbers"]["informative"] == 5 / 12 and batch["numbers"]["length"] == written.mean()
-    assert batch["numbers"]["train_reward"] == pytest.approx(np.mean(DRAWS))
+    assert batch["metrics"]["informative"] == 5 / 12 and batch["metrics"]["length"] == written.mean()
+    assert batch["metrics"]["train_reward"] == pytest.approx(np.mean(DRAWS))
     kept = torch.tensor([1, 4, 6, 9])[:, None] * 4 + torch.arange(4)  # rows of all that was drawn
     assert batch["mask"].sum(1).tolist() == written[kept.flatten()].tolist()
     logprob, _ = model.logprobs(batch["ids"], batch["mask"])
@@ -1051,7 +1056,7 @@ def test_dynamic_sampling_fills_up_with_silent_groups(monkeypatch):
     drawn = [[task.prompt for task in run.tasks(2, 4, again=again)] for again in range(2)]
     expected = [drawn[0][0], drawn[0][1], drawn[1][0], drawn[1][2]]
     assert prompts_of(batch) == [prompt for prompt in expected for _ in range(4)]
-    assert batch["numbers"]["informative"] == 3 / 8
+    assert batch["metrics"]["informative"] == 3 / 8
     assert batch["advantages"].view(4, 4).any(1).tolist() == [False, True, True, True]
 
 
@@ -1068,15 +1073,15 @@ def test_pass_rates_are_found_once_from_all_tries(monkeypatch):
     monkeypatch.setattr(grpo, "judged_answers", judged)
     (model, run), found = (
         (writer(), objective(18, group_size=3, curriculum=5)),
-        spy(monkeypatch, grpo.GRPO, "find_pass_rates"),
+        spy(monkeypatch, rollouts.Curricula, "pass_rates"),
     )
     run.batch(model, 1)
-    assert not found and not run.curricula  # the warm start is not over
+    assert not found and not run.curricula.orders  # the warm start is not over
     for step in (2, 3, 4):
         run.batch(model, step)
     assert len(found) == 1
-    pools = [run.pool(env) for env in run.envs]
-    for env, pool, rates in zip(run.envs, pools, run.kept["pass_rates"]):
+    pools = [run.curricula.pool(env) for env in run.envs]
+    for env, pool, rates in zip(run.envs, pools, run.state["pass_rates"]):
         assert {task.env for task in pool} == {env.name} and not any(map(is_held_out, pool))
         assert rates.tolist() == [passes(task) / 8 for task in pool] and len(pool) == 5 * 18 // 3 // 2
     others = [
@@ -1084,15 +1089,15 @@ def test_pass_rates_are_found_once_from_all_tries(monkeypatch):
         with_seed(0, 1, curriculum=5),
         with_seed(envs="countdown,sort:3", curriculum=5),
     ]
-    prompts = [{task.prompt for env in other.envs for task in other.pool(env)} for other in (run, *others)]
+    prompts = [{task.prompt for env in other.envs for task in other.curricula.pool(env)} for other in (run, *others)]
     assert all(len(a & b) < len(a) / 2 for a, b in itertools.combinations(prompts, 2))
 
 
 def ordered(rates, **settings):
     """Returns an objective whose pools have these pass rates."""
     run = objective(**settings)
-    run.kept["pass_rates"] = [torch.as_tensor(r) for r in rates]
-    run.make_curricula()
+    run.state["pass_rates"] = [torch.as_tensor(r) for r in rates]
+    run.curricula.start(run.state["pass_rates"])
     return run
 
 
@@ -1101,10 +1106,12 @@ def test_a_curriculum_goes_from_easy_to_hard():
     drawn = {}
     for step, aim in [(10, 0.7), (20, 0.55), (30, 0.4), (99, 0.4)]:
         run = ordered([torch.linspace(0, 0.99, 200)] * 2, **settings)
-        rate = {task.prompt: r.item() for pool in run.pools for task, r in zip(pool, torch.linspace(0, 0.99, 200))}
+        rate = {
+            task.prompt: r.item() for pool in run.curricula.pools for task, r in zip(pool, torch.linspace(0, 0.99, 200))
+        }
         tasks = run.tasks(step, 40)
         assert [task.env for task in tasks] == ["sort:12", "sort:9"] * 20
-        for env, pool, curriculum in zip(range(2), run.pools, run.curricula):
+        for env, pool, curriculum in zip(range(2), run.curricula.pools, run.curricula.orders):
             mine = [task.prompt for task in tasks[env::2]]
             assert len(set(mine)) == 20 and set(mine) <= {task.prompt for task in pool}
             assert curriculum.left.sum() == 180
@@ -1120,23 +1127,23 @@ def test_the_pass_rate_of_a_batch_is_that_of_its_tasks():
     rates = torch.linspace(0, 0.95, 20)
     model, run = writer(), ordered([rates, rates], curriculum=10)
     batch = run.batch(model, 3)
-    known = {task.prompt: rate.item() for pool in run.pools for task, rate in zip(pool, rates)}
+    known = {task.prompt: rate.item() for pool in run.curricula.pools for task, rate in zip(pool, rates)}
     found = [known[prompt] for prompt in prompts_of(batch)[::4]]
-    assert batch["numbers"]["pass_rate"] == pytest.approx(np.mean(found), abs=1e-6)
-    assert "pass_rate" not in objective().batch(model, 3)["numbers"]
+    assert batch["metrics"]["pass_rate"] == pytest.approx(np.mean(found), abs=1e-6)
+    assert "pass_rate" not in objective().batch(model, 3)["metrics"]
 
 
 def test_an_environment_with_too_few_unsolved_tasks_gets_fresh_ones(monkeypatch):
     monkeypatch.setattr(grpo, "POOL", 4)
     run = ordered([[1.0, 1.0, 1.0, 0.5], [1.0, 0.5, 1.0, 0.5]], curriculum=10)  # two of each in a batch
-    pools = [[task.prompt for task in pool] for pool in run.pools]
+    pools = [[task.prompt for task in pool] for pool in run.curricula.pools]
     fresh = set()
     for step in (2, 3, 4):
         tasks = run.tasks(step, 4)
         assert [task.env for task in tasks] == ["sort:3", "countdown"] * 2
         assert {task.prompt for task in tasks[1::2]} == {pools[1][1], pools[1][3]}
         fresh |= {task.prompt for task in tasks[::2]}
-        assert not any(map(is_held_out, tasks)) and set(run.drawn_rates) == {0.5}
+        assert not any(map(is_held_out, tasks)) and set(run.curricula.drawn_rates) == {0.5}
     assert len(fresh) == 6 and not fresh & set(pools[0]) and [len(pool) for pool in pools] == [4, 4]
 
 
@@ -1159,12 +1166,14 @@ def test_right_answers_gain_by_being_short_and_wrong_ones_do_not():
     texts = ["12</think>5", "123456</think>5", "</think>555", "123456"] + ["1", "12", "123", "12345"]
     texts += ["</think>5", "12</think>5", "12</think>5", "1234</think>5"]
     rewards = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
-    base = grpo.advantages(rewards, run.config.advantage)
-    A = run.advantages(rewards, tasks, texts).view(3, 4)
+    base = grpo.advantages(rewards, run.settings.advantage)
+    A = grpo.shaped_advantages(run.settings, rewards, tasks, texts, run.tokenizer).view(3, 4)
     thought, answer = torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0])  # a wrong one is as long as the longest
     assert close(A[0] - base[0], sum(0.5 * (u - u.float().mean()) for u in (thought, answer)), 1e-5)
     assert not A[1].any() and close(A[2], [0.25, 0, 0, -0.25], 1e-6)  # equal rewards: the coefficient, and no more
-    assert torch.equal(objective().advantages(rewards, tasks, texts), base.flatten())
+    assert torch.equal(
+        grpo.shaped_advantages(objective().settings, rewards, tasks, texts, run.tokenizer), base.flatten()
+    )
 
 
 def test_length_control_is_learnt_from_and_not_reported(monkeypatch):
@@ -1172,7 +1181,7 @@ def test_length_control_is_learnt_from_and_not_reported(monkeypatch):
     model, run = writer(), objective(length_coef=0.5)
     batch = run.batch(model, 2)
     lengths = batch["mask"].sum(1).view(4, 4)
-    assert batch["numbers"]["train_reward"] == 1 and batch["numbers"]["informative"] == 0
+    assert batch["metrics"]["train_reward"] == 1 and batch["metrics"]["informative"] == 0
     for A, length in zip(batch["advantages"].view(4, 4), lengths):
         assert length[A.argmax()] == length.min() and length[A.argmin()] >= length[A.argmax()]
 
@@ -1192,17 +1201,19 @@ def test_low_effort_changes_the_rewards_of_marked_prompts_only():
     run, (marked, plain) = think_on(2, low_effort=1.0, low_effort_tokens=4, advantage="dr")
     other = replace(marked, prompt=marked.prompt[1:])
     texts, rewards = ["</think>5", "12</think>5", "12345678</think>5", "1234"] * 3, torch.tensor([[1.0, 1, 1, 0]] * 3)
-    A = run.advantages(rewards, [marked] * 4 + [plain] * 4 + [other] * 4, texts).view(3, 4)
+    A = grpo.shaped_advantages(
+        run.settings, rewards, [marked] * 4 + [plain] * 4 + [other] * 4, texts, run.tokenizer
+    ).view(3, 4)
     shaped = torch.tensor([[1.1, 1.05, 0.9, 0], [1, 1, 1, 0], [1, 1, 1, 0]])
     assert close(A, shaped - shaped.mean(1, keepdim=True), 1e-6)
 
 
-def demos_of(run, tasks):
+def demonstrations_of(run, tasks):
     """Returns for each of tasks (prompt, what was written behind it, the part of it that is a target) and checks ids.
 
     A token that is no target is written as a dot.
     """
-    found, batch = [], run.demos(small_model(), tasks, np.random.default_rng(0))
+    found, batch = [], run.demonstrations(small_model(), tasks, np.random.default_rng(0))
     for ids, targets in zip(batch["ids"].tolist(), batch["targets"].tolist()):
         assert all(target in (-100, following) for target, following in zip(targets, [*ids[1:], 256]))
         ids = ids[1:]
@@ -1218,16 +1229,16 @@ def demos_of(run, tasks):
     return found
 
 
-def test_a_demo_is_shown_whole():
+def test_a_demonstration_is_shown_whole():
     run, tasks = think_on(20)
-    assert demos_of(run, tasks) == [(task.prompt, task.demonstration, task.demonstration) for task in tasks]
+    assert demonstrations_of(run, tasks) == [(task.prompt, task.demonstration, task.demonstration) for task in tasks]
 
 
 @pytest.mark.parametrize("settings, mark", [(dict(cut_thoughts=1.0), ""), (dict(low_effort=1.0), "~")])
 def test_thoughts_are_cut_at_whole_lines_and_only_low_effort_learns_to_close_them(settings, mark):
     run, tasks = think_on(60, envs="chain:3,sort:3", **settings)
     kept = []
-    for task, (prompt, written, shown) in zip(tasks, demos_of(run, tasks)):
+    for task, (prompt, written, shown) in zip(tasks, demonstrations_of(run, tasks)):
         if not task.thinks:
             assert (prompt, written, shown) == (task.prompt, task.demonstration, task.demonstration)
             continue
@@ -1240,28 +1251,30 @@ def test_thoughts_are_cut_at_whole_lines_and_only_low_effort_learns_to_close_the
     assert len(kept) == 30 and set(kept) == {0, 1, 2}
 
 
-def test_the_demos_of_another_step_are_cut_elsewhere(monkeypatch):
+def test_the_demonstrations_of_another_step_are_cut_elsewhere(monkeypatch):
     run, tasks = think_on(16, envs="chain:3", cut_thoughts=1.0)
     monkeypatch.setattr(run, "tasks", lambda step, n: [replace(tasks[0], demonstration="</think>5"), *tasks[1:]])
     cuts = [run.batch(small_model(), step)["targets"] for step in (0, 0, 1)]  # a thought without lines stays empty
     assert torch.equal(cuts[0], cuts[1]) and cuts[0].tolist() != cuts[2].tolist()
 
 
-def test_demos_without_thoughts_are_answers_alone():
+def test_demonstrations_without_thoughts_are_answers_alone():
     run, tasks = think_on(20, no_thoughts=1.0)
-    for task, found in zip(tasks, demos_of(run, tasks)):
+    for task, found in zip(tasks, demonstrations_of(run, tasks)):
         answer = task.demonstration.rpartition("</think>")[2]
         prompt = task.prompt.replace("<think>\n", "<think></think>")
         assert found == (prompt, answer, answer)
 
 
-def test_shares_of_demos_are_cut_and_not_thought():
+def test_shares_of_demonstrations_are_cut_and_not_thought():
     run, tasks = think_on(400, envs="chain:3", batch_size=4, cut_thoughts=0.25, no_thoughts=0.5)
-    found = demos_of(run, tasks)
+    found = demonstrations_of(run, tasks)
     silent = sum(prompt.endswith("</think>") for prompt, _, _ in found)
     cut = sum("........" in shown for _, _, shown in found)
     assert 70 < cut < 130 and 160 < silent < 240
-    assert all(task.demonstration == shown for task, (_, written, shown) in zip(tasks, found) if written.count("\n") == 3)  # noqa: E501
+    assert all(
+        task.demonstration == shown for task, (_, written, shown) in zip(tasks, found) if written.count("\n") == 3
+    )  # noqa: E501
 
 
 # ---- policies beside the one in training
@@ -1346,7 +1359,7 @@ def test_at_temperature_0_an_answer_is_the_likeliest_for_every_generator():
     found = [
         grpo.sample_answers(model, tokenizer, prompts, 9, 0, torch.Generator().manual_seed(seed)) for seed in (0, 1)
     ]
-    assert found[0].texts == found[1].texts and torch.equal(found[0].ids, found[1].ids)
+    assert found[0].completions == found[1].completions and torch.equal(found[0].ids, found[1].ids)
     for ids, mask in zip(found[0].ids, found[0].mask):
         likeliest = model(ids[None, :-1])[0].argmax(-1)
         assert torch.equal(likeliest[mask], ids[1:][mask])
@@ -1379,12 +1392,12 @@ def test_an_objective_goes_on_where_its_state_was_saved(tmp_path):
     torch.save(run.state_dict(), tmp_path / "state.pt")
     again = objective(**settings)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [c.left.sum() for c in again.curricula] == [14, 14]  # two of sixteen were drawn
+    assert [c.left.sum() for c in again.curricula.orders] == [14, 14]  # two of sixteen were drawn
     for step in (3, 4, 5, 6):  # the rest of a batch; one from a copy of old weights, with tasks that are left
         change(model, step)
         expected, got = run.batch(model, step), again.batch(model, step)
         for name in expected:
-            same = torch.equal if name != "numbers" else lambda a, b: a["train_reward"] == b["train_reward"]
+            same = torch.equal if name != "metrics" else lambda a, b: a["train_reward"] == b["train_reward"]
             assert same(expected[name], got[name]), (step, name)
     old = writer(0).logprobs(got["ids"], got["mask"])[0]
     assert close(got["behaviour_logprob"], old.detach(), 1e-4)
@@ -1397,7 +1410,7 @@ def test_a_state_that_was_saved_is_not_written_on():
     again = objective(curriculum=8)
     again.load_state_dict(state)
     again.batch(model, 3)
-    assert state["left"][0].sum() == 14 and run.curricula[0].left.sum() == 14
+    assert state["left"][0].sum() == 14 and run.curricula.orders[0].left.sum() == 14
 
 
 @pytest.mark.parametrize("name, low, high", grpo.LIMITS)
@@ -1427,43 +1440,47 @@ def test_settings_that_contradict_are_refused_in_a_line(settings, message):
 
 
 def test_parts_of_different_width_are_joined():
-    joined = grpo.joined([torch.ones(1, 2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)], 7)
+    joined = rollouts.joined([torch.ones(1, 2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)], 7)
     assert joined.tolist() == [[1, 1, 7], [0, 0, 0], [0, 0, 0]]
-    assert grpo.joined([torch.ones(1), torch.zeros(2)]).tolist() == [1, 0, 0]
+    assert rollouts.joined([torch.ones(1), torch.zeros(2)]).tolist() == [1, 0, 0]
 
 
-# ---- works that several calls share, and where the prompts go
+# ---- sessions that several calls share, and which prompts are drawn
 
 
-def test_calls_that_share_their_works_answer_as_calls_that_do_not():
+def test_calls_that_share_a_session_answer_as_calls_that_do_not():
     """Also after other weights, other prompts, a cut of the batch, and a call that needs more room."""
-    model, tokenizer, works, generator = writer(), Tokenizer("bytes"), grpo.DecodeSession(), torch.Generator()
+    model, tokenizer, session, generator = writer(), Tokenizer("bytes"), grpo.DecodeSession(), torch.Generator()
     calls = [(["s1="] * 30 + ["c3,5>8="] * 40, 9), (["s3141592="] * 70, 9), (["c3,5>8=", "s1="] * 35, 60)]
     for seed, (prompts, longest) in enumerate(calls):
         change(model, seed)
-        a = grpo.sample_answers(model, tokenizer, prompts, longest, 1.0, generator.manual_seed(seed), works=works)
+        a = grpo.sample_answers(model, tokenizer, prompts, longest, 1.0, generator.manual_seed(seed), session=session)
         alone = torch.Generator().manual_seed(seed)
         b = grpo.sample_answers(model, tokenizer, prompts, longest, 1.0, alone)
-        assert torch.equal(a.ids, b.ids) and torch.allclose(a.logprob, b.logprob, atol=1e-6) and a.texts == b.texts
+        assert (
+            torch.equal(a.ids, b.ids)
+            and torch.allclose(a.logprob, b.logprob, atol=1e-6)
+            and a.completions == b.completions
+        )
         again, _ = model.logprobs(a.ids, a.mask)
         assert (again - a.logprob).abs().max() < 1e-4 and len(set(a.mask.sum(1).tolist())) > 3
 
 
-def test_works_under_autocast_have_the_weights_of_now_in_16_bits():
-    model, tokenizer, works = writer(), Tokenizer("bytes"), grpo.DecodeSession()
+def test_sessions_under_autocast_have_the_weights_of_now_in_16_bits():
+    model, tokenizer, session = writer(), Tokenizer("bytes"), grpo.DecodeSession()
     for seed in (0, 1):
         change(model, seed)
         with torch.autocast("cpu", torch.bfloat16):
             a = grpo.sample_answers(
-                model, tokenizer, ["s1="] * 8, 9, 1.0, torch.Generator().manual_seed(0), works=works
+                model, tokenizer, ["s1="] * 8, 9, 1.0, torch.Generator().manual_seed(0), session=session
             )
             again, _ = model.logprobs(a.ids, a.mask)
         assert (again - a.logprob).abs().max() < 0.05
         for name, weight in model.named_parameters():
-            theirs = works.copy.get_parameter(name)
+            theirs = session.copy.get_parameter(name)
             assert torch.equal(theirs, weight.to(theirs.dtype)) and not theirs.requires_grad
-        assert works.copy.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
-        assert works.copy.model.embeddings.weight.dtype == torch.float32
+        assert session.copy.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+        assert session.copy.model.embeddings.weight.dtype == torch.float32
 
 
 def test_alike_prompts_are_read_once():
@@ -1483,7 +1500,8 @@ def test_focus_gives_prompts_to_what_still_teaches(monkeypatch):
         tasks = run.tasks(step, 64)
         shares.append(sum(task.env == "countdown" for task in tasks) / 64)
         assert [task.env for task in tasks[:16]] == ["sort:3", "countdown"] * 8
-        run.look_for_what_teaches(tasks, torch.tensor([task.env == "countdown" for task in tasks]))
+        differ = torch.tensor([task.env == "countdown" for task in tasks])
+        run.state["focus"] = rollouts.track_informative(run.state.get("focus"), run.envs, tasks, differ)
     assert shares[0] == 0.5 and 0.8 < np.mean(shares[-10:]) <= 0.875
     held_out = run.tasks(0, 64, held_out=True)
     assert sum(task.env == "countdown" for task in held_out) == 32

@@ -1,4 +1,4 @@
-"""grpo_studies.py: each study runs, its table and its picture come out. What they find is for a GPU to say."""
+"""experiments/grpo.py: each study runs, its table and its picture come out. What they find is for a GPU to say."""
 
 import math
 
@@ -31,13 +31,13 @@ def test_a_study_gives_numbers_for_each_variant(short, study):
         assert found and all(math.isfinite(value) for value in found.values())
 
 
-def test_rewards_have_prompts_that_the_demos_had_not():
+def test_rewards_have_prompts_that_the_demonstrations_had_not():
     run = studies.objective("sort:8", 0, warm_start=5)
     later = studies.objective("sort:8", 1000, warm_start=0)
     assert not {task.prompt for task in run.tasks(1, 64)} & {task.prompt for task in later.tasks(1, 64)}
 
 
-def test_wordy_demos_are_right_and_say_some_lines_twice():
+def test_wordy_demonstrations_are_right_and_say_some_lines_twice():
     env, rng = environment("wordy"), np.random.default_rng(0)
     tasks = [env.sample(rng) for _ in range(200)]
     lines = [task.demonstration.partition(THINK_END)[0].splitlines() for task in tasks]
@@ -48,12 +48,15 @@ def test_wordy_demos_are_right_and_say_some_lines_twice():
 def test_sorts_of_any_size_are_of_every_size():
     env, rng = environment("sort-any"), np.random.default_rng(0)
     tasks = [env.sample(rng) for _ in range(300)]
-    assert {len(task.demonstration) for task in tasks} == set(range(4, 17)) and all(task.verify(task.demonstration) for task in tasks)  # noqa: E501
+    assert {len(task.demonstration) for task in tasks} == set(range(4, 17)) and all(
+        task.verify(task.demonstration) for task in tasks
+    )  # noqa: E501
 
 
 def test_tables_and_the_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metrics = {
+        "losses": ["sort", "last batches"],
         "joint": [*studies.TOGETHER, "mean"], "curriculum": ["sort:4", "sort:8", "first prompts"],
         "staleness": ["sort:8", "entropy"], "length": ["accuracy", "thought"],
         "budget": [f"accuracy at {tokens}" for tokens in studies.BUDGETS],
