@@ -61,9 +61,9 @@ def sample_answers(
     encoded = {prompt: [end, *tokenizer.encode(prompt)] for prompt in set(prompts)}
     starts = [encoded[prompt] for prompt in prompts]
     model.eval()
-    steps = model.generate(
+    steps = generate(
         starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget, logprobs=logprobs,
-        works=session,
+        session=session,
     )  # fmt: skip
     tokens = torch.stack(list(steps), 1)  # [N, new], -1 behind the end
     model.train(training)
