@@ -1,6 +1,7 @@
 """common/tasks.py: tasks with a verifier."""
 
 import pickle
+import textwrap
 import threading
 import time
 import warnings
@@ -414,3 +415,18 @@ def test_verifiers_that_cannot_be_ended_do_not_pile_up():
     release.set()
     wait_for_hung_verifiers()
     assert score_all([judged_by(lambda text: 1)], ["x"], 5) == [(1.0, None)]  # and so does it, when they have ended
+
+
+def test_the_environment_of_the_docstring_works():
+    """The ten lines of common/tasks.py's docstring, as they stand there."""
+    from common import tasks
+
+    lines = tasks.__doc__.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.strip() == "class Reverse:")
+    last = next(i for i, line in enumerate(lines) if line.strip().startswith('ENVIRONMENTS["reverse"]'))
+    known = {}
+    exec(textwrap.dedent("\n".join(lines[first : last + 1])), vars(tasks) | dict(ENVIRONMENTS=known))
+    env = tasks.environment("reverse:6", known)
+    task = sample_task(env, np.random.default_rng(0))
+    assert task.env == env.name == "reverse:6"
+    assert len(task.demonstration) == 6 and task.verify(task.demonstration) == 1 and task.verify("no") == 0
