@@ -65,7 +65,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import rollouts
 from common.data import Tokenizer
@@ -659,11 +658,11 @@ ALGORITHMS = {  # of the table at the top, with two updates for each batch of an
 }
 
 
-def learn(model, objective, steps, lr, name=None):
+def learn(model, objective, steps, lr):
     """Trains for `steps` steps, on a GPU in bfloat16, and returns the metrics of each: name -> float."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
     device, rows = next(model.parameters()).device, []
-    for step in tqdm(range(steps), desc=name, delay=2, leave=False, disable=name is None):
+    for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10)
         # A context for each step: autocast caches the weights it has cast until it is left.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

@@ -18,6 +18,7 @@ Differs  Length control is the paper's, not the released server's. It is added t
          right answers only: in a group of equal rewards a normalised advantage would cancel its coefficient, and the
          shortest wrong answer would win. `overlong_penalty`, `faithful`, `circular_scores` and `dpo_loss` are building
          blocks: grpo.py's objective does without them.
+Files    rollouts.py, nano_hybrid.py and what that needs; common/tasks.py
 """
 
 import copy

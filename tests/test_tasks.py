@@ -1,6 +1,7 @@
 """common/tasks.py: tasks with a verifier."""
 
 import pickle
+import textwrap
 import threading
 import time
 import warnings
@@ -25,8 +26,9 @@ from common.tasks import (
 
 # ---- tasks with a verifier ----
 
+NAMES = [name for name, env in ENVIRONMENTS.items() if env.__module__ == "common.tasks"]  # experiments add theirs
 SPECS = [
-    *ENVIRONMENTS,
+    *NAMES,
     "chain:4:off",
     "add:3:on",
     "add:off",
@@ -119,7 +121,7 @@ def test_a_task_can_be_sent_to_another_process(spec):
     assert sent.prompt == task.prompt and sent.verify(task.demonstration) == task.verify(task.demonstration)
 
 
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_size_makes_prompts_longer_and_is_checked(name):
     cls = ENVIRONMENTS[name]
     easy, hard = cls.sizes[0], cls.sizes[-1]
@@ -300,7 +302,7 @@ def test_a_tool_call_is_judged_by_its_result():
 # ---- the split ----
 
 
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_prompt_in_eight_is_held_out_and_never_sampled_for_training(name):
     env, rng = environment(name), np.random.default_rng(0)
     train, held = ([sample_task(env, rng, side) for _ in range(100)] for side in (False, True))
@@ -414,3 +416,18 @@ def test_verifiers_that_cannot_be_ended_do_not_pile_up():
     release.set()
     wait_for_hung_verifiers()
     assert score_all([judged_by(lambda text: 1)], ["x"], 5) == [(1.0, None)]  # and so does it, when they have ended
+
+
+def test_the_environment_of_the_docstring_works():
+    """The ten lines of common/tasks.py's docstring, as they stand there."""
+    from common import tasks
+
+    lines = tasks.__doc__.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.strip() == "class Reverse:")
+    last = next(i for i, line in enumerate(lines) if line.strip().startswith('ENVIRONMENTS["reverse"]'))
+    known = {}
+    exec(textwrap.dedent("\n".join(lines[first : last + 1])), vars(tasks) | dict(ENVIRONMENTS=known))
+    env = tasks.environment("reverse:6", known)
+    task = sample_task(env, np.random.default_rng(0))
+    assert task.env == env.name == "reverse:6"
+    assert len(task.demonstration) == 6 and task.verify(task.demonstration) == 1 and task.verify("no") == 0
