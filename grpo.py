@@ -70,8 +70,8 @@ import rollouts
 from common.data import Tokenizer
 from common.objectives import Objective, Recipe, to_device
 from common.tasks import demonstration_rows, environment, sample_task, with_low_effort
-from kernels import at_least_float32, expect
 from decoding import DecodeSession
+from kernels import at_least_float32, expect
 from nano_hybrid import Hybrid, HybridConfig
 from rollouts import Curricula, PolicyCopies, join_answers, judged_answers, rollout_metrics, sample_answers
 

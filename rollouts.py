@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from common.tasks import LOW_EFFORT, sample_task, score_all
+from decoding import generate
 from kernels import at_least_float32, expect
 from nano_hybrid import Hybrid
 
@@ -63,8 +64,8 @@ def sample_answers(
     starts = [encoded[prompt] for prompt in prompts]
     model.eval()
     steps = generate(
-        starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget, logprobs=logprobs,
-        session=session,
+        model, starts, max_new_tokens, temperature, stop=[end], generator=generator, budget=budget,
+        logprobs=logprobs, session=session,
     )  # fmt: skip
     tokens = torch.stack(list(steps), 1)  # [N, new], -1 behind the end
     model.train(training)

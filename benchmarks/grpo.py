@@ -14,8 +14,9 @@ import torch
 from benchmarks.harness import ROOT, provenance
 from common.data import Tokenizer
 from common.tasks import environment, sample_task
+from decoding import DecodeSession
 from grpo import PRESETS
-from nano_hybrid import DecodeSession, Hybrid
+from nano_hybrid import Hybrid
 from rollouts import sample_answers
 
 LENGTHS = (16, 48, 128, 512)  # tokens of an answer, at most
