@@ -675,7 +675,7 @@ def _in_triton(backend, q, *wide):
     if pick_backend(backend, q.device, q.dtype) == "torch" or (too_wide and backend == "auto"):
         return False
     if too_wide:
-        raise ValueError(f"heads wider than {WIDTHS[-1]} channels do not fit the kernels; use backend='torch'")
+        raise ValueError(f"the kernels take heads of up to {WIDTHS[-1]} channels; use backend='torch'")
     return q.numel() > 0 and all(t.numel() > 0 for t in wide)
 
 
