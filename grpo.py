@@ -47,15 +47,9 @@ brackets what only the functions take; clip is clip_low, clip_high.
 Read     The table above, 1, 2; then `GRPO.batch` and `GRPO.rollouts` in 4, from sampling to judging to advantages, and
          `GRPO.loss`. `python grpo.py` compares five losses, `python train.py --recipe=grpo` learns several tasks at
          once, `python -m experiments.grpo` tests Nemotron's claims, `python -m benchmarks.grpo` times answers.
-Files    grpo.py, rollouts.py, nano_hybrid.py and what that needs; common/tasks.py, data.py, objectives.py
-Limits   Equal rewards give advantages of exactly 0; the first update of a batch has the same gradient under grpo, gspo
-         and cispo; behaviour = old is PPO; one token and one teacher make MOPD the reverse KL: see tests/test_grpo.py.
-Differs  Standard deviations are of a sample (1 / (G - 1)), as in TRL, with NVIDIA's eps of 1e-6, and groups without
-         spread are set to 0 rather than left to it. CISPO's upper bound is 1 + hi, as in the paper; TRL's is hi.
-         Dynamic sampling fills a batch from any environment: solved and hopeless ones lose their share of it.
-         Nemotron's reports say masked weights; the table follows the released configurations: a sequence mask (Nano),
-         TIS (Super, Ultra). k3 is capped at e^20, not at 10 (verl): an exploding estimate is what the metric is for.
-         The recipe's KL is k3+, for the gradient of the reverse KL; GRPO's own is k3. Neither is known to be better.
+Files    grpo.py + decoding.py + kernels.py + nano_hybrid.py + rollouts.py + decode_kernels.py + latent_moe.py +
+         lla.py + ssd.py + expert_kernels.py + common/data.py + common/objectives.py + common/tasks.py +
+         common/accounting.py + common/checkpoints.py + common/presets.py + common/sampling.py: 8,679 lines in all
 """
 
 import math

@@ -33,8 +33,10 @@ Differs  From the authors' code, on purpose. If no token was drawn, the step unm
          factor on p. A step costs lambda / length, not 1 / 500: at the paper's 256 tokens lambda = .25 is its 2 points
          for a correct answer against .1 NFE / 50. By default only the planner learns from rewards (--joint: and the
          backbone), without a teacher (--distill_coef), also from decodings worse than their group (--advantage_floor).
-Files    mdlm_dultra.py + unmasking.py, grpo.py, decoding.py, nano_hybrid.py, ssd.py, lla.py, latent_moe.py,
-         decode_kernels.py, kernels.py, common/: 9930 lines in all
+Files    mdlm_dultra.py + grpo.py + kernels.py + nano_hybrid.py + unmasking.py + decoding.py + latent_moe.py +
+         lla.py + rollouts.py + ssd.py + decode_kernels.py + expert_kernels.py + common/canvas.py +
+         common/checkpoints.py + common/data.py + common/fit.py + common/objectives.py + common/tasks.py +
+         common/accounting.py + common/presets.py + common/sampling.py: 9,889 lines in all
 """
 
 import math

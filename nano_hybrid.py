@@ -36,8 +36,9 @@ Differs  From `transformers` 5: dt is not clamped below at time_step_min (neithe
          From Megatron-LM: a LatentMoE's experts start as wide as their own input asks, and only its last projection is
          scaled down by depth. With one std for all, the routed path of `super3` would start 370 times weaker than that
          of `nano3`.
-Files    nano_hybrid.py + ssd.py + lla.py + latent_moe.py + kernels.py + common/: 0 lines in all
-
+Files    nano_hybrid.py + kernels.py + latent_moe.py + lla.py + ssd.py + expert_kernels.py + common/accounting.py +
+         common/checkpoints.py + common/objectives.py + common/presets.py + common/sampling.py + common/data.py:
+         5,532 lines in all
 Read     Mamba2 in ssd.py, then sections 3 and 4 here. `generate` is plain; decoding.py yields the same tokens fast.
          `python nano_hybrid.py` shows the claim; `python -m experiments.nano_hybrid` at length.
 """

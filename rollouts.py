@@ -18,7 +18,9 @@ Differs  Length control is the paper's, not the released server's. It is added t
          right answers only: in a group of equal rewards a normalised advantage would cancel its coefficient, and the
          shortest wrong answer would win. `overlong_penalty`, `faithful`, `circular_scores` and `dpo_loss` are building
          blocks: grpo.py's objective does without them.
-Files    rollouts.py, nano_hybrid.py and what that needs; common/tasks.py
+Files    rollouts.py + decoding.py + kernels.py + nano_hybrid.py + decode_kernels.py + latent_moe.py + lla.py +
+         ssd.py + expert_kernels.py + common/tasks.py + common/accounting.py + common/checkpoints.py +
+         common/objectives.py + common/presets.py + common/sampling.py + common/data.py: 7,984 lines in all
 """
 
 import copy
