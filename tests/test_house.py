@@ -195,7 +195,8 @@ EXAMPLES = {  # ten lines with each, run in a folder with the files that its doc
         assert (logprob.grad[0] < 0).all() and (logprob.grad[1] > 0).all()
     """,
     "mdlm_dultra.py": """
-        from mdlm_dultra import MaskedDiffusionLM, PRESETS, decode, threshold
+        from mdlm_dultra import MaskedDiffusionLM, PRESETS, decode
+        from unmasking import threshold
         from dataclasses import replace
         model = MaskedDiffusionLM(replace(PRESETS["mdlm-tiny"], vocab_size=64)).eval()
         ids = torch.randint(60, (2, 16))
