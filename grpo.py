@@ -49,7 +49,7 @@ Read     The table above, 1, 2; then `GRPO.batch` and `GRPO.rollouts` in 4, from
          once, `python -m experiments.grpo` tests Nemotron's claims, `python -m benchmarks.grpo` times answers.
 Files    grpo.py + decoding.py + kernels.py + nano_hybrid.py + rollouts.py + decode_kernels.py + latent_moe.py +
          lla.py + ssd.py + expert_kernels.py + common/data.py + common/objectives.py + common/tasks.py +
-         common/accounting.py + common/checkpoints.py + common/presets.py + common/sampling.py: 8,679 lines in all
+         common/accounting.py + common/checkpoints.py + common/presets.py + common/sampling.py: 8,680 lines in all
 """
 
 import math
@@ -449,9 +449,10 @@ class GRPO(Objective):
     @classmethod
     def from_run(cls, run, settings):
         """Returns the objective of a run. Raises ValueError for settings that do not go together."""
-        rollouts.check_run(run, settings.warm_start, f"warm_start={settings.warm_start}", "--envs")
-        batch_size = run.config.batch_size
-        return cls(settings, Tokenizer(run.tokenizer), batch_size, run.seed, run.rank, run.world_size)
+        batch_size, before = run.config.batch_size, settings.warm_start
+        objective = cls(settings, Tokenizer(run.tokenizer), batch_size, run.seed, run.rank, run.world_size)
+        rollouts.check_run(run, before, f"warm_start={before}", "--envs")
+        return objective
 
     def build(self, config):
         """Returns None: a Hybrid. Raises ValueError for one with dropout."""

@@ -16,6 +16,7 @@ from benchmarks import harness
 from benchmarks import kernels as bench_kernels
 from benchmarks import ssd as bench_ssd
 from conftest import TINY, scramble
+from decoding import generate
 from expert_kernels import expert_mlp
 from nano_hybrid import Hybrid, HybridConfig
 
@@ -210,7 +211,7 @@ def test_a_model_in_triton_writes_what_it_writes_in_torch(monkeypatch):
     for backend in ("torch", "triton"):
         monkeypatch.setattr(kernels, "BACKEND", backend)
         for draft in (0, 2):
-            texts.append(torch.stack(list(model.generate([[1, 2, 3, 4, 5]], 8, temperature=0, draft=draft))))
+            texts.append(torch.stack(list(generate(model, [[1, 2, 3, 4, 5]], 8, temperature=0, draft=draft))))
     assert all(torch.equal(text, texts[0]) for text in texts)
 
 
@@ -221,7 +222,7 @@ def test_writing_under_autocast(monkeypatch):
     for backend in ("torch", "triton"):
         monkeypatch.setattr(kernels, "BACKEND", backend)
         with torch.autocast(DEVICE, torch.float16):
-            texts.append(torch.stack(list(model.generate([[1, 2, 3]], 5, temperature=0))))
+            texts.append(torch.stack(list(generate(model, [[1, 2, 3]], 5, temperature=0))))
     assert torch.equal(*texts)
 
 
