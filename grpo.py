@@ -20,12 +20,13 @@ Symbols  code               paper         meaning
          advantages         A             how much better than its group; an answer's, or (MOPD) a token's
          clip               eps_lo, hi    the ratio r counts inside [1 - lo, 1 + hi]
          mask               m             1 where the policy wrote the token, stop token included; 0 elsewhere
+         T                                of log-probabilities and masks counts targets, ids[:, 1:]
 
-Which flags give which algorithm: those of `train.py --recipe=grpo`, with --entropy_coef=0, which none of them has; in
-brackets what only the functions take; clip is clip_low, clip_high.
+Which flags of `train.py --recipe=grpo` give which algorithm. Add --entropy_coef=0: none of the papers has that bonus.
+[Brackets]: arguments of the functions, without a flag. clip is clip_low, clip_high; sg is stop-gradient, a constant.
 
     algorithm             --advantage  --surrogate  --clip_...  --aggregate  further
-    GRPO                  grpo         grpo         .2, .2      sequence     --kl_coef=.04
+    GRPO                  grpo         grpo         .2, .2      sequence     --kl_coef=.04 [kl_kind=k3]
     DAPO                  grpo         grpo         .2, .28     token        --dynamic_sampling=4 [overlong_penalty]
     Dr. GRPO              dr           grpo         .2, .2      constant
     RLOO                  rloo         grpo         inert       constant     --updates=1 [denominator=B]
@@ -49,7 +50,7 @@ Read     The table above, 1, 2; then `GRPO.batch` and `GRPO.rollouts` in 4, from
          once, `python -m experiments.grpo` tests Nemotron's claims, `python -m benchmarks.grpo` times answers.
 Files    grpo.py + decoding.py + kernels.py + nano_hybrid.py + rollouts.py + decode_kernels.py + latent_moe.py +
          lla.py + ssd.py + expert_kernels.py + common/data.py + common/objectives.py + common/tasks.py +
-         common/accounting.py + common/checkpoints.py + common/presets.py + common/sampling.py: 8,680 lines in all
+         common/accounting.py + common/checkpoints.py + common/presets.py + common/sampling.py: 8,681 lines in all
 """
 
 import math

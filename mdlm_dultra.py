@@ -36,7 +36,7 @@ Differs  From the authors' code, on purpose. If no token was drawn, the step unm
 Files    mdlm_dultra.py + grpo.py + kernels.py + nano_hybrid.py + unmasking.py + decoding.py + latent_moe.py +
          lla.py + rollouts.py + ssd.py + decode_kernels.py + expert_kernels.py + common/canvas.py +
          common/checkpoints.py + common/data.py + common/fit.py + common/objectives.py + common/tasks.py +
-         common/accounting.py + common/presets.py + common/sampling.py: 9,890 lines in all
+         common/accounting.py + common/presets.py + common/sampling.py: 9,891 lines in all
 """
 
 import math

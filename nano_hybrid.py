@@ -17,25 +17,25 @@ Picture  One letter of the pattern string is one residual layer with one mixer, 
                                     |                                  L  local linear attention: lla.py; in none of
                                     rms_norm -> lm_head -> logits [B,T,V]     these papers, for comparison
 
-         Mamba-2    x -> in_proj -> z | x B C | dt        C -> 2 di + 2 G N + H,  di = H P
+         Mamba-2    x -> in_proj -> z | x B C | dt        hidden_size -> 2 di + 2 G N + H,  di = H P
                                      |   |      '- softplus(dt + dt_bias) ------.
                                      |   '-- causal conv, silu -> x, B, C -> SSD scan (+ D x)
                                      '------------------------ gate ----> gated RMSNorm -> out_proj
 
-         No position embedding anywhere: the Mamba layers, which read left to right, supply the order.
+         No position embedding, as released: the Mamba layers, which read left to right, supply the order.
 Symbols  code               paper  meaning
          mamba_num_heads    H      heads of a Mamba layer            mamba_head_dim  P  channels of one
          ssm_state_size     N      state per channel                 n_groups        G  heads of a group share B and C
          chunk_size         Q      tokens the scan takes at once: speed only, the result is the same
-         A_log              A      A = -exp(A_log) < 0, how fast a head forgets
-         dt_bias            delta  dt = softplus(dt + dt_bias), how strongly a token writes
+         A_log              A      A = -exp(A_log) < 0; a token's decay is exp(dt A)
+         dt                 delta  softplus(dt + dt_bias): how strongly a token writes, and how much is forgotten
 Limits   One chunk is the recurrence; a prompt in pieces is the prompt at once; half a run plus a resume is the run:
          tests/test_nano_hybrid.py, tests/test_train.py.
 Differs  From `transformers` 5: dt is not clamped below at time_step_min (neither NVIDIA's training code nor the
          published time_step_limit of [0, inf) does that), and A starts uniform in [1, 16] as in Megatron-LM, not 1..H.
-         From Megatron-LM: a LatentMoE's experts start as wide as their own input asks, and only its last projection is
-         scaled down by depth. With one std for all, the routed path of `super3` would start 370 times weaker than that
-         of `nano3`.
+         From Megatron-LM: an expert's up_proj starts with std * sqrt(hidden_size / its input width), and of a LatentMoE
+         only fc2_latent_proj is divided by sqrt(layers). With one std for all, the routed path of the preset `super3`
+         (LatentMoE) would start 370 times weaker than that of `nano3` (standard experts).
 Files    nano_hybrid.py + kernels.py + latent_moe.py + lla.py + ssd.py + expert_kernels.py + common/accounting.py +
          common/checkpoints.py + common/objectives.py + common/presets.py + common/sampling.py + common/data.py:
          5,532 lines in all
@@ -172,7 +172,7 @@ class KVState:
     length: int = 0  # T, positions that are filled
     capacity: int = 0  # positions to allocate at the first token
     pad: torch.Tensor | None = None  # [B] int64, how many of the first positions of each row are padding
-    can_roll_back = True
+    can_roll_back = True  # without a method: a static cache moves its position back, and overwrites
 
     def append(self, k, v, attention_mask=None):
         """Adds k, v [B, Hkv, T, D] and returns all keys and values, each [B, Hkv, length, D].
@@ -541,8 +541,8 @@ class Hybrid(nn.Module):
             return loss, metrics
         balance = self.pop_balance_losses()
         if self.mtp:
-            further, found = self.mtp_loss(ids, targets, hidden)
-            loss, metrics = loss + self.config.mtp_loss_weight * further, metrics | found
+            further, mtp_metrics = self.mtp_loss(ids, targets, hidden)
+            loss, metrics = loss + self.config.mtp_loss_weight * further, metrics | mtp_metrics
             balance = balance + self.pop_balance_losses()
         return loss + self.config.router_aux_loss_coef * balance, metrics
 
@@ -585,8 +585,8 @@ class Hybrid(nn.Module):
         self.pop_balance_losses()  # forgotten here: `loss` is not called after this forward, and they hold its graph
         targets = ids[:, 1:]
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
-        found = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
-        return tuple(f.new_zeros(mask.shape).masked_scatter(mask, f) for f in found)
+        outputs = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
+        return tuple(v.new_zeros(mask.shape).masked_scatter(mask, v) for v in outputs)
 
     def num_parameters(self, active=False):
         """Returns how many numbers are trained, without the multi-token predictor; active: those that a token uses."""

@@ -890,7 +890,7 @@ class MambaState(RecurrentState):
     def rollback(self, pending, last):
         """Returns pairs (tensor, what to copy into it) that leave the state after token number `last`, a tensor [].
 
-        pending: (inputs, states) of `decode_kernels.mamba2_steps` with every=True, of the tokens since then.
+        pending: (inputs [B, di + 2 G N, W-1 + n], states [B, n, H, P, N]) of the n draft tokens.
         """
         window = last + 1 + torch.arange(self.conv.shape[-1], device=last.device)
         conv, ssm = pending[0].index_select(-1, window), pending[1].index_select(1, last[None])[:, 0]
@@ -941,7 +941,7 @@ class Mamba2(nn.Module):
         di, H, conv_weight = self.out_proj.in_features, self.num_heads, self.conv1d.weight.squeeze(1)
         A = -torch.exp(at_least_float32(self.A_log))  # [H], negative
         projected = self.in_proj(u)  # [B, T, 2 di + 2 G N + H]
-        if state is None and attention_mask is None:  # steps 1 to 5 on whole sequences: one fused op in training
+        if state is None and attention_mask is None:  # steps 1 to 5 below as one op, fused in training
             weights = conv_weight, self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight
             return self.out_proj(mamba2_inner(projected, *weights, self.n_groups, self.eps, self.chunk_size))
         state = state or MambaState()
