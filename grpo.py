@@ -286,11 +286,11 @@ def policy_loss(
     Metrics, detached, each a mean over the tokens of the mask:
 
     ratio      mean of r: 1 at the first update of a batch
-    clip_low   fraction of tokens that the clip acts on below 1 - lo; but for cispo, where A < 0
-    clip_high  the same above 1 + hi; but for cispo, where A > 0
+    clip_low   fraction of tokens that the clip acts on below 1 - lo; only where A < 0, except for cispo
+    clip_high  the same above 1 + hi; only where A > 0, except for cispo
     kl_old     KL(old || new), nats a token: how far the updates of this batch have gone
     kl_ref     KL(new || ref), the estimate kl_kind, with ref_logprob
-    with behaviour_logprob:
+    with behaviour_logprob (blind under --correction=clip, where old is behaviour):
     weight     mean of old / behaviour before any bound: near 1, or the sampler is another policy
     weight_out fraction of tokens outside of the correction's bounds, or not finite
     mismatch   mean of exp|log old - log behaviour|: should stay below 1.02
