@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoints import read_config, replacing
+from common.checkpoints import read_config, replacing, text_ends
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import ReleasedTokenizer, Tokenizer
 from common.tasks import BLANK, THINK_END
@@ -87,7 +87,7 @@ def thinking_budget(config, tokenizer):
 def find_checkpoint(run):
     """Returns the folder of the checkpoint asked for. Raises FileNotFoundError if there is none."""
     if run is None:
-        newest = max(OUT.glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime, default=None)
+        newest = max(OUT.rglob("model.safetensors"), key=lambda p: p.stat().st_mtime, default=None)
         if newest is None:
             raise FileNotFoundError(f"there is no trained model in {OUT}/; run python train.py first, or give --run")
         return newest.parent
@@ -151,9 +151,10 @@ def load_tokenizer(folder):
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} names no tokenizer: it was not written by train.py, and has no tokenizer.json")
-    stop = config.get("eos_token_id", 2)
-    stop = stop if isinstance(stop, list) else [stop]  # chat models have several
-    return ReleasedTokenizer(path, stop[0]), config.get("bos_token_id", 1), stop
+    tokenizer = ReleasedTokenizer(path)
+    start, ends = text_ends(folder, tokenizer.tokenizer.token_to_id)
+    tokenizer.end_of_text = ends[0] if ends else None
+    return tokenizer, start, ends
 
 
 # ---- 3. next-token models -------------------------------------------------------------------------------------------

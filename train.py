@@ -54,8 +54,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import grpo
 import mdlm_dultra
 import nano_hybrid
-from common.checkpoints import find_run, read_trainer, write_trainer
-from common.cli import Interrupt, fail, join_processes, parse, peek, pick_device, pick_dtype
+from common.checkpoints import read_trainer, write_trainer
+from common.cli import Interrupt, command, fail, find_run, join_processes, parse, peek, pick_device, pick_dtype
 from common.objectives import RunInfo, make_settings, recipes_with, run_name, settings_classes
 from common.runlog import Means, Report, describe, finish, print0
 from nano_hybrid import Hybrid, HybridConfig
@@ -191,6 +191,11 @@ class Run:
     scaler: torch.amp.GradScaler
     step: int = 0  # optimiser steps done
     skipped: int = 0  # steps left out because something was not finite
+
+    @property
+    def name(self):
+        """What --run calls it."""
+        return self.directory.relative_to(OUT).as_posix()
 
     @property
     def tokens_per_step(self):
@@ -438,7 +443,7 @@ def train(run):
         if stop:
             report.bar.close()
             print0(f"interrupted, and saved at step {run.step}. To go on:\n"
-                   f"  python train.py --resume --run={run.directory.name}")  # fmt: skip
+                   f"  {command('train.py', 'resume', run=run.name)}")  # fmt: skip
             return 130
         if evaluates or saves:
             report.restart_clock()

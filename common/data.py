@@ -114,6 +114,10 @@ class Tokenizer:
             yield decoder.decode(self.all_bytes[i] if 0 <= i < self.n_vocab else b"\xff")
         yield decoder.decode(b"", final=True)
 
+    def ids(self):
+        """Returns the list of ids that have a token: some encodings have holes in the numbering."""
+        return [i for i, token in enumerate(self.all_bytes) if token]
+
     def _bytes_of(self, i):
         try:
             return self.encoding.decode_single_token_bytes(i)
@@ -146,7 +150,7 @@ class ReleasedTokenizer:
     Raises ValueError if the package `tokenizers` is not installed, or cannot read the file.
     """
 
-    def __init__(self, path, end_of_text):
+    def __init__(self, path):
         try:
             from tokenizers import Tokenizer as FromFile
             from tokenizers.decoders import DecodeStream
@@ -156,8 +160,13 @@ class ReleasedTokenizer:
             self.tokenizer = FromFile.from_file(str(path))
         except Exception as error:  # the package raises bare Exceptions
             raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
-        self.name, self.end_of_text, self.new_stream = str(path), end_of_text, DecodeStream
-        self.n_vocab = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.name, self.new_stream = str(path), DecodeStream
+        self.end_of_text = None  # the folder's other files say it: `checkpoints.text_ends`
+        self.n_vocab = max(self.ids(), default=-1) + 1
+
+    def ids(self):
+        """Returns the list of ids that have a token: there may be holes in the numbering."""
+        return list(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text):
         """Returns the token ids of `text`, without a start token."""
@@ -169,9 +178,13 @@ class ReleasedTokenizer:
 
     def stream(self, ids):
         """Yields text as ids come in: a character that spans two tokens is held back until it is whole."""
-        stream = self.new_stream(skip_special_tokens=False)
+        stream, read, written = self.new_stream(skip_special_tokens=False), [], ""
         for i in ids:
-            yield stream.step(self.tokenizer, i) or ""
+            read.append(i)
+            piece = stream.step(self.tokenizer, i) or ""
+            written += piece
+            yield piece
+        yield self.decode(read)[len(written) :]  # a character that was cut off
 
 
 def train_tokenizer(path, vocab_size=4096):

@@ -7,7 +7,6 @@ import torch
 
 from common.checkpoints import (
     expect_weights,
-    find_run,
     read_config,
     read_trainer,
     read_weights,
@@ -16,6 +15,7 @@ from common.checkpoints import (
     to_disk_names,
     write_trainer,
 )
+from common.cli import find_run
 
 WEIGHTS = {
     "model.layers.0.mixer.in_proj.weight": torch.arange(6.0).view(2, 3),
@@ -38,7 +38,7 @@ def test_weights_go_to_disk_by_other_names_and_come_back(tmp_path):
     assert "backbone.layers.0.mixer.in_proj.weight" in names
     assert "backbone.layers.1.mixer.experts.1.up_proj.weight" in names
     save_weights(tmp_path / "out", {"hidden_size": 3}, WEIGHTS)
-    read = read_weights(tmp_path / "out", n_experts=2)
+    read = read_weights(tmp_path / "out")
     assert read.keys() == WEIGHTS.keys() and all(torch.equal(read[name], WEIGHTS[name]) for name in read)
     assert read_config(tmp_path / "out")["hidden_size"] == 3
 
