@@ -23,6 +23,7 @@ import math
 import os
 import re
 import reprlib
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -57,7 +58,7 @@ def replacing(path):
 
 LARGEST_JSON = 100_000_000  # bytes: what safetensors allows its own headers
 LARGEST_NUMBER = 2**30  # in a config; shapes are products of two of them, which still fit into 64 bits
-LONGEST_PATTERN = 10_000  # letters
+LONGEST_TEXT = 10_000  # letters of a pattern: one is a layer
 
 
 def read_json(path):
@@ -127,36 +128,40 @@ def config_fields(config, config_class):
         config = with_pattern(config, words, pattern)
     if config.get("num_key_value_heads", 1) is None:
         config = config | {"num_key_value_heads": config.get("num_attention_heads")}  # as in transformers
-    types = get_type_hints(config_class)
     found = {f.name: config[f.name] for f in fields(config_class) if f.name in config}
+    expect_types(found, config_class, "config.json")
     for name, value in found.items():
-        check_value(name, value, get_args(types[name]) or (types[name],))
+        if type(value) is int and abs(value) > LARGEST_NUMBER or isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise ValueError(f"config.json sets {name}={reprlib.repr(value)}, which is beyond any model")
     return found
+
+
+def expect_types(values, config_class, source):
+    """Raises ValueError, naming `source`, unless values (name -> value) are of the types of the dataclass's fields."""
+    hints = get_type_hints(config_class)
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"{source} sets {name}, which this version does not know")
+        types = get_args(hints[name]) or (hints[name],)
+        if type(value) not in types and not (type(value) is int and float in types):
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            raise ValueError(f"{source} sets {name}={reprlib.repr(value)}; it must be {expected}")
 
 
 def with_pattern(config, words, pattern):
     """Returns a config.json dict with a pattern of letters where it has a list of words.
 
-    words, pattern: names of the two. Raises ValueError if both are there and differ.
+    words, pattern: names of the two. Raises ValueError for another thing than a list, and if both are there and differ.
     """
     if not config.get(words):
         return config
-    kinds = config[words] if isinstance(config[words], list) else [config[words]]
-    letters = "".join(LETTER_OF.get(kind, "?") if isinstance(kind, str) else "?" for kind in kinds)
+    if not isinstance(config[words], list):
+        raise ValueError(f"config.json sets {words}={reprlib.repr(config[words])}; it must be a list of words")
+    letters = "".join(LETTER_OF.get(kind, "?") if isinstance(kind, str) else "?" for kind in config[words])
     if config.get(pattern) not in (None, letters):
         shown = f"{reprlib.repr(letters)}, {pattern} {reprlib.repr(config[pattern])}"
         raise ValueError(f"config.json disagrees with itself: {words} says {shown}")
     return config | {pattern: letters}
-
-
-def check_value(name, value, types):
-    """Raises ValueError unless the value of a config.json is of one of the types, and no larger than any model's."""
-    whole = type(value) is int
-    if type(value) not in types and not (whole and float in types):
-        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-        raise ValueError(f"config.json sets {name}={reprlib.repr(value)}; {name} must be {expected}")
-    if whole and abs(value) > LARGEST_NUMBER or isinstance(value, str) and len(value) > LONGEST_PATTERN:
-        raise ValueError(f"config.json sets {name}={reprlib.repr(value)}, which is beyond any model")
 
 
 # ---- 3. model.safetensors -------------------------------------------------------------------------------------------
@@ -355,8 +360,8 @@ def expect_weights(tensors, expected, source):
     for name, parameter in expected.items():
         if name not in tensors:
             wrong.append(f"{name} missing")
-        elif tensors[name].shape != parameter.shape:
-            wrong.append(f"{name} {list(tensors[name].shape)}")
+        elif getattr(tensors[name], "shape", ()) != parameter.shape:
+            wrong.append(f"{name} {list(getattr(tensors[name], 'shape', ()))}")
     wrong += [f"{name} unexpected" for name in tensors if name not in expected]
     if wrong:
         raise ValueError(f"{source} does not fit its config: {wrong[0]}, the first of {len(wrong)}")
@@ -391,8 +396,9 @@ def text_ends(directory, token_id):
     if not starts and not ends:
         raise ValueError(f"{directory} names no token that a text begins or ends with; set eos_token_id in config.json")
     start, vocab_size = (starts or ends)[0], read_config(directory).get("vocab_size")
-    if type(vocab_size) is int and max(start, *ends) >= vocab_size:
-        raise ValueError(f"{directory} has a vocabulary of {vocab_size}, but texts begin with {start} and end with {ends}")
+    if type(vocab_size) is int and max([start, *ends]) >= vocab_size:
+        found = f"texts begin with {start} and end with {reprlib.repr(ends)}"
+        raise ValueError(f"{directory} disagrees with itself: {found}, its vocabulary has {vocab_size} tokens")
     return start, ends
 
 
@@ -426,10 +432,10 @@ def write_trainer(path, state):
         torch.save(state, temporary)
 
 
-def read_trainer(path, keys):
+def read_trainer(path, types):
     """Returns the dict that `write_trainer` wrote, on the CPU. Raises ValueError for a damaged file, or another's.
 
-    keys: those that it has to have at least.
+    types: name -> type of what it has to have at least.
     """
     damaged = f"{path} is damaged or not a checkpoint of train.py"
     if not zipfile.is_zipfile(path):  # torch.save writes a zip, whose directory comes last: half a file has none
@@ -438,9 +444,11 @@ def read_trainer(path, keys):
         with zipfile.ZipFile(path) as parts:  # torch.save compresses nothing: what unpacks to more is not its work
             if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
                 raise ValueError("it unpacks to more than its size")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of odd bytes: they are an error here
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever foreign bytes make the two libraries raise
         raise ValueError(f"{damaged} ({type(error).__name__}); choose another --run") from None
-    if not isinstance(saved, dict) or not set(keys) <= set(saved):
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), kind) for name, kind in types.items()):
         raise ValueError(f"{path} is not a checkpoint of this version of train.py; choose another --run")
     return saved

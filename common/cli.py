@@ -33,17 +33,20 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message):
     """Prints one line about a user's mistake. Returns the exit status for it, 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)  # no terminal's codes
+    print(f"error: {line}", file=sys.stderr)
     return 2
 
 
 def print_anything():
-    """Makes stdout write what its encoding has no letter for as an escape, such as \\u65e5, as stderr does.
+    """Makes stdout and stderr write what their encoding has no letter for as an escape, such as \\u65e5.
 
     Windows' cp1252 has 256 letters, and a file's name on Linux need not be text at all.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def add_fields(group, config_class, taken):
