@@ -13,6 +13,7 @@ when a token was unmasked (early ones blue, late ones red), and as a picture in 
 """
 
 import itertools
+import os
 import shutil
 import sys
 import time
@@ -91,7 +92,7 @@ def find_checkpoint(run):
         if newest is None:
             raise FileNotFoundError(f"there is no trained model in {OUT}/; run python train.py first, or give --run")
         return newest.parent
-    folder = next((f for f in (OUT / run, Path(run)) if f.is_dir()), None)
+    folder = next((f for f in (OUT / run, Path(run), Path(os.path.expanduser(run))) if f.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"--run={run}: neither {OUT / run} nor {run} is a folder")
     return folder

@@ -101,7 +101,7 @@ LETTER_OF = dict(linear_attention="M", mamba="M", full_attention="*", attention=
 OLD_NAMES = dict(attention_head_dim="head_dim", norm_eps="layer_norm_epsilon", rms_norm_eps="layer_norm_epsilon",
                  mamba_proj_bias="use_bias", layer_types="layers_block_type", num_local_experts="n_routed_experts",
                  mamba_n_groups="n_groups", mamba_d_conv="conv_kernel", mamba_conv_bias="use_conv_bias",
-                 mamba_chunk_size="chunk_size")  # fmt: skip
+                 mamba_chunk_size="chunk_size", mamba_dt_limit="time_step_limit")  # fmt: skip
 ALWAYS = dict(mlp_hidden_act="relu2", mamba_hidden_act="silu", attention_bias=False)  # all that our models can be
 UNLIMITED = (None, [], [0, math.inf], [0, {"__float__": "Infinity"}])  # time_step_limit; transformers 5 writes the last
 
@@ -112,6 +112,7 @@ def config_fields(config, config_class):
     Raises ValueError for a model that we do not build (quantised, other activations, a limit on dt), for a value of
     another type than the field's, and for a number beyond all models.
     """
+    config = {OLD_NAMES[name]: value for name, value in config.items() if name in OLD_NAMES} | config
     for name, value in ALWAYS.items():
         if config.get(name, value) != value:
             raise ValueError(f"config.json sets {name}={reprlib.repr(config[name])}; our models have {value!r} only")
@@ -120,7 +121,6 @@ def config_fields(config, config_class):
     if config.get("time_step_limit") not in UNLIMITED:
         limits = reprlib.repr(config["time_step_limit"])
         raise ValueError(f"config.json limits dt to {limits}; our models have [0, inf), as released")
-    config = {OLD_NAMES[name]: value for name, value in config.items() if name in OLD_NAMES} | config
     for words, pattern in (
         ("layers_block_type", "hybrid_override_pattern"),
         ("mtp_layers_block_type", "mtp_hybrid_override_pattern"),

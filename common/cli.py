@@ -191,6 +191,8 @@ def find_run(out, name, resume, recipe):
     """
     if name is not None:
         check_run_name(name)
+        if name.startswith(f"{out.name}/"):
+            raise ValueError(f"--run={name}: names begin below {out}/; write --run={name.removeprefix(out.name + '/')}")
     if resume and name is None:
         runs = sorted(out.rglob("trainer.pt"), key=lambda p: p.stat().st_mtime)
         if not runs:
@@ -207,6 +209,8 @@ def find_run(out, name, resume, recipe):
         raise FileNotFoundError(f"--resume: {directory} has no trainer.pt; leave --resume out to start it")
     if not resume and (directory / "trainer.pt").exists():
         raise ValueError(f"{directory} has a run already; add --resume to go on with it, or choose another --run")
+    if not resume and any((directory / file).exists() for file in ("config.json", "model.safetensors")):
+        raise ValueError(f"{directory} has a model already; choose another --run, or move it")
     for folder in (directory, *directory.parents):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--run={name}: {folder} is a file; choose another --run")

@@ -237,9 +237,10 @@ def plot(log, path, name, baselines):
     points = [(row["step"], row[score]) for row in log.rows if score in row]
     figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
     axes.plot(*zip(*points), marker="o", color="#0072B2")
-    for name, value in baselines.items():
+    for other, value in baselines.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="#D55E00")
-        axes.annotate(f"{name}: {value:.2f}", (points[-1][0], value), ha="right", va="bottom", color="#D55E00")
+        place = dict(xy=(points[-1][0], value), ha="right", va="bottom")
+        axes.annotate(f"{other}: {value:.2f}", **place, color="#D55E00", parse_math=False)
     axes.margins(y=0.1)
     reached = f"{points[-1][1]:.3f} {SCORES[score]} after {points[-1][0]} steps"
     axes.set(xlabel="step", ylabel=SCORES[score])

@@ -53,6 +53,7 @@ def begin(out, name):
 # ---- names ----
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows fewer letters in a name")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plain_name_or_several_are_a_run(name, tmp_path):
     check_run_name(name, windows=False)
@@ -116,6 +117,21 @@ def test_a_run_is_new_or_resumed_and_never_written_over(tmp_path):
         find_run(tmp_path, "lla", False, "lla")
 
 
+def test_a_model_without_a_run_is_not_written_over_either(tmp_path):
+    for file in ("model.safetensors", "config.json"):
+        (tmp_path / file).mkdir()
+        (tmp_path / file / file).touch()
+        with pytest.raises(ValueError, match="has a model already"):
+            find_run(tmp_path, file, False, "lla")
+
+
+def test_a_name_with_the_folder_in_front_is_refused_with_the_name_to_write(tmp_path):
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="write --run=a/b$"):
+            find_run(tmp_path / "out", "out/a/b", resume, "lla")
+    assert find_run(tmp_path / "out", "out", False, "lla") == tmp_path / "out" / "out"
+
+
 def test_the_newest_run_is_resumed_however_deep_it_lies(tmp_path):
     for age, name in enumerate(["a/b/c", "a", "a/b"]):
         os.utime(begin(tmp_path, name) / "trainer.pt", (1000 - age, 1000 - age))
@@ -161,7 +177,7 @@ def test_a_name_is_no_formula_in_the_plot(name, tmp_path):
     class Log:
         rows = [dict(step=1, val_bpb=2.0), dict(step=2, val_bpb=1.5)]
 
-    plot(Log, tmp_path / "loss.png", name, {"gzip -9": 2.5})
+    plot(Log, tmp_path / "loss.png", name, {"gzip -9": 2.5, "$x": 2.4})
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
@@ -233,6 +249,9 @@ def test_a_name_on_the_command_line_of_sample_is_a_run_or_a_path(tmp_path, monke
         assert sample.main([f"--run={name}", "--prompt=x", "--max_new_tokens=5", "--device=cpu"]) == 0
         texts.append(capsys.readouterr().out)
     assert len(set(texts)) == 1
+    monkeypatch.setenv("HOME", str(tmp_path / "out" / "a"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "out" / "a"))
+    assert sample.find_checkpoint("~/[b] $c") == tmp_path / "out" / "a" / "[b] $c"  # bash leaves ~ as it is behind =
     for name in ("", "..", "a", "a\0b", "\udcff", "none"):
         assert sample.main([f"--run={name}", "--device=cpu"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
