@@ -272,6 +272,10 @@ def checkpoint_tensors(directory):
                     yield name, tensors.get_tensor(name).clone()
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or not a safetensors file ({error}); copy it again") from None
+        except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise ValueError(f"{file} has {file.stat().st_size:,} bytes, more than there is memory for") from None
 
 
 def read_weights(directory):

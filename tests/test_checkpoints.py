@@ -5,7 +5,9 @@ import math
 import os
 import pickle
 import re
+import struct
 import zipfile
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -89,6 +91,21 @@ def test_the_state_of_a_run_is_read_back_and_another_file_is_refused(tmp_path):
 # ---- layouts: a folder holds one model ----
 
 SHAPE = TINY | dict(hybrid_override_pattern="M*")
+
+
+@contextmanager
+def little_memory(size):
+    """Lets this process take `size` bytes more than it has."""
+    resource, taken = pytest.importorskip("resource"), Path("/proc/self/statm")
+    if not taken.is_file():
+        pytest.skip("needs /proc to see how much memory is taken")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(taken.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def build(seed=0, **changes):
@@ -434,16 +451,10 @@ SIZES = [f.name for f in fields(HybridConfig) if f.type in (int, "int", int | No
 @pytest.mark.parametrize("name", SIZES)
 def test_absurd_sizes_in_a_config_take_no_memory(name, tmp_path):
     """Either the model is the same (a size that no weight has), or it is refused in a line; in a gibibyte."""
-    resource, memory = pytest.importorskip("resource"), Path("/proc/self/statm")
-    if not memory.is_file():
-        pytest.skip("needs /proc to see how much memory is taken")
     model = build(hybrid_override_pattern="M-E*L", moe_latent_size=8, num_nextn_predict_layers=1)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(memory.read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
-    try:
+    with little_memory(1 << 30):
         for size in (10**7, 2**30, 2**31, 10**12, 2**62, 10**30, -1, 0, True, 3.5, "7", [1], {"a": 1}, math.nan):
             (tmp_path / "config.json").write_text(json.dumps(config | {name: size}))
             try:
@@ -453,8 +464,18 @@ def test_absurd_sizes_in_a_config_take_no_memory(name, tmp_path):
             else:
                 assert name in ("chunk_size", "mtp_depths")
                 assert torch.allclose(logits(again), logits(model), atol=1e-5)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("size", [1 << 30, 1 << 40])
+def test_weights_beyond_the_memory_are_one_line(size, tmp_path):
+    """A file may be large and take no room on the disk."""
+    header = {"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    header = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    with little_memory(1 << 29), pytest.raises(ValueError, match="more than there is memory for"):
+        read_weights(tmp_path)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
