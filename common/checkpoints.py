@@ -168,8 +168,7 @@ def with_pattern(config, words, pattern):
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_LAYOUTS = re.compile(
-    r"(model-\d+-of-\d+\.safetensors|pytorch_model-\d+-of-\d+\.bin|(pytorch_model\.bin|model\.safetensors)\.index\.json"
-    r"|pytorch_model\.bin)"
+    r"model-\d+-of-\d+\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
 ON_DISK = re.compile(r"^(language_model\.)?(backbone|model)\.")
 EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(up_proj|down_proj)\.weight")
@@ -215,10 +214,14 @@ def weight_files(directory):
     """
     single, index = directory / WEIGHTS, directory / INDEX
     if not index.is_file():
-        if not single.is_file() and (pickles := sorted(directory.glob("*.bin"))):
-            raise ValueError(
-                f"{pickles[0]} is a pickle, which could run code and is not opened here; save the model as {WEIGHTS}"
+        others = [] if single.is_file() else sorted(filter(OTHER_LAYOUTS.fullmatch, os.listdir(directory)))
+        if others and others[0].endswith(".safetensors"):
+            raise FileNotFoundError(
+                f"{index} is missing, which says what is in {others[0]} and the other parts; copy it"
             )
+        if others:
+            found = f"{others[0]}, a pickle, which could run code and is not opened here"
+            raise ValueError(f"{directory} holds {found}; save the model as {WEIGHTS}")
         return {single: None}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

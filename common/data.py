@@ -157,7 +157,7 @@ class ReleasedTokenizer:
         except ImportError:
             raise ValueError(f"{path} is read by a package that is not installed: pip install tokenizers") from None
         try:
-            self.tokenizer = FromFile.from_file(str(path))
+            self.tokenizer = FromFile.from_buffer(Path(path).read_bytes())  # from_file takes no path beyond UTF-8
         except Exception as error:  # the package raises bare Exceptions
             raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
         self.name, self.new_stream = str(path), DecodeStream

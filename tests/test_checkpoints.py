@@ -268,7 +268,8 @@ def test_a_single_file_with_an_index_of_itself_opens(tmp_path):
     ("a tensor that is nowhere", "disagree about 'backbone.more'"),
     ("a tensor in two parts", "disagree about 'lm_head.weight'"),
     ("two spellings", "has model.embeddings.weight twice"),
-    ("only pickles", "pytorch_model.bin is a pickle"),
+    ("only pickles", "holds pytorch_model.bin, a pickle"),
+    ("no index", "model.safetensors.index.json is missing, which says what is in model-00001-of-00002.safetensors"),
     ("integers", r"is quantised \(lm_head.weight is I64\)"),
     ("eight bits", r"is quantised \(lm_head.weight is F8_E5M2\)"),
 ])  # fmt: skip
@@ -292,13 +293,23 @@ def test_a_folder_whose_files_disagree_is_named(what, message, tmp_path):
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     elif what == "two spellings":
         save_file(tensors | {"model.embeddings.weight": torch.ones(64, 24)}, path)
+    elif what == "no index":
+        write_parts(tmp_path, 2, index=False)
     elif what == "only pickles":
         path.rename(tmp_path / "pytorch_model.bin")
     else:
         dtype = torch.int64 if what == "integers" else torch.float8_e5m2
         save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"].to(dtype)}, path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         Hybrid.from_pretrained(tmp_path)
+
+
+def test_parts_without_an_index_are_no_model_beside_a_whole_one(tmp_path):
+    older_save(tmp_path, "parts without their index")
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    tensors = build().state_dict()
+    save_file(to_disk_names(tensors), tmp_path / "model.safetensors")
+    assert torch.equal(logits(Hybrid.from_pretrained(tmp_path)), logits(build()))
 
 
 def test_a_masked_diffusion_model_is_not_opened_as_a_causal_one(tmp_path):
@@ -606,15 +617,19 @@ def test_only_ids_with_a_token_are_real():
     assert real_tokens(Holes(), 8).tolist() == [True, True, False, False, False, True, False, False]
 
 
-def test_a_released_tokenizer_knows_its_size_and_flushes_what_is_cut(tmp_path):
+@pytest.mark.parametrize("name", ["a", os.fsdecode(b"caf\xe9")])
+def test_a_released_tokenizer_knows_its_size_and_flushes_what_is_cut(name, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
+    if os.name == "nt":
+        name = "a"
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(["def f"], vocab_size=260, special_tokens=["<s>"])
     made.save(str(tmp_path / "tokenizer.json"))
     found = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     found["model"]["vocab"] = {t: i + 40 * (i > 200) for t, i in found["model"]["vocab"].items()}  # a hole
     (tmp_path / "tokenizer.json").write_text(json.dumps(found))
-    tokenizer = ReleasedTokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / name).mkdir()
+    tokenizer = ReleasedTokenizer((tmp_path / "tokenizer.json").rename(tmp_path / name / "tokenizer.json"))
     assert tokenizer.n_vocab == max(tokenizer.ids()) + 1 == len(tokenizer.ids()) + 40
     assert not real_tokens(tokenizer, 320)[201:241].any() and real_tokens(tokenizer, 320)[[0, 200, 241]].all()
     for text, cut in (("def é", 0), ("def é", 1), ("é🙂", 1), ("é🙂", 3), ("", 0)):
