@@ -420,16 +420,6 @@ def as_ids(value, key, file, token_id):
     return [one for one in values if one >= 0]
 
 
-def real_tokens(tokenizer, vocab_size):
-    """Returns bool [vocab_size], True for the ids that a tokenizer has a token for.
-
-    The others are never to be drawn: rows that a model was padded with, and holes in the numbering.
-    """
-    real = torch.zeros(vocab_size, dtype=torch.bool)
-    real[[i for i in tokenizer.ids() if i < vocab_size]] = True
-    return real
-
-
 # ---- 5. trainer.pt --------------------------------------------------------------------------------------------------
 
 

@@ -114,10 +114,6 @@ class Tokenizer:
             yield decoder.decode(self.all_bytes[i] if 0 <= i < self.n_vocab else b"\xff")
         yield decoder.decode(b"", final=True)
 
-    def ids(self):
-        """Returns the list of ids that have a token: some encodings have holes in the numbering."""
-        return [i for i, token in enumerate(self.all_bytes) if token]
-
     def _bytes_of(self, i):
         try:
             return self.encoding.decode_single_token_bytes(i)
@@ -162,11 +158,7 @@ class ReleasedTokenizer:
             raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
         self.name, self.new_stream = str(path), DecodeStream
         self.end_of_text = None  # the folder's other files say it: `checkpoints.text_ends`
-        self.n_vocab = max(self.ids(), default=-1) + 1
-
-    def ids(self):
-        """Returns the list of ids that have a token: there may be holes in the numbering."""
-        return list(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.n_vocab = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # holes and all
 
     def encode(self, text):
         """Returns the token ids of `text`, without a start token."""
