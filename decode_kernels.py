@@ -28,6 +28,14 @@ from ssd import by_heads, split_projected, ssd_step_ref
 FEW = 4  # rows that the kernel takes; a larger batch keeps the matrix units busy, and goes to them
 
 
+def grouped_rms_norm(x, norm, group_size=None, eps=1e-5, backend="auto"):
+    """Returns x [..., C] after an RMSNorm of weight norm [C], over groups of group_size channels (None: all)."""
+    group = group_size or x.shape[-1]
+    if pick_backend(backend, x.device, x.dtype) == "triton":
+        return norm_forward(x, None, norm, group, eps)
+    return rms_norm_ref(x.unflatten(-1, (-1, group)), norm.view(-1, group), eps).flatten(-2)
+
+
 def linear_step_ref(
     x, weight, bias=None, norm=None, group_size=None, eps=1e-5, relu2=False, residual=None, backend="torch"
 ):
@@ -40,12 +48,7 @@ def linear_step_ref(
     """
     weights = weight if isinstance(weight, tuple) else (weight,)
     if norm is not None:
-        group = group_size or x.shape[-1]
-        if pick_backend(backend, x.device, x.dtype) == "triton":
-            x = norm_forward(x, None, norm, group, eps)
-        else:
-            x = rms_norm_ref(x.unflatten(-1, (-1, group)), norm.view(-1, group), eps).flatten(-2)
-        x = x.to(weights[0].dtype)
+        x = grouped_rms_norm(x, norm, group_size, eps, backend).to(weights[0].dtype)
     ys = tuple(F.linear(x, w, bias) for w in weights)
     if relu2:
         ys = tuple(F.relu(y).square() for y in ys)
@@ -664,5 +667,3 @@ def mamba2_steps(
         projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite,
         settled,
     )  # fmt: skip
-
-
