@@ -169,9 +169,14 @@ class ReleasedTokenizer:
 
     def stream(self, ids):
         """Yields text as ids come in: a character that spans two tokens is held back until it is whole."""
-        stream = self.new_stream(skip_special_tokens=False)
+        stream, seen, sent = self.new_stream(skip_special_tokens=False), [], ""
         for i in ids:
-            yield stream.step(self.tokenizer, i) or ""
+            seen.append(i)
+            sent += (piece := stream.step(self.tokenizer, i) or "")
+            yield piece
+        whole = self.decode(seen)
+        if whole.startswith(sent):
+            yield whole[len(sent) :]  # a character that was cut short
 
 
 def train_tokenizer(path, vocab_size=4096):
