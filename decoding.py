@@ -168,7 +168,7 @@ class StaticCache:
     pending_states: dict = field(default_factory=dict)  # layer -> what its step left, not yet written to its state
 
     def grow(self, capacity):
-        """Makes room for `capacity` positions: keys and values move, so recorded graphs are void."""
+        """Raises the capacity to `capacity` positions: keys and values move, so recorded graphs are void."""
         for state in self.states:
             if isinstance(state, KVState):
                 state.length = state.k.shape[2]
@@ -213,7 +213,7 @@ class StaticCache:
 
 
 def to_static(cache, capacity, device):
-    """Returns a StaticCache with room for `capacity` positions that goes on from a nano_hybrid.Cache.
+    """Returns a StaticCache of `capacity` positions that goes on from a nano_hybrid.Cache.
 
     Keys and values are taken over, not copied, where they have that capacity already. Raises ValueError if what was
     read does not fit, or padding is still to come.
@@ -475,7 +475,7 @@ class DecodeSession:
 
 # ---- 6. generation ------------------------------------------------------------------------------------------------
 
-CAPACITY = 1024  # positions that `generate` makes room for at once, or as many as the prompt has
+CAPACITY = 1024  # positions that `generate` allocates at once, or as many as the prompt has
 
 
 def check_options(model, max_new_tokens, sampler, budget, draft, prefill_size):
@@ -523,7 +523,7 @@ def generate(
     sampler = Sampler(temperature, top_k, top_p, generator, vocab_size)
     check_options(model, max_new_tokens, sampler, budget, draft, prefill_size)
     device = model.model.embeddings.weight.device
-    prompt, pad = pad_left(ids, device)  # [B, T], [B]
+    prompt, pad = pad_left(ids, device, model.config.vocab_size)  # [B, T], [B]
     B, T = prompt.shape
     stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
     capacity = T + min(max_new_tokens, max(T, CAPACITY)) + 2 * (draft + 1)  # two steps: see _draft_steps

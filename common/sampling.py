@@ -29,8 +29,8 @@ def token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None and top_p < 1:
         sorted_probs, order = probs.sort(descending=True)
         before = sorted_probs.cumsum(-1) - sorted_probs  # probability of all likelier tokens
-        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0))
-        probs = probs / probs.sum(-1, keepdim=True)
+        kept = sorted_probs.masked_fill(before >= top_p, 0)
+        probs = torch.empty_like(probs).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
     return probs
 
 
@@ -43,10 +43,10 @@ def draw(probs, generator=None):
     return (probs / waits).argmax(-1)
 
 
-def pad_left(prompts, device):
+def pad_left(prompts, device, vocab_size):
     """Returns (ids int64 [B, T], pad int64 [B]) of B rows of token ids of any lengths, padded with 0 on the left.
 
-    Raises ValueError for no rows, for an empty row, and for ids that are not rows.
+    Raises ValueError for no rows, for an empty row, for ids that are not rows, and for ids outside of the vocabulary.
     """
     if len(prompts) == 0 or any(getattr(row, "ndim", 1) == 0 or isinstance(row, int) for row in prompts):
         raise ValueError("ids must hold one row of token ids per sequence, as [[1, 2, 3]]; an empty prompt has none")
@@ -55,9 +55,13 @@ def pad_left(prompts, device):
     T = max(len(row) for row in prompts)
     pad = torch.tensor([T - len(row) for row in prompts], device=device)
     if all(isinstance(row, list) for row in prompts):  # one copy to the device for all
-        return torch.tensor([[0] * (T - len(row)) + row for row in prompts], device=device), pad
-    rows = [F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in prompts]
-    return torch.stack(rows), pad
+        ids = torch.tensor([[0] * (T - len(row)) + row for row in prompts], device=device)
+    else:
+        ids = torch.stack([F.pad(torch.as_tensor(row, device=device), (T - len(row), 0)) for row in prompts])
+    least, largest = (int(end) for end in ids.aminmax())
+    if least < 0 or largest >= vocab_size:  # a GPU would never recover from an embedding that is not there
+        raise ValueError(f"a prompt holds ids from {least} to {largest}; the model has 0 to {vocab_size - 1}")
+    return ids, pad
 
 
 def check_sampling(temperature, top_k, top_p, vocab_size=None):

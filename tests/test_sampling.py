@@ -367,6 +367,13 @@ def test_hooks_that_single_steps_would_not_run_are_refused(module):
         next(decoding.generate(model, [[1]], 4))
 
 
+@pytest.mark.parametrize("prompt", [[[3, 12]], [[0, -1]], torch.tensor([[1, 99]])], ids=str)
+def test_ids_outside_of_the_vocabulary_are_named(model, prompt):
+    for call in (model.generate, partial(decoding.generate, model)):
+        with pytest.raises(ValueError, match="a prompt holds ids from .* the model has 0 to 11"):
+            next(call(prompt, 4))
+
+
 def test_what_is_not_a_hybrid_is_named():
     with pytest.raises(ValueError, match="generate takes a Hybrid, not a Linear"):
         next(decoding.generate(nn.Linear(2, 2), [[1]], 4))
