@@ -298,7 +298,8 @@ def append(k_cache, v_cache, k, v, position, backend="auto"):
 
 @jit
 def _append_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, T, D, capacity,
-                   stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_kcb, stride_kch, stride_vcb, stride_vch,
+                   stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+                   stride_kcb, stride_kch, stride_vcb, stride_vch,
                    BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     head, t, batch = tl.program_id(0).to(tl.int64) // T, tl.program_id(0) % T, tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -315,9 +316,9 @@ def cached_attention_ref(q, k, v, k_cache, v_cache, position, pad=None, settled=
     """Returns attention [B, Hq, T, D] of T new tokens on a text's keys and values, up to each token's own.
 
     q [B, Hq, T, D]; k, v [B, Hkv, T, D], of the new tokens too, are put into k_cache, v_cache [B, Hkv, capacity, D]
-    from `position` on, an int64 tensor []: what was there before is what was filled. pad [B] int64 or None: positions at the
-    start of each row that nobody looks at. settled: that no kernel of the last few wrote the caches, position or pad,
-    so that they may be read early. Softmax in float32, scaled by 1 / sqrt(D).
+    from `position` on, an int64 tensor []: what was there before is what was filled. pad [B] int64 or None:
+    positions at the start of each row that nobody looks at. settled: that no kernel of the last few wrote the caches,
+    position or pad, so that they may be read early. Softmax in float32, scaled by 1 / sqrt(D).
     """
     append(k_cache, v_cache, k, v, position, backend="torch")
     (T, capacity), length = (q.shape[2], k_cache.shape[2]), position + q.shape[2]
@@ -368,7 +369,8 @@ def _old_keys(k_cache_ptr, v_cache_ptr, at, last, d, D):
 @jit
 def _cached_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, pad_ptr, o_ptr, stats_ptr,
                              T, GROUP, D, capacity, scale, stride_qb, stride_qh, stride_qt,
-                             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_kcb, stride_kch, stride_vcb, stride_vch,
+                             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+                             stride_kcb, stride_kch, stride_vcb, stride_vch,
                              SPLITS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
                              BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
