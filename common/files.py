@@ -217,7 +217,7 @@ def read_documents(data, found, left_out, special=()):
         raise ValueError(f"--data={shown(data)} {about}")
     documents = [d for d in documents if d.length]
     if not documents:
-        raise ValueError(f"--data={shown(data)} is empty: 0 characters in {count(found, 'file')}")
+        raise ValueError(f"--data={shown(data)} is empty: 0 training tokens in {count(found, 'file')}")
     return documents
 
 

@@ -151,7 +151,7 @@ def test_tokens_are_encoded_once_and_again_when_the_text_changes(corpus_dir, tmp
     [
         (lambda p: None, 8, "no such file, folder or glob"),
         (lambda p: p.mkdir(), 8, "no such file, folder or glob"),
-        (lambda p: p.write_text(""), 8, "is empty: 0 characters in 1 file"),
+        (lambda p: p.write_text(""), 8, "is empty: 0 training tokens in 1 file"),
         (lambda p: p.write_text("word"), 2, "leaves 0 tokens for validation"),
         (lambda p: p.write_text("word " * 20), 500, "training tokens .* smaller --context"),
     ],
@@ -254,9 +254,11 @@ def test_what_is_wrong_is_found_wherever_it_stands(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "python4k"])
-def test_the_memory_for_a_file_does_not_grow_with_it(tokenizer, tmp_path):
+def test_the_memory_for_a_file_does_not_grow_with_it(tokenizer, tmp_path, monkeypatch):
     peaks = []
-    for megabytes in (4, 12):
+    monkeypatch.setattr(data_module, "ENCODED_AT_ONCE", 2**18)
+    monkeypatch.setattr(data_module, "LONGEST_VALIDATION", 2**10)
+    for megabytes in (2, 4):
         (tmp_path / "big.txt").write_text("x = 1\n" * (megabytes * 2**20 // 6))
         tracemalloc.start()
         load_corpus(str(tmp_path / "big.txt"), tokenizer, 8, tmp_path / f"{megabytes}")
