@@ -234,7 +234,6 @@ def split_documents(documents):
 
     Of few documents, either list may be empty.
     """
-
     places = {d[0]: place(d[0]) for d in documents}
     validation = sorted((d for d in documents if places[d[0]] < VALIDATION_SHARE), key=lambda d: places[d[0]])
     return [d for d in documents if places[d[0]] >= VALIDATION_SHARE], validation  # any beginning of it is a sample
@@ -247,13 +246,13 @@ def place(name):
 
 
 def split_texts(documents):
-    """Returns (train, validation), lists of (document, start, stop), and a line that says how, where it is not usual.
+    """Returns (train, validation, how): lists of (document, start, stop), and a line if the split is not by documents.
 
     Where documents are too few for whole ones on both sides, each gives its end to validation.
     """
     train, val = split_documents(documents)
     if train and val:
-        return [[(d, 0, d.length) for d in part] for part in (train, val)] + [""]
+        return [(d, 0, d.length) for d in train], [(d, 0, d.length) for d in val], ""
     cuts = [(d, d.length - min(d.length // 10, LONGEST_END)) for d in documents]
     whose = shown(documents[0].name) if len(documents) == 1 else f"each of the {len(documents)} documents"
     how = f"validation is the end of {whose}: with more documents it would be whole ones"
@@ -289,6 +288,8 @@ def write_tokens(parts, tokenizer, file, dtype):
                 for (begins, piece), ids in zip(batch, tokenizer.encode_batch(pieces)):
                     np.array([tokenizer.end_of_text] * begins + ids, dtype).tofile(out)
                     bar.update(len(piece))
+            out.flush()
+            os.fsync(out.fileno())  # after a power cut the file is whole, or not there
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
@@ -332,7 +333,7 @@ def load_texts(data, found, left_out, tokenizer, cache):
     return [train_tokens], [val_tokens], notes
 
 
-# ---- 3. token files --------------------------------------------------------------------------------------------------
+# ---- 3. token files -------------------------------------------------------------------------------------------------
 
 
 def find_shards(found, left_out):
