@@ -24,6 +24,7 @@ import torch
 from common.checkpoints import read_config, replacing
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import ReleasedTokenizer, Tokenizer
+from common.files import NotText, read_document
 from common.sampling import draw, token_probs
 from common.tasks import BLANK, THINK_END
 from decoding import DraftStats, ThinkingBudget, generate
@@ -139,9 +140,10 @@ def read_prompt(config):
     if config.prompt_file is None:
         return config.prompt or ""
     try:
-        return Path(config.prompt_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompt_file={config.prompt_file} is not UTF-8 text") from None
+        document = read_document(config.prompt_file, config.prompt_file)
+    except NotText as error:
+        raise ValueError(f"--prompt_file={config.prompt_file} is {': '.join(error.args)}") from None
+    return "".join(document.pieces(0, document.length))
 
 
 def load_tokenizer(folder):

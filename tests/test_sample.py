@@ -139,7 +139,7 @@ def test_a_prompt_from_a_file_and_a_run_by_path(run, capsys):
         ([], "empty", "run python train.py first"),
         (["--prompt=a", "--prompt_file=b"], None, "choose one"),
         (["--prompt_file=missing.txt"], None, "missing.txt"),
-        (["--prompt_file=binary.txt"], None, "binary.txt is not UTF-8 text"),
+        (["--prompt_file=binary.txt"], None, "binary.txt is not UTF-16: "),
         (["--temperature=-1"], None, "temperature >= 0"),
         (["--top_p=2"], None, "0 < top_p <= 1"),
         (["--num_samples=0"], None, "must be at least 1"),
