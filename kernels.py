@@ -90,11 +90,11 @@ def expect(name, tensor, *shape, hint=""):
 
 
 def number_documents(seq_idx):
-    """Returns seq_idx [B, T] with the documents of each row renumbered 0, 1, ...; None stays None.
+    """Returns seq_idx [B, T] with the documents of each row renumbered 0, 1, ..., int64; None stays None.
 
-    Two documents with the same number, with another between them, get different numbers.
+    A document ends where the number changes: if the number comes again later, that is another document.
     """
-    return None if seq_idx is None else F.pad(seq_idx.diff(dim=1).ne(0), (1, 0)).cumsum(1)
+    return None if seq_idx is None else F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
 
 
 # What the Triton paths share.
@@ -354,10 +354,10 @@ def causal_conv1d_ref(
     x [B, T, C]; weight [C, W], tap W-1 is the current token; bias [C] or None; initial_state [B, C, W-1], the
     W-1 inputs before x, newest last (None: zeros); activation "silu" or None. With return_final_state, returns
     (out [B, T, C], state [B, C, W-1]): the state to continue from. seq_idx [B, T] int is for several documents packed
-    into one row: the number of each token's document. A token sees its own document only; initial_state belongs to the
-    first document.
+    into one row: the number of each token's document, which ends where the number changes. A token sees only its own;
+    initial_state belongs to the first.
     """
-    W = weight.shape[1]
+    W, seq_idx = weight.shape[1], number_documents(seq_idx)
     history = _with_history(x, initial_state, W)  # [B, W-1+T, C]
     T = x.shape[1]
     # W shifted products, not F.conv1d: a compiler fuses them into one pass over x, cuDNN's depthwise takes several.
@@ -601,7 +601,7 @@ def causal_conv1d_triton(
     """Returns `causal_conv1d_ref(...)`, computed by one kernel forward and one backward."""
     T, W = x.shape[1], weight.shape[1]
     start = None if initial_state is None or W == 1 else initial_state.to(x.dtype)
-    out = _CausalConv.apply(x, weight, bias, start, seq_idx, activation == "silu")
+    out = _CausalConv.apply(x, weight, bias, start, number_documents(seq_idx), activation == "silu")
     if not return_final_state:
         return out
     recent = x[:, max(0, T - W + 1) :]  # at most W-1 inputs; if x is shorter, the state supplies the others
@@ -622,7 +622,6 @@ def causal_conv1d(
     expect("bias", bias, C)
     expect("initial_state", initial_state, B, C, W - 1, hint=" (mamba_ssm keeps W inputs: leave out the oldest)")
     expect("seq_idx", seq_idx, B, T)
-    seq_idx = number_documents(seq_idx)
     op = causal_conv1d_triton if pick_backend(backend, x.device, x.dtype) == "triton" else causal_conv1d_ref
     return op(x, weight, bias, initial_state, activation, return_final_state, seq_idx)
 

@@ -108,28 +108,29 @@ def ssd_recurrent_ref(x, dt, A, Bmat, Cmat, D=None, initial_state=None, return_f
 # ---- 2. the same in chunks ------------------------------------------------------------------------------------
 
 
-def _decay_between(a, seq_idx=None):
-    """Returns L[..., i, j] = exp(a_{j+1} + ... + a_i) for i >= j, and 0 above the diagonal. a [..., Q], a <= 0.
+def _decay_between(a, documents=None):
+    """Returns L[..., j, i] = exp(a_{j+1} + ... + a_i) for i >= j, and 0 below the diagonal. a [..., Q], a <= 0.
 
-    The exponential of a difference of running sums, never a quotient of exponentials: exp(sum) alone underflows.
-    The mask comes before exp, because the differences above the diagonal are positive and would overflow.
-    seq_idx [..., Q], where given, keeps i and j of one document only.
+    Each sum is taken by itself (Listing 1's segment sum): a difference of two running sums would keep the rounding
+    errors of all that was forgotten before j, a quotient of two exponentials would underflow.
+    documents [..., Q], where given, keeps i and j of one document only.
     """
-    s = a.cumsum(-1)
-    difference = s[..., :, None] - s[..., None, :]  # [..., Q, Q]
     Q = a.shape[-1]
-    hidden = torch.ones(Q, Q, dtype=torch.bool, device=a.device).triu(1)
-    if seq_idx is not None:
-        hidden = hidden | (seq_idx[..., :, None] != seq_idx[..., None, :])
-    return torch.exp(difference.masked_fill(hidden, -torch.inf))
+    later = torch.ones(Q, Q, dtype=torch.bool, device=a.device).triu(1)  # [j, i]: i > j
+    sums = torch.where(later, a[..., None, :], 0.0).cumsum(-1)  # [..., Q, Q]
+    seen = later.T.logical_not()
+    if documents is not None:
+        seen = seen & (documents[..., :, None] == documents[..., None, :])
+    return torch.where(seen, sums.exp(), 0.0)
 
 
 def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, seq_idx=None):
     """Returns y [B, T, H, P] (and the last state [B, H, P, N]), chunk by chunk: SSD, arXiv:2405.21060 section 6.
 
     x [B, T, H, P]; dt [B, T, H] > 0, already softplus-ed; A [H] < 0; Bmat, Cmat [B, T, G, N]; D [H] or None.
-    seq_idx [B, T] int, for several documents packed in one row: the number of each token's document. The state starts
-    from zero in each; initial_state belongs to the first document, the returned state to the last.
+    seq_idx [B, T] int, for several documents packed in one row: the number of each token's document; a document ends
+    where the number changes. The state starts from zero in each; initial_state belongs to the first document, the
+    returned state to the last. Products run in x's dtype, decays and states in float32 (float64 for float64).
     Unrolled, the recurrence is y_i = sum_{j<=i} (C_i . B_j) exp(a_{j+1} + ... + a_i) dt_j x_j with a = dt A:
     attention without softmax, with a decay for a mask. Inside a chunk of Q tokens that Q x Q matrix is formed and
     multiplied; between chunks only the state travels. Q is a matter of speed: it changes the result by rounding only.
@@ -137,52 +138,47 @@ def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, re
     B, T, H, P = x.shape
     G, N = Bmat.shape[2:]
     Q = min(chunk_size, T)
-    pad = -T % Q
+    wide, doc, pad = at_least_float32(x).dtype, number_documents(seq_idx), -T % Q
+    dt, Bmat, Cmat = dt.to(wide), Bmat.to(x.dtype), Cmat.to(x.dtype)
     if pad:  # dt = 0: a padded token neither writes to the state nor lets it decay
         x, dt, Bmat, Cmat = (F.pad(v, (0, 0) * (v.dim() - 2) + (0, pad)) for v in (x, dt, Bmat, Cmat))
     n_chunks, R = (T + pad) // Q, H // G  # R: heads per group
-    dt = at_least_float32(dt)
-    a = (dt * A).view(B, n_chunks, Q, G, R).permute(0, 1, 3, 4, 2)  # [B, c, G, R, Q]
-    s = a.cumsum(-1)  # [B, c, G, R, Q]
+    a = (dt * A.to(wide)).view(B, n_chunks, Q, G, R).permute(0, 1, 3, 4, 2)  # [B, c, G, R, Q]
     X = (x * dt[..., None]).to(x.dtype).view(B, n_chunks, Q, G, R, P)
     Bc = Bmat.view(B, n_chunks, Q, G, N)
     Cc = Cmat.view(B, n_chunks, Q, G, N)
-    decay_to_end = torch.exp(s[..., -1:] - s)  # [B, c, G, R, Q]
-    decay_from_start = torch.exp(s)  # [B, c, G, R, Q]
-    doc = doc_at_ends = None
-    if seq_idx is not None:  # what would cross from one document into the next is cut
-        doc = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1).view(B, n_chunks, 1, 1, Q)
-        doc_at_ends = torch.cat([doc[:, :1, ..., 0], doc[..., -1]], 1)  # [B, c+1, 1, 1]: before chunk 0, after each
-        decay_to_end = decay_to_end * (doc == doc_at_ends[:, 1:, ..., None])
-        decay_from_start = decay_from_start * (doc == doc_at_ends[:, :-1, ..., None])
+    decay_from_start = torch.exp(a.cumsum(-1))  # [B, c, G, R, Q]
+    if doc is not None:  # what would cross from one document into the next is cut
+        doc = torch.cat([doc, doc[:, -1:].expand(-1, pad)], 1).view(B, n_chunks, 1, 1, Q)
+        before = torch.cat([doc[:, :1, ..., :1], doc[:, :-1, ..., -1:]], 1)  # [B, c, 1, 1, 1]: the one open before it
+        decay_from_start = decay_from_start * (doc == before)
+    decay = _decay_between(a, doc)  # [B, c, G, R, Q, Q], from the first index to the second
 
     # 1. Inside a chunk: the masked attention matrix. C_i . B_j once per group, the decay per head.
-    scores = torch.einsum("bcign,bcjgn->bcgij", Cc, Bc)  # [B, c, G, Q, Q]
-    M = (scores[:, :, :, None] * _decay_between(a, doc)).to(x.dtype)  # [B, c, G, R, Q, Q]
-    y = torch.einsum("bcgrij,bcjgrp->bcigrp", M, X)
+    scores = torch.einsum("bcjgn,bcign->bcgji", Bc, Cc)  # [B, c, G, Q, Q]
+    M = (scores[:, :, :, None] * decay).to(x.dtype)  # [B, c, G, R, Q, Q]
+    y = torch.einsum("bcgrji,bcjgrp->bcigrp", M, X)
 
     # 2. What each chunk adds to the state by its end, as if it had started from zero.
-    weighted = (X * decay_to_end.permute(0, 1, 4, 2, 3)[..., None]).to(x.dtype)
-    added = torch.einsum("bcjgrp,bcjgn->bcgrpn", weighted, Bc)
+    weighted = (X * decay[..., -1].permute(0, 1, 4, 2, 3)[..., None]).to(x.dtype)
+    added = torch.einsum("bcjgrp,bcjgn->bcgrpn", weighted, Bc).to(wide)
 
-    # 3. From chunk to chunk: the recurrence again, one step per chunk, in float32. The initial state counts as the
-    #    state added by a chunk before the first; row c of the decay matrix gives the state entering chunk c.
-    first = torch.zeros_like(added[:, :1]) if initial_state is None else initial_state.view(B, 1, G, R, P, N)
-    added = at_least_float32(torch.cat([first, added], dim=1))  # [B, c+1, G, R, P, N]
-    ends = None if doc_at_ends is None else doc_at_ends.permute(0, 2, 3, 1)  # [B, 1, 1, c+1]
-    decay = _decay_between(F.pad(s[..., -1].permute(0, 2, 3, 1), (1, 0)), ends)  # [B, G, R, c+1, c+1]
-    with torch.autocast(x.device.type, enabled=False):
-        states = torch.einsum("bgrzc,bcgrpn->bzgrpn", decay, added)  # [B, c+1, G, R, P, N]
+    # 3. From chunk to chunk: the recurrence again, one step per chunk, in float32.
+    state = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state.to(wide).view_as(added[:, 0])
+    entering = []
+    for through, new in zip(decay_from_start[..., -1].unbind(1), added.unbind(1)):
+        entering.append(state)  # [B, G, R, P, N]
+        state = through[..., None, None] * state + new
 
     # 4. What a chunk's tokens read from the state that enters it.
-    read = torch.einsum("bcign,bcgrpn->bcigrp", Cc, states[:, :-1].to(x.dtype))
+    read = torch.einsum("bcign,bcgrpn->bcigrp", Cc, torch.stack(entering, 1).to(x.dtype))
     y = y + read * decay_from_start.permute(0, 1, 4, 2, 3)[..., None]  # [B, c, Q, G, R, P]
 
     y = y.reshape(B, T + pad, H, P)
     if D is not None:
         y = y + D[:, None] * x
     y = y[:, :T].to(x.dtype)
-    return (y, states[:, -1].reshape(B, H, P, N)) if return_final_state else y
+    return (y, state.reshape(B, H, P, N)) if return_final_state else y
 
 
 # ---- 3. the kernels: forward ------------------------------------------------------------------------------------
@@ -640,7 +636,7 @@ def ssd_triton(
     if extra_p or extra_n:  # Triton 3.6 reads beyond shared memory in 16-bit products of odd sizes; zeros are harmless
         x, Bmat, Cmat = F.pad(x, (0, extra_p)), F.pad(Bmat, (0, extra_n)), F.pad(Cmat, (0, extra_n))
         start = None if start is None else F.pad(start, (0, extra_n, 0, extra_p))
-    y, end = _SSD.apply(x, dt, A, Bmat.to(x.dtype), Cmat.to(x.dtype), D, start, seq_idx)
+    y, end = _SSD.apply(x, dt, A, Bmat.to(x.dtype), Cmat.to(x.dtype), D, start, number_documents(seq_idx))
     if extra_p or extra_n:
         y, end = y[..., :P], end[:, :, :P, :N]
     return (y, end) if return_final_state else y
@@ -671,7 +667,7 @@ def ssd(
             raise ValueError(f"a state of P={P} x N={N} in {x.dtype} does not fit a kernel; use backend='torch'")
         backend = "torch"
     op = ssd_triton if pick_backend(backend, x.device, x.dtype) == "triton" else ssd_ref
-    return op(x, dt, A, Bmat, Cmat, D, chunk_size, initial_state, return_final_state, number_documents(seq_idx))
+    return op(x, dt, A, Bmat, Cmat, D, chunk_size, initial_state, return_final_state, seq_idx)
 
 
 # ---- 5. one step of the recurrence -------------------------------------------------------------------------------
