@@ -811,7 +811,7 @@ class _Mamba2Inner(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, seq_idx, y, *segments = ctx.saved_tensors
-        _, of_weight, of_bias, of_dt_bias, of_A, of_D, of_norm = ctx.needs_input_grad[:7]
+        of_projected, of_weight, of_bias, of_dt_bias, of_A, of_D, of_norm = ctx.needs_input_grad[:7]
         G, di = ctx.n_groups, y.shape[-1]
         z, xBC, raw, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
             projected, conv_weight, conv_bias, dt_bias, A, norm_weight, seq_idx, G
@@ -833,6 +833,7 @@ class _Mamba2Inner(torch.autograd.Function):
         ddt *= torch.sigmoid(raw.float() + dt_bias)  # softplus' = sigmoid
         draw.copy_(ddt)
         ddt_bias = ddt.sum((0, 1)).to(dt_bias.dtype) if of_dt_bias else None
+        dprojected = dprojected if of_projected else None
         return dprojected, dweight, dbias, ddt_bias, dA, dD, dnorm_weight, None, None, None
 
 
