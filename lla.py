@@ -907,14 +907,20 @@ class LocalLinearAttention(nn.Module):
             raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}")
         if not MIN_RIDGE < ridge < math.inf:
             raise ValueError(f"ridge={ridge} must be above {MIN_RIDGE}, the least that a head may learn, and finite")
-        self.head_dim, self.eps = head_dim, eps
+        self.head_dim, self.eps, self.above = head_dim, eps, ridge - MIN_RIDGE
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.qk_norm = nn.Parameter(torch.ones(head_dim))
-        above = ridge - MIN_RIDGE
-        self.raw_ridge = nn.Parameter(torch.full((num_heads,), above + math.log(-math.expm1(-above))))
+        self.qk_norm, self.raw_ridge = nn.Parameter(torch.empty(head_dim)), nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters(children=False)
+
+    def reset_parameters(self, children=True):
+        """Sets norm and ridges to where they begin. children: draws the projections, too, as after `to_empty`."""
+        for projection in self.children() if children else ():
+            projection.reset_parameters()
+        nn.init.ones_(self.qk_norm)
+        nn.init.constant_(self.raw_ridge, self.above + math.log(-math.expm1(-self.above)))  # softplus gives `above`
 
     @property
     def ridge(self):

@@ -918,12 +918,13 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(di, hidden_size, bias=use_bias)
 
     @torch.no_grad()
-    def init_weights(self):
-        """Draws A uniform in [1, 16] and dt log-uniform in [1e-3, 1e-1], where a new layer has both spread evenly."""
-        bound = 1 / math.sqrt(self.conv1d.weight.shape[-1])
-        self.conv1d.weight.uniform_(-bound, bound)
-        if self.conv1d.bias is not None:
-            self.conv1d.bias.uniform_(-bound, bound)
+    def reset_parameters(self, children=True):
+        """Draws A uniform in [1, 16] and dt log-uniform in [1e-3, 1e-1], where a new layer has both spread evenly.
+
+        children: draws the projections, too. For a layer that was made on the meta device, after `to_empty`.
+        """
+        for part in self.children() if children else [self.conv1d]:
+            part.reset_parameters()
         self.A_log.uniform_(1, 16).log_()
         self.D.fill_(1)
         dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
