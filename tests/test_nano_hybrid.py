@@ -13,6 +13,7 @@ from common.accounting import CG_STEPS
 from conftest import TINY, scramble
 from decoding import DraftStats, StaticCache, ThinkingBudget, decode_step, generate, step_logits, to_static
 from experiments.nano_hybrid import PASSKEY_VOCAB, PasskeyStudy, attention_baseline, passkey, state_bytes
+from latent_moe import new_load
 from nano_hybrid import (
     PRESETS,
     Hybrid,
@@ -211,8 +212,9 @@ def test_presets_have_the_published_layers(preset, counts):
 def test_the_loss_of_mixtures_has_their_balance_and_their_routers_move():
     model, ids = build(**MOE, router_aux_loss_coef=0.5, router_bias_update_rate=0.1), draw_ids(2, 20)
     plain, _ = model.loss(ids[:, :-1], ids[:, 1:])
-    model.train().model(ids[:, :-1])
-    balance = model.pop_balance_losses().item()
+    load = new_load(model.train(), torch.ones(2, 19, dtype=torch.bool))
+    model.model(ids[:, :-1], load=load)
+    balance = sum(numbers[1] for numbers in load.taken).item()
     loss, metrics = model.loss(ids[:, :-1], ids[:, 1:])
     assert loss.item() == pytest.approx(plain.item() + 0.5 * balance, rel=1e-5)
     assert metrics["loss"].item() == pytest.approx(plain.item(), rel=1e-5)
