@@ -33,8 +33,7 @@ Differs  The paper adds lambda to unnormalised weights; here, as in the authors'
          are multiplied as float16; a decode step solves from moments; the layer learns its ridge, and queries and keys
          share a norm. Parallax (arXiv:2605.29157), which replaces the solve by a projection: experiments/parallax.py.
 Files    lla.py + kernels.py: 1,908 lines in all.
-Read     1, the comment that opens 2, 3, `_solve_kernel`, 4. `python lla.py` shows the claim; at length, with trained
-         models and pictures: `python -m experiments.lla`.
+Read     1, the comment that opens 2, 3, `_solve_kernel`, 4. `python lla.py`; at length: `python -m experiments.lla`.
 """
 
 import math
@@ -889,7 +888,6 @@ def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, back
 
 # ---- 5. the layer -------------------------------------------------------------------------------------------------
 
-
 MIN_RIDGE = 0.01  # a head may not learn a smaller one: more steps, and more of the rounding error
 
 
@@ -909,8 +907,7 @@ class LocalLinearAttention(nn.Module):
             raise ValueError(f"ridge={ridge} must be above {MIN_RIDGE}, the least that a head may learn, and finite")
         self.head_dim, self.eps, self.above = head_dim, eps, ridge - MIN_RIDGE
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
         self.qk_norm, self.raw_ridge = nn.Parameter(torch.empty(head_dim)), nn.Parameter(torch.empty(num_heads))
         self.reset_parameters(children=False)
@@ -960,10 +957,9 @@ def mesa_ref(q, k, v, ridge):
     One linear map per position, fitted to all pairs so far. q, k [B, H, T, D]; ridge > 0: a number, or a tensor [H].
     """
     dtype = q.dtype
-    q, k, v = (at_least_float32(t) for t in (q, k, v))
-    ridge = torch.as_tensor(ridge, device=q.device, dtype=q.dtype).view(-1, 1, 1, 1)
+    q, k, v, ridge = _each_head(q, k, v, ridge)
     kk = (k[..., :, None] * k[..., None, :]).cumsum(2)  # [B, H, T, D, D]
-    x = torch.linalg.solve(kk + ridge * torch.eye(k.shape[-1], dtype=q.dtype, device=q.device), q)  # [B, H, T, D]
+    x = torch.linalg.solve(kk + ridge[..., None] * torch.eye(k.shape[-1], dtype=q.dtype, device=q.device), q)
     return ((x @ k.mT).tril() @ v).to(dtype)  # linear attention, queried with x
 
 
@@ -973,8 +969,7 @@ MIXERS = {"softmax": softmax_attention, "linear": mesa_ref, "LLA": lla}  # each 
 def piecewise_linear(generator, B, T, S, d):
     """Returns x [B, T, d] of length 1 and y = A x [B, T, d]: each segment of S has its own A and mean of x."""
     n, normal = T // S, partial(torch.randn, generator=generator, device=generator.device)
-    x = F.normalize(normal(B, n, 1, d), dim=-1) + normal(B, n, S, d) / d**0.5
-    x = F.normalize(x, dim=-1)
+    x = F.normalize(F.normalize(normal(B, n, 1, d), dim=-1) + normal(B, n, S, d) / d**0.5, dim=-1)
     return x.flatten(1, 2), (x @ normal(B, n, d, d) / d**0.5).flatten(1, 2)
 
 
