@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from benchmarks import harness
+from conftest import LargestTensor
 from expert_kernels import expert_mlp
 
 
@@ -74,20 +74,15 @@ def test_causal_conv1d_gradients():
         kernels.causal_conv1d(*args, activation="gelu")
 
 
+def test_documents_of_a_convolution_are_texts_of_their_own_whatever_their_numbers():
+    x, w = draw(1, 12, 6), draw(6, 4, seed=1)
+    expected = torch.cat([kernels.causal_conv1d(part, w) for part in x.split([2, 3, 1, 6], 1)], 1)
+    again = torch.tensor([[7, 7, 0, 0, 0, 7, -1, -1, -1, -1, -1, -1]])
+    for op in (kernels.causal_conv1d, kernels.causal_conv1d_ref):
+        assert_same(op(x, w, seq_idx=again), expected)
+
+
 # ---- output projection ----
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many elements the largest tensor made under it has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, torch.Tensor):
-                self.numel = max(self.numel, t.numel())
-        return out
 
 
 @pytest.mark.parametrize("limit", [1 << 24, 40 * 7, 1])  # in one block, in blocks of seven rows, of two
