@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from expert_kernels import expert_mlp
-from kernels import at_least_float32
+from kernels import at_least_float32, no_autocast
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class Router(nn.Module):
 
     def forward(self, x):
         """Returns scores [..., E] in (0, 1), float32, for x [..., C]."""
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             return F.linear(at_least_float32(x), at_least_float32(self.weight)).sigmoid()
 
 

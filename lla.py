@@ -52,6 +52,7 @@ from kernels import (
     early_launch,
     expect,
     jit,
+    no_autocast,
     pick_backend,
     rms_norm,
     shared_memory,
@@ -125,8 +126,7 @@ def paper_fit(s, q, k, v, ridge):
 def _each_head(q, k, v, ridge):
     """Returns q, k, v, ridge in float32 or float64, k and v once for each query head, ridge [1 or H, 1, 1]."""
     group = q.shape[1] // k.shape[1]
-    q, k, v = (at_least_float32(t) for t in (q, k, v))
-    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    q, k, v = (at_least_float32(t) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
     return q, k, v, torch.as_tensor(ridge, device=q.device, dtype=q.dtype).view(-1, 1, 1)
 
 
@@ -139,7 +139,7 @@ def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
     Source: the paper's closed form, centred (`paper_fit` is tested to agree). Memory T S + (T + S) D^2 for each head.
     """
     dtype = q.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         q, k, v, ridge = _each_head(q, k, v, ridge)
         return local_fit(softmax_weights(q, k, scale, causal), q, k, v, ridge, iters).to(dtype)
 
@@ -708,7 +708,7 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
         seen = seen & (at >= pad[:, None, None, None])  # [B, 1, 1, capacity]
     column = seen.mT if seen.dim() > 1 else seen[:, None]
     k, v = (torch.where(column, t, 0.0) for t in (k, v))  # unseen positions may hold NaN
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
         return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
 
