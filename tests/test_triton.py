@@ -447,3 +447,18 @@ def test_experts_take_a_quarter_more_memory_than_they_must(S, C, width, E, K):
     y = expert_mlp(*leaves, backend="triton")
     torch.autograd.grad(y, wanted, dy)
     assert torch.cuda.max_memory_allocated() - others <= 1.25 * must
+
+
+def test_experts_in_float16_are_finite_where_the_definition_is():
+    """u = 14 * 8, h = u^2 = 12,544; the weight 6 times h would be too large for float16, the output 602 is not."""
+    x, up, down = torch.full((3, 8), 14.0), torch.ones(2, 8, 8), torch.full((2, 8, 8), 1e-3)
+    ids, weights = torch.tensor([[0, 1], [1, 0], [0, 1]], device=DEVICE), torch.tensor([[6.0, 0.0]]).expand(3, 2)
+    results = []
+    for backend in ("torch", "triton"):
+        leaves = [t.to(DEVICE).half().requires_grad_() for t in (x, up, down)]
+        w = weights.to(DEVICE).clone().requires_grad_()
+        y = expert_mlp(*leaves, ids, w, backend)
+        results.append([y, *torch.autograd.grad(y.float().sum() / 64, [*leaves, w])])
+    assert (results[1][0].float() - 602).abs().max() < 1
+    for want, got in zip(*results):
+        assert got.isfinite().all() and (got.double() - want.double()).norm() < 3e-3 * want.double().norm()
