@@ -210,9 +210,9 @@ class KVState:
         return 0 if self.k is None else sum(t.numel() * t.element_size() for t in self.filled())
 
     def expand(self, rows, capacity=0, into=None):
-        """Returns a state whose row i is a copy of row rows[i], int64 [n], with a capacity of `capacity` positions.
+        """Returns a state whose row i is a copy of row rows[i], int64 [n].
 
-        into: such a state, to be written over.
+        capacity: positions to allocate, at least those that are filled. into: such a state, to be written over.
         """
         if into is None:
             shape = (len(rows), self.k.shape[1], max(capacity, self.length), self.k.shape[3])
