@@ -36,7 +36,7 @@ import importlib.util
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,8 +54,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import grpo
 import mdlm_dultra
 import nano_hybrid
-from common.checkpoints import find_run, read_trainer, write_trainer
-from common.cli import Interrupt, fail, join_processes, parse, peek, pick_device, pick_dtype
+from common.checkpoints import expect_types, expect_weights, read_trainer, write_trainer
+from common.cli import Interrupt, command, fail, find_run, join_processes, parse, peek, pick_device, pick_dtype
 from common.objectives import RunInfo, make_settings, recipes_with, run_name, settings_classes
 from common.runlog import Means, Report, describe, finish, print0
 from nano_hybrid import Hybrid, HybridConfig
@@ -193,6 +193,11 @@ class Run:
     skipped: int = 0  # steps left out because something was not finite
 
     @property
+    def name(self):
+        """What --run calls it."""
+        return self.directory.relative_to(OUT).as_posix()
+
+    @property
     def tokens_per_step(self):
         """Tokens of one optimiser step, over all processes."""
         return self.config.batch_size * self.config.context * self.config.grad_accum * self.world_size
@@ -289,8 +294,8 @@ def make_optimizers(model, config):
 # ---- 3. checkpoints -------------------------------------------------------------------------------------------------
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # sharded or not, a checkpoint is whole, on the CPU
-IN_CHECKPOINT = ("step", "skipped", "config", "model_config", "objective", "objective_state", "model", "optimizer",
-                 "scaler")  # fmt: skip
+IN_CHECKPOINT = dict(step=int, skipped=int, config=dict, model_config=dict, objective=dict, objective_state=dict,
+                     model=dict, optimizer=dict, scaler=dict)  # fmt: skip
 
 
 def save_checkpoint(run):
@@ -317,8 +322,7 @@ def load_checkpoint(directory):
     path = directory / "trainer.pt"
     saved = read_trainer(path, IN_CHECKPOINT)
     for part, known in dict(config=TrainConfig, model_config=HybridConfig).items():
-        if set(saved[part]) - {f.name for f in fields(known)}:
-            raise ValueError(f"{path} is not a checkpoint of this version of train.py; choose another --run")
+        expect_types(saved[part], known, path)
     return saved
 
 
@@ -330,6 +334,7 @@ def restore(run, saved):
         raise ValueError(
             f"--{changed[0]}={asked[changed[0]]}: the run was begun with {was[changed[0]]}; start a new run"
         )
+    expect_weights(saved["model"], run.model.state_dict(), run.directory / "trainer.pt")
     set_model_state_dict(run.model, saved["model"], options=WHOLE)
     groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     asked = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -438,7 +443,7 @@ def train(run):
         if stop:
             report.bar.close()
             print0(f"interrupted, and saved at step {run.step}. To go on:\n"
-                   f"  python train.py --resume --run={run.directory.name}")  # fmt: skip
+                   f"  {command('train.py', 'resume', run=run.name)}")  # fmt: skip
             return 130
         if evaluates or saves:
             report.restart_clock()

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.checkpoints import replacing
+from common.cli import command
 from kernels import pick_backend
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # dense bf16
@@ -199,7 +200,7 @@ class Log:
         if run.config.log == "wandb":
             import wandb
 
-            wandb.init(project="nanopapers", name=run.directory.name, config=asdict(run.config))
+            wandb.init(project="nanopapers", name=run.name, config=asdict(run.config))
             self.send = lambda step, numbers: wandb.log(numbers, step=step)
         elif run.config.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -220,8 +221,8 @@ class Log:
 SCORES = dict(val_bpb="bits per byte of validation text", val_loss="validation loss, nats", reward="reward")
 
 
-def plot(log, path, baselines):
-    """Draws the run: the validation score (or the reward) over the steps, baselines as dashed lines.
+def plot(log, path, name, baselines):
+    """Draws the run called `name`: the validation score (or the reward) over the steps, baselines as dashed lines.
 
     Draws nothing for an objective whose `evaluate` returns none of the SCORES.
     """
@@ -236,12 +237,14 @@ def plot(log, path, baselines):
     points = [(row["step"], row[score]) for row in log.rows if score in row]
     figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
     axes.plot(*zip(*points), marker="o", color="#0072B2")
-    for name, value in baselines.items():
+    for other, value in baselines.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="#D55E00")
-        axes.annotate(f"{name}: {value:.2f}", (points[-1][0], value), ha="right", va="bottom", color="#D55E00")
+        place = dict(xy=(points[-1][0], value), ha="right", va="bottom")
+        axes.annotate(f"{other}: {value:.2f}", **place, color="#D55E00", parse_math=False)
     axes.margins(y=0.1)
     reached = f"{points[-1][1]:.3f} {SCORES[score]} after {points[-1][0]} steps"
-    axes.set(xlabel="step", ylabel=SCORES[score], title=f"{path.parent.name}: {reached}")
+    axes.set(xlabel="step", ylabel=SCORES[score])
+    axes.set_title(f"{name}: {reached}", parse_math=False)  # a $ in a name begins no formula
     axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -251,7 +254,7 @@ def plot(log, path, baselines):
 def finish(run, log, seconds):
     """Prints what was reached, beside what it is measured against, and draws the plot."""
     baselines = run.objective.baselines()
-    plot(log, run.directory / "loss.png", baselines)
+    plot(log, run.directory / "loss.png", run.name, baselines)
     if "val_bpb" in log.rows[-1]:
         others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         print0(f"validation: {log.rows[-1]['val_bpb']:.3f} bits per byte (on the same text: {others})")
@@ -260,4 +263,4 @@ def finish(run, log, seconds):
         speed += f", MFU {statistics.median(row['mfu'] for row in log.rows):.1%}"
         speed += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     print0(f"{seconds:.0f} s of training at {speed} (median step), saved in {run.directory}. To sample from it:\n"
-           f"  python sample.py --run={run.directory.name} --prompt='{run.objective.example}'")  # fmt: skip
+           f"  {command('sample.py', run=run.name, prompt=run.objective.example)}")  # fmt: skip
