@@ -57,6 +57,7 @@ from common.objectives import NextToken, Objective, Recipe
 from common.tasks import ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
 from grpo import advantages, policy_loss
 from kernels import at_least_float32, linear_logprob
+from latent_moe import new_load
 from nano_hybrid import PRESETS as HYBRIDS
 from nano_hybrid import TEXT_CPU, TEXT_GPU, Attention, Block, Hybrid, HybridConfig, apply_rope
 from unmasking import DETERMINISTIC, apply_rule, current_block, decode, planner_logprob, planner_rule, predict, rule_of
@@ -119,8 +120,7 @@ class MaskedDiffusionLM(Hybrid):
     softmax, and loss and decoder only touch masked positions. The model takes no time t, which the share of masks says.
     positions: the largest length. The model has an embedding for each position unless they are rotary
     (config.rotary_base), the planner wherever `positions` is given. planner: whether it has an UnmaskPlanner. Parameter
-    names are those of `Hybrid`, plus `positions` and `planner`.
-    Raises ValueError for layers that are causal, and for a model without positions of any kind.
+    names are those of `Hybrid`, plus `positions` and `planner`. Raises ValueError for causal layers, or no positions.
     """
 
     parts = ("planner",)  # submodules with a learning rate of their own: see common.objectives
@@ -139,16 +139,19 @@ class MaskedDiffusionLM(Hybrid):
         self.model.layers = bidirectional_blocks(config, config.hybrid_override_pattern)
         self.positions = None if config.rotary_base else nn.Embedding(positions, config.hidden_size)
         self.planner = UnmaskPlanner(config, positions) if planner else None
-        if self.lm_head.weight.device.type != "meta":
-            self.init_weights()
-            if planner:
-                self.planner.init_weights()
+        self.reset_parameters()
 
-    def encode(self, ids, keys=None, kv=None, start=0):
+    def reset_parameters(self):
+        """Draws the initial weights: those of `Hybrid`, then the planner's own."""
+        super().reset_parameters()
+        if getattr(self, "planner", None):
+            self.planner.reset_parameters()
+
+    def encode(self, ids, keys=None, kv=None, start=0, load=None):
         """Returns hidden states [B, T, C] after the final norm. ids [B, T] are positions start ... start + T.
 
         keys bool [B, L], False on padding, which must be on the left. kv: a dict that a call with the whole sequence
-        fills; later calls, with some positions, update it there and attend to what it holds of the others.
+        fills; later calls, with some positions, update it and attend to what it holds of the others. load: a Load.
         """
         x = self.model.embeddings(ids)  # [B, T, C]
         if self.positions is not None:
@@ -157,7 +160,10 @@ class MaskedDiffusionLM(Hybrid):
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         view = View(keys, start, kv)
         for layer in self.model.layers:
-            x = layer(x, view if layer.stateful else None)
+            if load and layer.routes:
+                x = load.add(layer.mixer, *layer(x, None, None, load.counted))
+            else:
+                x = layer(x, view if layer.stateful else None)
         return self.model.norm_f(x)
 
     def logits(self, hidden):
@@ -168,17 +174,18 @@ class MaskedDiffusionLM(Hybrid):
         """Returns float32 logits [B, T, V] of ids [B, T] int64, -inf for M."""
         return F.pad(at_least_float32(self.logits(self.encode(ids, keys))), (0, 1), value=-math.inf)
 
-    def logprobs(self, ids, masked, keys=None, temperature=1.0):
+    def logprobs(self, ids, masked, keys=None, temperature=1.0, load=None):
         """Returns float32 [B, T]: log p of the tokens ids [B, T] that are masked [B, T], given the others; else 0."""
-        hidden = self.encode(ids.masked_fill(masked, self.mask_id), keys)
+        hidden = self.encode(ids.masked_fill(masked, self.mask_id), keys, load=load)
         weight, targets = self.lm_head.weight[: self.mask_id], ids[masked]
         logprob, _ = linear_logprob(hidden[masked], weight, targets, temperature)  # [n]
         return at_least_float32(hidden[..., 0]).new_zeros(ids.shape).masked_scatter(masked, logprob)
 
     def loss(self, ids, maskable=None, keys=None, generator=None):
         """Returns `mdlm_loss(self, ...)`; in training, mixtures of experts add their balance loss, as in `Hybrid`."""
-        loss, metrics = mdlm_loss(self, ids, maskable, generator, keys)
-        return loss + self.config.router_aux_loss_coef * self.pop_balance_losses(), metrics
+        load = new_load(self, torch.ones_like(ids, dtype=torch.bool) if keys is None else keys)
+        loss, metrics = mdlm_loss(self, ids, maskable, generator, keys, load=load)
+        return loss + self.config.router_aux_loss_coef * (load.finish() if load else 0.0), metrics
 
     def generate(self, *_, **__):
         """Raises TypeError: a masked diffusion model is decoded, not continued."""
@@ -216,20 +223,20 @@ def noise_levels(B, generator=None, device=None):
     return EPS + (1 - EPS) * (1 - u)
 
 
-def mdlm_loss(model, ids, maskable=None, generator=None, keys=None):
+def mdlm_loss(model, ids, maskable=None, generator=None, keys=None, **options):
     """Returns (loss, metrics): the NELBO in nats per maskable token, mean over rows, by the integral over t.
 
     ids [B, T] int64, without masks; maskable bool [B, T], None for all. A prompt is not maskable, and each row is
     divided by its number of maskable tokens. Ends of text behind an answer are maskable: that is how the model learns
-    to stop. generator: on the device of ids. keys: `MaskedDiffusionLM.encode`. Dividing by the number of *masked*
-    tokens would give BERT's loss, which is no bound. Source: MDLM, section 3.4; LLaDA, Algorithms 1 and 2 (prompts).
+    to stop. generator: on the device of ids. keys: `MaskedDiffusionLM.encode`; options: of `logprobs`. Dividing by the
+    number of *masked* tokens would give BERT's loss: no bound. Source: MDLM, section 3.4; LLaDA, Algorithms 1 and 2.
 
     metrics: loss; masked_loss, the plain cross-entropy of a masked token; mask_rate.
     """
     maskable = torch.ones_like(ids, dtype=torch.bool) if maskable is None else maskable
     t = noise_levels(len(ids), generator, ids.device)  # [B]
     masked = maskable & (torch.rand(ids.shape, generator=generator, device=ids.device) < t[:, None])
-    logprob = model.logprobs(ids, masked, keys)  # [B, T]
+    logprob = model.logprobs(ids, masked, keys, **options)  # [B, T]
     loss = (-logprob.sum(1) / t / maskable.sum(1).clamp(min=1)).mean()
     masked_loss = -logprob.detach().sum() / masked.sum().clamp(min=1)
     return loss, dict(loss=loss.detach(), masked_loss=masked_loss, mask_rate=masked.sum() / maskable.sum())
@@ -287,8 +294,8 @@ class UnmaskPlanner(nn.Module):
         self.out = nn.Linear(C, 1)
 
     @torch.no_grad()
-    def init_weights(self):
-        """Draws the weights: all probabilities begin near one half."""
+    def reset_parameters(self):
+        """Draws the weights, where they are not drawn as those of `Hybrid`: all probabilities begin near one half."""
         for module in (*self.time, self.before, self.after):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -452,13 +459,9 @@ class DUltra(Objective):
         """Returns the objective of a run (RunInfo). Raises ValueError, in one line, for settings that cannot be."""
         c, before = run.config, settings.pretrain + settings.imitate
         if c.grad_accum > 1 or run.world_size > 1:
-            raise ValueError(
-                f"--recipe={c.recipe} runs in one process, without --grad_accum; make --batch_size larger instead"
-            )
+            raise ValueError(f"--recipe={c.recipe} runs in one process, without --grad_accum: make --batch_size larger")
         if before >= c.steps:
-            raise ValueError(
-                f"--pretrain and --imitate, {before} steps together, leaves none of --steps={c.steps} for rewards"
-            )
+            raise ValueError(f"--pretrain and --imitate, {before} steps, leave none of --steps={c.steps} for rewards")
         objective = cls(settings, Tokenizer(run.tokenizer), c.batch_size, run.seed, run.rank, run.world_size)
         if unused := {"data", "context"} & set(run.given):
             raise ValueError(f"--{min(unused)} has no meaning with --recipe={c.recipe}: its tasks come from --task")
@@ -597,7 +600,6 @@ def step_logprob(model, batch, rows, steps, settings):
     keys = None if batch["keys"] is None else batch["keys"][rows]
     with torch.set_grad_enabled(torch.is_grad_enabled() and settings.joint):
         hidden = model.encode(solved.masked_fill(masked, model.mask_id), keys)
-    model.pop_balance_losses()  # rewards do not balance experts
     eligible = current_block(masked, settings.block_size)
     logprob = planner_logprob(model.planner(hidden, eligible, masked, keys), eligible, action)
     if settings.joint:

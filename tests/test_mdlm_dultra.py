@@ -24,6 +24,7 @@ from mdlm_dultra import (
     mdlm_loss,
     nelbo,
     noise_levels,
+    replay,
     rewards,
     step_logprob,
 )
@@ -735,9 +736,38 @@ def test_experts_stay_balanced():
     model = tiny(scale=1, **experts, moe_shared_expert_intermediate_size=8, router_aux_loss_coef=10.0).train()
     ids = torch.randint(7, (4, 9), generator=torch.Generator().manual_seed(0))
     loss, metrics = model.loss(ids, generator=torch.Generator().manual_seed(0))
-    assert loss - metrics["loss"] > 1 and model.pop_balance_losses() == 0
+    assert loss - metrics["loss"] > 1 and model.moe_layers()[0].gate.counts.sum() == 4 * 9 * 2
     loss, metrics = model.eval().loss(ids, generator=torch.Generator().manual_seed(0))
     assert loss == metrics["loss"]
+
+
+def test_padding_and_replays_are_not_counted_by_experts():
+    experts = dict(hybrid_override_pattern="*E", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    model = tiny(scale=1, planner=True, **experts, moe_shared_expert_intermediate_size=8).train()
+    (moe,), ids = model.moe_layers(), torch.randint(7, (2, 9), generator=torch.Generator().manual_seed(0))
+    keys = torch.arange(9) >= torch.tensor([[0], [5]])  # five positions of padding, on the left
+    model.loss(ids, keys=keys, generator=torch.Generator().manual_seed(0))[0].backward()
+    assert moe.gate.counts.sum() == (9 + 4) * 2
+    batch, live = dict(ids=ids, order=torch.ones_like(ids), keys=keys), torch.ones(2, 1, dtype=torch.bool)
+    replay(model, batch, live, DUltraConfig(joint=True, temperature=1.0)).sum().backward()  # computed twice
+    assert moe.gate.counts.sum() == (9 + 4) * 2
+
+
+@pytest.mark.parametrize("positions", [None, 12])
+def test_a_model_made_on_the_meta_device_begins_like_any_other(positions):
+    config = HybridConfig(**TINY | dict(rotary_base=None if positions else 1e4))
+    with torch.device("meta"):
+        model = MaskedDiffusionLM(config, positions, planner=True)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)  # empty memory may hold anything
+    other = MaskedDiffusionLM(config, positions, planner=True)
+    for one in (model, other):
+        torch.manual_seed(0)
+        one.reset_parameters()
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(a, b), name
 
 
 def test_before_there_is_a_planner_a_rule_is_evaluated(monkeypatch):
