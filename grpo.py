@@ -53,8 +53,6 @@ Files    grpo.py + decoding.py + kernels.py + nano_hybrid.py + rollouts.py + dec
          common/accounting.py + common/checkpoints.py + common/presets.py + common/sampling.py: 8,681 lines in all
 """
 
-import math
-import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -64,6 +62,7 @@ import torch
 import rollouts
 from common.data import Tokenizer
 from common.objectives import Objective, Recipe, to_device
+from common.ranges import check_ranges
 from common.tasks import demonstration_rows, environment, sample_task, with_low_effort
 from decoding import DecodeSession
 from kernels import at_least_float32, expect
@@ -343,16 +342,8 @@ def loss_metrics(ratio, advantages, mask, kind, clip, logprob, old_logprob, beha
 
 # ---- 3. settings --------------------------------------------------------------------------------------------------
 
-LARGEST = sys.float_info.max
 CHOICES = dict(advantage=ADVANTAGES, surrogate=SURROGATES, aggregate=AGGREGATES, overlong=("zero", "filter"))
 CHOICES["correction"] = ("", "clip", *BOUNDS)
-LIMITS = [  # (setting, lowest, highest)
-    ("warm_start", 0, math.inf), ("group_size", 1, math.inf), ("updates", 1, math.inf), ("sampler_every", 1, math.inf),
-    ("rl_lr", 1e-12, LARGEST), ("temperature", 1e-3, LARGEST), ("eval_temperature", 0, LARGEST),
-    ("clip_low", 0, 1), ("clip_high", 0, LARGEST), ("entropy_coef", 0, LARGEST), ("kl_coef", 0, LARGEST),
-    ("cut_thoughts", 0, 1), ("no_thoughts", 0, 1), ("low_effort", 0, 1), ("low_effort_tokens", 1, math.inf),
-    ("dynamic_sampling", 0, math.inf), ("focus", 0, 1), ("curriculum", 0, math.inf), ("length_coef", 0, LARGEST),
-]  # fmt: skip
 
 
 @dataclass
@@ -389,10 +380,7 @@ class GRPOConfig:
     def __post_init__(self):
         for name, choices in CHOICES.items():
             rollouts.check_choice(name, getattr(self, name), choices)
-        for name, low, high in LIMITS:
-            if not low <= getattr(self, name) <= high:
-                span = f"from {low} to {high}" if high < LARGEST else f"at least {low}, and finite"
-                raise ValueError(f"--{name}={getattr(self, name)} must be {span}")
+        check_ranges(self, temperature=(1e-3, 100.0))
         if self.group_size < 2 and not self.teachers.strip(", "):
             raise ValueError("--group_size=1 leaves nothing to compare an answer with; it takes --teachers")
         if self.cut_thoughts + self.no_thoughts > 1:

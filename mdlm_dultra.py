@@ -40,7 +40,6 @@ Files    mdlm_dultra.py + grpo.py + kernels.py + nano_hybrid.py + unmasking.py +
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,6 +53,7 @@ from common.checkpoints import config_fields, read_config, read_weights
 from common.data import Tokenizer
 from common.fit import fit
 from common.objectives import NextToken, Objective, Recipe
+from common.ranges import check_ranges
 from common.tasks import ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
 from grpo import advantages, policy_loss
 from kernels import at_least_float32, linear_logprob
@@ -396,25 +396,12 @@ class DUltraConfig:
             raise ValueError(
                 "--joint learns from the tokens that were drawn: it needs --temperature of at least 0.001 (1 is usual)"
             )
-        for name, low, high in DULTRA_LIMITS:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                span = f"from {low} to {high}" if high < LARGEST else f"at least {low}, and finite"
-                raise ValueError(f"--{name}={value} must be {span}")
+        check_ranges(self, group_size=(2, 10**15))
         if self.imitated.partition(":")[0] not in DETERMINISTIC:
             raise ValueError(f"--imitated={self.imitated}: take a rule that decides by the probabilities, say factor:1")
         rule_of(self.imitated, None)
         if bool(self.distill_coef) != bool(self.teacher):
             raise ValueError("--distill_coef and --teacher go together")
-
-
-LARGEST = sys.float_info.max
-DULTRA_LIMITS = [  # bounds included
-    ("pretrain", 0, math.inf), ("imitate", 0, math.inf), ("group_size", 2, math.inf), ("replay_rows", 1, math.inf),
-    ("smoothing", 0, 0.49), ("temperature", 0, 100), ("efficiency", 0, LARGEST), ("distill_coef", 0, LARGEST),
-    ("imitate_lr", 0, LARGEST), ("planner_lr", 0, LARGEST), ("backbone_lr", 1e-12, LARGEST),
-    ("advantage_floor", -LARGEST, LARGEST), ("block_size", 1, math.inf),
-]  # fmt: skip
 
 
 class DUltra(Objective):

@@ -13,10 +13,13 @@ import os
 import signal
 import sys
 from dataclasses import fields
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+from common.ranges import type_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message):
     """Prints one line about a user's mistake. Returns the exit status for it, 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # on a line of its own, bar or not
     return 2
 
 
@@ -45,7 +48,7 @@ def add_fields(group, config_class, taken):
         if f.name in taken:
             continue
         taken.add(f.name)
-        kind = next(t for t in get_args(types[f.name]) or [types[f.name]] if t is not type(None))
+        kind = type_of(types[f.name])
         shown = "" if f.default in (None, "") else f" (default: {f.default})"
         options = dict(type=kind, metavar=kind.__name__)
         if kind is bool:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.checkpoints import replacing
+from common.resume import changes
 from kernels import pick_backend
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # dense bf16
@@ -45,10 +46,8 @@ def describe(run, reason, epochs, saved):
     print0(f"model: {model.config.hybrid_override_pattern}, {parameters} on {where}, "
            f"backend {pick_backend(device=run.device)}, compile={config.compile}, {config.optimizer}")  # fmt: skip
     print0(f"data: {run.objective.about()}{amount}: {held_back}")
-    before = saved["objective"] if saved else {}
-    for name, value in asdict(run.objective.settings).items() if before else ():
-        if value != before.get(name, value):
-            print0(f"changed: --{name}={value}, until now {before[name]}")
+    for line in changes(run, saved) if saved else ():
+        print0(line)
 
 
 # ---- 1. numbers of a step, from the device to the host --------------------------------------------------------------
@@ -194,7 +193,7 @@ class Log:
         self.rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one short
         self.rows = [row for row in self.rows if row["step"] <= run.step]  # those after the checkpoint come again
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            temporary.write_text("".join(map(json_line, self.rows)))
         self.send = lambda step, numbers: None
         if run.config.log == "wandb":
             import wandb
@@ -211,8 +210,14 @@ class Log:
         """Adds the numbers of a step: name -> float, and "step"."""
         self.rows.append(row)
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json_line(row))
         self.send(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+
+def json_line(row):
+    """Returns a row as a line of JSON. JSON has no NaN and no infinity: they become null."""
+    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 # ---- 3. the end of a run --------------------------------------------------------------------------------------------
@@ -225,7 +230,8 @@ def plot(log, path, baselines):
 
     Draws nothing for an objective whose `evaluate` returns none of the SCORES.
     """
-    score = next((k for k in SCORES if any(k in row for row in log.rows)), None)
+    points = {k: [(row["step"], row[k]) for row in log.rows if row.get(k) is not None] for k in SCORES}
+    score = next((k for k in SCORES if points[k]), None)
     if score is None:
         return
     import matplotlib
@@ -233,7 +239,7 @@ def plot(log, path, baselines):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = [(row["step"], row[score]) for row in log.rows if score in row]
+    points = points[score]
     figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
     axes.plot(*zip(*points), marker="o", color="#0072B2")
     for name, value in baselines.items():
@@ -261,3 +267,15 @@ def finish(run, log, seconds):
         speed += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     print0(f"{seconds:.0f} s of training at {speed} (median step), saved in {run.directory}. To sample from it:\n"
            f"  python sample.py --run={run.directory.name} --prompt='{run.objective.example}'")  # fmt: skip
+
+
+def report_divergence(run, bad):
+    """Prints why a run gave up, and what is left of it.
+
+    bad: steps in a row whose loss or gradient was not finite, or None if the weights are not.
+    """
+    why = f"loss or gradient was not finite {bad} steps in a row" if bad else "the loss is not finite"
+    why = "the weights are not finite" if bad is None else why
+    left = f"{run.directory} keeps the checkpoint of step {run.saved_at}" if run.saved_at else "there is no checkpoint"
+    print0(f"stopped at step {run.step}: {why}. This model is not saved; {left}. "
+           "Try a smaller --lr, a longer --warmup, or --dtype=float32")  # fmt: skip

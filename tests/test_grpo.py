@@ -1414,19 +1414,6 @@ def test_a_state_that_was_saved_is_not_written_on():
     assert state["left"][0].sum() == 14 and run.curricula.orders[0].left.sum() == 14
 
 
-@pytest.mark.parametrize("name, low, high", grpo.LIMITS)
-def test_settings_out_of_their_limits_are_refused(name, low, high):
-    whole = isinstance(grpo.GRPOConfig.__dataclass_fields__[name].default, int)
-    wrong = [low - 1] if whole else [low - 1e-3, -math.inf, math.inf, math.nan]
-    for value in wrong + [high + 0.5] * (high == 1):
-        with pytest.raises(ValueError, match=f"^--{name}={value} must be [^\n]*$"):
-            grpo.GRPOConfig(**{name: value})
-    extra = dict(teachers="a") if name == "group_size" else {}
-    assert getattr(grpo.GRPOConfig(**{name: low} | extra), name) == low
-    if high <= 1:
-        assert getattr(grpo.GRPOConfig(**{name: high}), name) == high
-
-
 @pytest.mark.parametrize("settings, message", [
     (dict(surrogate="ppo"), "surrogate='ppo', expected one of grpo, gspo, cispo"),
     (dict(aggregate="mean"), "aggregate='mean', expected one of token, sequence, constant"),

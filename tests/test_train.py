@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import grpo
 import train
+from common import memory
 from common.objectives import NextToken
 from conftest import ROOT
 from grpo import GRPO
@@ -56,7 +57,7 @@ def command(*args):
 
 
 def rows(run):
-    return [json.loads(line) for line in open(f"out/{run}/log.jsonl")]
+    return [json.loads(line, parse_constant=pytest.fail) for line in open(f"out/{run}/log.jsonl")]  # NaN is not JSON
 
 
 def weights(run):
@@ -203,6 +204,107 @@ def test_a_run_can_be_made_longer(flags, capsys):
     assert [row["step"] for row in rows("a")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.fixture
+def begun(flags):
+    """Arguments that go on with a run of 3 steps of the flags, of 2 rows each."""
+    assert train.main([*flags, "--steps=3", "--run=a"]) == 0
+    return ["--resume", "--run=a", "--steps=5"]
+
+
+ANOTHER_RUN = {
+    "--tokenizer=python4k": "--tokenizer=python4k: the run was begun with bytes",
+    "--preset=nano3-tiny": "--preset=nano3-tiny: the run was begun with tiny",
+    "--recipe=lla": "--recipe=lla: the run was begun with hybrid",
+    "--recipe=mdlm": "--recipe=mdlm: the run was begun with hybrid",
+    "--recipe=grpo": "--recipe=grpo: the run was begun with hybrid",
+    "--recipe=dultra": "--recipe=dultra: the run was begun with hybrid",
+    "--context=16": "--context=16: the run was begun with 32",
+    "--seed=1": "--seed=1: the run was begun with 0",
+    "--optimizer=muon": "--optimizer=muon: the run was begun with adamw",
+    "--hidden_size=48": "--hidden_size=48: the run was begun with 32",
+    "--hybrid_override_pattern=M-M": "--hybrid_override_pattern=M-M: the run was begun with M-*",
+    "--batch_size=4": "a step would read 4 rows (--batch_size=4 x --grad_accum=1 x 1 processes), until now it read 2",
+    "--grad_accum=2": "a step would read 4 rows (--batch_size=2 x --grad_accum=2 x 1 processes), until now it read 2",
+    "--batch_size=1": "a step would read 1 rows",
+    "--data=other": "--data=other is not what the run was begun with",
+    "--steps=3": "the run has done all its 3 steps; to go on, add --steps=N",
+    "--steps=2": "the run has done 3 of 2 steps; to go on, add --steps=N",
+}
+
+
+def test_what_would_make_it_another_run_is_refused(begun, corpus_dir, capsys):
+    corpus_dir.with_name("other").mkdir()
+    for path in corpus_dir.iterdir():
+        (corpus_dir.with_name("other") / path.name).write_text(path.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in (train.OUT / "a").iterdir()}
+    for change, message in ANOTHER_RUN.items():
+        capsys.readouterr()
+        assert train.main([*begun, change]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and "\n" not in error
+        assert before == {path.name: path.read_bytes() for path in (train.OUT / "a").iterdir()}
+
+
+def test_what_may_change_is_announced(begun, capsys):
+    capsys.readouterr()
+    changes = "--batch_size=1 --grad_accum=2 --lr=2e-3 --weight_decay=0 --beta2=0.9 --grad_clip=0.5 --chunk_size=8"
+    changes += " --hidden_dropout=0.1 --decay=0.1 --warmup=1 --eval_every=5 --save_every=5 --dtype=bfloat16"
+    assert train.main([*begun, *changes.split()]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
+    names = {line.split("=")[0].removeprefix("changed: ") for line in said}
+    assert names == {change.split("=")[0] for change in changes.split()} | {"--steps"}
+    assert "changed: --lr=0.002, until now 0.01" in said and "changed: --steps=5, until now 3" in said
+    assert [row["step"] for row in rows("a")] == [1, 2, 3, 4, 5]
+
+
+def test_the_same_rows_in_other_pieces_are_the_same_run(flags):
+    """A step of one batch of 4 rows, or of 2 micro-steps of 2: both read on where the run stopped."""
+    assert train.main([*flags, "--steps=6", "--run=whole", "--batch_size=4"]) == 0
+    stop_after(3, [*flags, "--batch_size=4"], "half", steps=6)
+    assert train.main(["--resume", "--run=half", "--batch_size=2", "--grad_accum=2"]) == 0
+    for a, b in zip(rows("whole"), rows("half")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_the_same_text_elsewhere_is_the_same_run(begun, corpus_dir, capsys):
+    moved = corpus_dir.rename(corpus_dir.with_name("moved"))
+    assert train.main([*begun, f"--data={moved}"]) == 0
+    assert f"changed: --data={moved}, until now {corpus_dir}" in capsys.readouterr().out
+
+
+def test_a_text_that_has_changed_is_another_run(begun, corpus_dir, capsys):
+    path = corpus_dir / "3.txt"
+    path.write_text(path.read_text(encoding="utf-8").replace("gamma", "gamms"), encoding="utf-8")
+    assert train.main(begun) == 2
+    assert "has changed since" in capsys.readouterr().err
+
+
+def test_another_precision_goes_on_without_its_scaler(flags):
+    """float16 scales its gradients: such a run may begin without a scaler, and go on without one."""
+    run = train.set_up([*flags, "--steps=4", "--run=a"])
+    saved = dict(step=2, skipped=0, model_config=asdict(run.model.config), model=run.model.state_dict(),
+                 optimizer=train.get_optimizer_state_dict(run.model, run.optimizers, options=train.WHOLE),
+                 objective_state={}, scaler={})  # fmt: skip
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    train.restore(run, saved)
+    assert run.step == 2 and run.scaler.get_scale() == 8
+    train.restore(run, saved | dict(scaler=dict(run.scaler.state_dict(), scale=4.0)))
+    assert run.scaler.get_scale() == 4
+
+
+def test_a_recipe_file_that_has_moved_is_the_same_recipe(flags, capsys):
+    open("mine.py", "w").write(REVERSED)
+    assert train.main([*flags, "--recipe=mine.py", "--steps=2", "--run=a"]) == 0
+    os.mkdir("there")
+    os.rename("mine.py", "there/mine.py")
+    assert train.main(["--resume", "--run=a", "--steps=3"]) == 2
+    assert "there is no file mine.py" in capsys.readouterr().err
+    assert train.main(["--resume", "--run=a", "--steps=3", "--recipe=there/mine.py"]) == 0
+    assert "changed: --recipe=there/mine.py, until now mine.py" in capsys.readouterr().out
+    os.rename("there/mine.py", "there/yours.py")
+    assert train.main(["--resume", "--run=a", "--steps=4", "--recipe=there/yours.py"]) == 2
+
+
 def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(flags):
     """Kills a real process that saves at every step, at four different moments, and resumes each time."""
     run = command(*flags, "--steps=100000", "--eval_every=100000", "--save_every=1", "--run=a")
@@ -248,7 +350,7 @@ def spoil(monkeypatch, bad):
 
     def spoilt(self, model, batch):
         value, metrics = loss(self, model, batch)
-        spoilt.step += 1
+        spoilt.step += model.training
         return (value * math.nan if spoilt.step in bad else value), metrics
 
     spoilt.step = 0
@@ -306,6 +408,92 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(flags, monk
     assert "not finite 10 steps in a row" in capsys.readouterr().out
     saved = train.load_checkpoint(train.OUT / "a")
     assert saved["step"] <= 15 and all(w.isfinite().all() for w in saved["model"].values())
+
+
+def poison(monkeypatch, step, value):
+    """Makes optimiser step number `step` leave `value` in the weights of the head."""
+    original = train.optimizer_step
+
+    def poisoned(run, interrupt):
+        done = original(run, interrupt)
+        if run.step + 1 == step:
+            with torch.no_grad():
+                run.model.lm_head.weight.fill_(value)
+        return done
+
+    monkeypatch.setattr(train, "optimizer_step", poisoned)
+
+
+@pytest.mark.parametrize("value", [math.nan, 3e38])  # 3e38 is finite: what it gives is not
+@pytest.mark.parametrize(("save_every", "eval_every", "steps"), [
+    (1, 1, 20), (1, 100, 20), (1, 100, 4), (2, 1, 5), (3, 100, 4), (100, 3, 20)
+])  # fmt: skip
+def test_a_model_that_is_not_finite_is_never_saved(value, save_every, eval_every, steps, flags, monkeypatch, capsys):
+    poison(monkeypatch, 4, value)
+    flags = [*flags, f"--save_every={save_every}", f"--eval_every={eval_every}"]
+    assert train.main([*flags, f"--steps={steps}", "--run=a"]) == 1
+    out, kept = capsys.readouterr().out, 3 // save_every * save_every
+    assert "sample from it" not in out and "This model is not saved" in out and "stopped at step " in out
+    if kept:
+        assert f"out/a keeps the checkpoint of step {kept}." in out
+        saved = train.load_checkpoint(train.OUT / "a")
+        assert saved["step"] == kept and all(w.isfinite().all() for w in saved["model"].values())
+        assert all(w.isfinite().all() for w in weights("a").values())
+    else:
+        assert "there is no checkpoint" in out and os.listdir("out/a") == ["log.jsonl"]
+    log = rows("a")
+    assert [row["step"] for row in log] == list(range(1, len(log) + 1)) and len(log) <= 4 + train.MAX_BAD_STEPS
+
+
+def test_ctrl_c_does_not_save_what_is_not_finite(flags, monkeypatch, capsys):
+    poison(monkeypatch, 4, math.nan)
+    original = train.optimizer_step
+
+    def interrupting(run, interrupt):
+        interrupt.interrupted |= run.step + 1 == 4
+        return original(run, interrupt)
+
+    monkeypatch.setattr(train, "optimizer_step", interrupting)
+    assert train.main([*flags, "--steps=9", "--save_every=2", "--run=a"]) == 1
+    assert "the weights are not finite. This model is not saved; out/a keeps the checkpoint of step 2" in (
+        capsys.readouterr().out
+    )
+    assert train.load_checkpoint(train.OUT / "a")["step"] == 2
+
+
+def test_a_save_waits_for_a_finite_step(flags, monkeypatch):
+    """Step 3 is bad, and weights do not move: the checkpoint that was due then is written after step 4."""
+    spoil(monkeypatch, {3})
+    saved, original = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda run: (saved.append(run.step), original(run)))
+    assert train.main([*flags, "--steps=7", "--save_every=3", "--eval_every=100", "--run=a"]) == 0
+    assert saved == [4, 6, 7] and rows("a")[2]["grad_norm"] is None and rows("a")[2]["skipped"] == 1
+
+
+@pytest.mark.parametrize(("steps", "status", "steps_saved"), [(4, 1, [2]), (6, 0, [2, 5, 6])])
+def test_an_evaluation_that_is_not_finite_is_not_saved(steps, status, steps_saved, flags, monkeypatch, capsys):
+    """The log stays JSON, the last row of the run too, and the plot leaves the point out."""
+    evaluate, saved, original, done = NextToken.evaluate, [], train.save_checkpoint, []
+
+    def evaluating(self, model):
+        done.append(evaluate(self, model))
+        return done[-1] | ({"val_loss": math.nan, "val_bpb": math.inf} if len(done) == 2 else {})
+
+    monkeypatch.setattr(NextToken, "evaluate", evaluating)
+    monkeypatch.setattr(train, "save_checkpoint", lambda run: (saved.append(run.step), original(run)))
+    flags = [*flags, f"--steps={steps}", "--save_every=2", "--eval_every=2", "--run=a"]
+    assert train.main(flags) == status and saved == steps_saved
+    assert rows("a")[3]["val_loss"] is None and rows("a")[3]["val_bpb"] is None
+    assert ("the loss is not finite" in capsys.readouterr().out) == (status == 1)
+
+
+def test_a_reward_run_that_is_not_finite_is_not_saved(monkeypatch, capsys):
+    """Its evaluation is a finite reward whatever the model is: the weights tell, and the loss on the last batch."""
+    for value in (math.nan, 3e38):
+        poison(monkeypatch, 5, value)
+        assert train.main([*RL, "--steps=5", "--save_every=4", f"--run=a{value}"]) == 1
+        assert "keeps the checkpoint of step 4" in capsys.readouterr().out
+        monkeypatch.undo()
 
 
 def test_a_run_of_experts_logs_its_load_and_its_predictions(flags):
@@ -518,7 +706,8 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=rtol)
     one, two = weights("one"), weights("two")
     assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=atol) for k in one)
-    assert train.main(["--resume", "--run=two", "--steps=5"]) == 0  # a checkpoint is whole: one process goes on with it
+    assert train.main(["--resume", "--run=two", "--steps=5"]) == 2  # with half the rows a step
+    assert train.main(["--resume", "--run=two", "--steps=5", "--grad_accum=2"]) == 0  # one process goes on with it
 
 
 # ---- bad input ----
@@ -530,11 +719,12 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--stepz=3"], "unrecognized arguments: --stepz=3"),
         (["--steps=many"], "argument --steps: invalid int value: 'many'"),
         (["--compile=maybe"], "'maybe' is neither true nor false"),
-        (["--steps=0"], "--steps=0 must be at least 1"),
-        (["--lr=-1"], "need lr > 0"),
+        (["--steps=0"], "--steps=0 must be a whole number of at least 1"),
+        (["--lr=-1"], "--lr=-1.0 must be a number from 1e-12 to 10"),
+        (["--lr=2", "--weight_decay=0.5"], "--lr=2.0 x --weight_decay=0.5 must be below 1"),
         (["--optimizer=sgd"], "--optimizer=sgd is unknown; use adamw or muon"),
-        (["--muon_lr=0.1"], "--muon_lr=0.1 must be above 0, and goes with --optimizer=muon"),
-        (["--beta2=1"], "need 0 <= beta < 1"),
+        (["--muon_lr=0.1"], "--muon_lr=0.1 goes with --optimizer=muon"),
+        (["--beta2=1"], "--beta2=1.0 must be a number from 0 to 0.999999"),
         (["--recipe=gpt7"], "unknown recipe 'gpt7'; known: hybrid"),
         (["--recipe=grpo", "--envs=sart"], "unknown environment 'sart'; known: sort"),
         (["--recipe=grpo", "--batch_size=30"], "batch_size=30 must be a multiple of 16"),
@@ -548,8 +738,8 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--recipe=dultra", "--imitated=foo"], "--imitated=foo: take a rule that decides by the probabilities"),
         (["--recipe=dultra", "--imitated=planner"], "--imitated=planner: take a rule"),
         (["--recipe=dultra", "--imitated=top_k:0"], "top_k takes no '0'"),
-        (["--recipe=dultra", "--block_size=0"], "--block_size=0 must be at least 1"),
-        (["--recipe=dultra", "--temperature=nan"], "--temperature=nan must be from 0 to 100"),
+        (["--recipe=dultra", "--block_size=0"], "--block_size=0 must be a whole number of at least 1"),
+        (["--recipe=dultra", "--temperature=nan"], "--temperature=nan must be a number from 0 to 100"),
         (["--recipe=dultra", "--planner_lr=-1"], "--planner_lr=-1.0 must be"),
         (
             ["--recipe=dultra", "--batch_size=16", "--tokenizer=python4k"],
@@ -575,7 +765,7 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--resume", "--run=pickled"], "is damaged or not a checkpoint"),
         (["--resume", "--run=other"], "is not a checkpoint of this version"),
         (["--resume", "--run=good", "--steps=9", "--hidden_size=64"], "--hidden_size=64: the run was begun with 32"),
-        (["--resume", "--run=good", "--steps=9", "--tokenizer=python4k"], "less than the 4096 tokens"),
+        (["--resume", "--run=good", "--steps=9", "--tokenizer=python4k"], "the run was begun with bytes"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_status_2(arguments, message, flags, capsys):
@@ -598,6 +788,95 @@ def test_a_mistake_gets_one_line_and_exit_status_2(arguments, message, flags, ca
     error = capsys.readouterr().err.strip()
     assert status == 2
     assert message in error and "\n" not in error and "Traceback" not in error
+
+
+# ---- memory ----
+
+
+def test_parameters_are_counted_without_making_them():
+    for name in ("tiny", "small", "nano3", "super3", "lla", "nano-12b-v2"):
+        for change in ({}, dict(use_bias=True, use_conv_bias=False, mlp_bias=True, num_nextn_predict_layers=1)):
+            with torch.device("meta"):
+                model = Hybrid(replace(train.PRESETS[name], **change))
+            assert memory.sizes_of_model(model.config)[0] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("letter", ["M", "*", "-", "E", "L"])
+def test_activations_are_counted_low(letter):
+    """What autograd keeps of a step is at least the estimate: nothing is refused that has room."""
+    model, kept = Hybrid(replace(train.PRESETS["tiny"], hybrid_override_pattern=8 * letter, vocab_size=64)), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in weights), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.arange(128).view(2, 64) % 64
+        model.loss(ids, ids)
+    assert memory.training_memory(model.config, 128)[1] <= sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("flag", [
+    "--hidden_size=100000000", "--vocab_size=1000000000000", "--ssm_state_size=1000000000", "--batch_size=100000000",
+    "--intermediate_size=1000000000", "--head_dim=1000000000", "--mamba_num_heads=100000000",
+])  # fmt: skip
+def test_what_memory_has_no_room_for_is_refused_before_it_is_taken(flag, flags, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**30)
+    built = []
+    monkeypatch.setattr(NextToken, "build", lambda self, config: built.append(config) or Hybrid(HybridConfig()))
+    assert train.main([*flags, flag]) == 2
+    error, name = capsys.readouterr().err, flag[2:].split("=")[0]
+    said = r"error: [\d,]+ parameters, with .* take [\d,.]+ [MG]iB, and [\d,]+ tokens at once at least [\d,.]+ [MG]iB, "
+    said += rf"but cpu has 1.0 GiB free: --{name} can be about (\d+) at most\n"
+    largest = int(re.fullmatch(said, error)[1])
+    assert not built and train.main([*flags, f"--{name}={largest + largest // 100 + 2}"]) == 2
+    train.set_up([*flags, f"--{name}={largest}"])
+    assert len(built) == 1
+
+
+def test_a_preset_that_memory_has_no_room_for_is_refused_before_it_is_taken(flags, capsys):
+    flags = [f for f in flags if f not in MODEL]
+    assert train.main([*flags, "--preset=ultra-3-550b-a55b"]) == 2
+    error = capsys.readouterr().err
+    assert "error: 558,382,338,048 parameters" in error and "take a smaller --preset, --batch_size or --context\n" in error
+
+
+def test_free_memory_is_asked_of_the_system(monkeypatch):
+    cpu = torch.device("cpu")
+    there = memory.free_memory(cpu)
+    assert there is None or 2**20 < there < 2**50
+    monkeypatch.delattr(memory.os, "sysconf", raising=False)  # Windows has neither this,
+    monkeypatch.setattr(memory, "LIMITS", ())  # nor these files
+    assert memory.free_memory(cpu) is None
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee"), MemoryError(), None,
+])  # fmt: skip
+def test_memory_that_runs_out_is_one_line_and_keeps_the_checkpoint(error, flags, monkeypatch, capsys):
+    loss = NextToken.loss
+
+    def running_out(self, model, batch):
+        running_out.steps += model.training
+        if running_out.steps == 4:
+            raise error if error is not None else AssertionError(torch.empty(2**60))
+        return loss(self, model, batch)
+
+    running_out.steps = 0
+    monkeypatch.setattr(NextToken, "loss", running_out)
+    assert train.main([*flags, "--steps=6", "--save_every=2", "--run=a"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    remedy = "take a smaller --batch_size (and a larger --grad_accum), --context, --preset"
+    assert said == [f"error: no memory is left; {remedy}"]
+    assert train.load_checkpoint(train.OUT / "a")["step"] == 2
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_lack_of_memory(flags, monkeypatch):
+    monkeypatch.setattr(NextToken, "loss", lambda self, model, batch: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train.main([*flags, "--steps=1"])
 
 
 def test_nothing_in_a_checkpoint_is_executed(flags, capsys):
