@@ -412,12 +412,21 @@ def optimizer_step(run, interrupt):
 
 
 def train(run):
-    """Runs the loop to its end. Returns the exit status: 0, 1 if it gave up, 130 after Ctrl-C.
+    """Runs the loop to its end. Returns the exit status: 0, 1 if it gave up, 130 after Ctrl-C."""
+    report, began = Report(run), time.perf_counter()
+    with report.bar:  # whatever happens, what is printed next begins a line
+        status = loop(run, report)
+    if status == 0 and report.log:
+        finish(run, report.log, time.perf_counter() - began)
+    return status
+
+
+def loop(run, report):
+    """Trains until all steps are done, somebody interrupts, or the model is lost. Returns the exit status.
 
     A model that is not finite is never saved: a save waits for the next step that leaves a finite one.
     """
-    config, interrupt, began = run.config, Interrupt(), time.perf_counter()
-    report, saves = Report(run), False
+    config, interrupt, saves = run.config, Interrupt(), False
     run.model.train()
     while run.step < config.steps:
         lr, numbers = optimizer_step(run, interrupt)
@@ -438,22 +447,17 @@ def train(run):
         report.write(rows)
         sound = finite and (loss_is_finite(run, scores) if saves else True)
         if not finite or report.bad >= MAX_BAD_STEPS or ((last or stop) and not sound):
-            report.bar.close()
             report_divergence(run, report.bad if finite else None)
             return 1
         if saves and sound:
             save_checkpoint(run)
             saves = False
         if stop:
-            report.bar.close()
             print0(f"interrupted, and saved at step {run.step}. To go on:\n"
                    f"  python train.py --resume --run={run.directory.name}")  # fmt: skip
             return 130
         if evaluates or run.saved_at == run.step:
             report.restart_clock()
-    report.bar.close()
-    if report.log:
-        finish(run, report.log, time.perf_counter() - began)
     return 0
 
 

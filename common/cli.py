@@ -17,7 +17,6 @@ from typing import get_type_hints
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from common.ranges import type_of
 
@@ -32,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message):
     """Prints one line about a user's mistake. Returns the exit status for it, 2."""
-    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # on a line of its own, bar or not
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 
