@@ -599,7 +599,7 @@ class Hybrid(nn.Module):
         (the stop token is yielded). `decoding.generate` yields the same tokens faster, and has drafts, budgets,
         log-probabilities. Raises ValueError for an empty prompt and a setting out of range.
         """
-        ids, pad = pad_left(ids, self.lm_head.weight.device)  # [B, T], [B]
+        ids, pad = pad_left(ids, self.lm_head.weight.device, self.config.vocab_size)  # [B, T], [B]
         check_sampling(temperature, top_k, top_p)
         cache, done = self.new_cache(pad), torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         stop = torch.tensor(list(stop), dtype=torch.int64, device=ids.device)

@@ -24,6 +24,8 @@ import torch
 from common.checkpoints import read_config, replacing
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import ReleasedTokenizer, Tokenizer
+from common.files import NotText, read_document
+from common.sampling import draw, token_probs
 from common.tasks import BLANK, THINK_END
 from decoding import DraftStats, ThinkingBudget, generate
 from mdlm_dultra import MaskedDiffusionLM, decode, rule_of
@@ -77,8 +79,9 @@ def thinking_budget(config, tokenizer):
         return None
     if config.think < 0:
         raise ValueError(f"--think={config.think} must be at least 0")
+    line_breaks = [i for i in range(tokenizer.n_vocab) if "\n" in tokenizer.decode([i])]
     grace = ThinkingBudget.grace if config.think else 0
-    return ThinkingBudget(config.think, tokenizer.encode(THINK_END), tokenizer.encode("\n"), grace)
+    return ThinkingBudget(config.think, tokenizer.encode(THINK_END), line_breaks, grace)
 
 
 # ---- 2. the model and the prompt ------------------------------------------------------------------------------------
@@ -137,9 +140,10 @@ def read_prompt(config):
     if config.prompt_file is None:
         return config.prompt or ""
     try:
-        return Path(config.prompt_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompt_file={config.prompt_file} is not UTF-8 text") from None
+        document = read_document(config.prompt_file, config.prompt_file)
+    except NotText as error:
+        raise ValueError(f"--prompt_file={config.prompt_file} is {': '.join(error.args)}") from None
+    return "".join(document.pieces(0, document.length))
 
 
 def load_tokenizer(folder):
@@ -162,16 +166,38 @@ def load_tokenizer(folder):
 def go_on(config, model, tokenizer, prompt, stop):
     """Prints continuations of the prompt, and what drafts came to."""
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
+    prompt, first = heal(config, model, tokenizer, prompt, generator)
+    prompts = [prompt + row for row in first.tolist()]
     steps = generate(
-        model, [prompt] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-        stop=stop, generator=generator, budget=thinking_budget(config, tokenizer),
-        draft=config.draft, draft_stats=(stats := DraftStats()),
+        model, prompts, config.max_new_tokens - first.shape[1], config.temperature, config.top_k, config.top_p,
+        stop=stop, generator=generator, budget=thinking_budget(config, tokenizer), draft=config.draft,
+        draft_stats=(stats := DraftStats()), vocab_size=tokenizer.n_vocab,
     )  # fmt: skip
-    print_samples(config, tokenizer, prompt, steps, stop)
+    print_samples(config, tokenizer, prompt, itertools.chain(first.unbind(1), steps), stop)
     if stats.forwards:
         shares = ", ".join(f"{a / max(1, d):.0%}" for a, d in zip(stats.accepted, stats.drafted))
         rate = stats.tokens / stats.forwards
         print(f"{rate:.2f} tokens a forward pass; draft tokens accepted, by depth: {shares}", file=sys.stderr)
+
+
+@torch.inference_mode()
+def heal(config, model, tokenizer, prompt, generator):
+    """Returns (prompt without spaces at its end, the first tokens of the samples, int64 [num_samples, 1 or 0]).
+
+    Words begin with a space, " return" is one token, so a model hardly ever read a text that went on after a space by
+    itself. The first token is drawn among those that begin with the spaces that the prompt ended with.
+    """
+    spaces = tokenizer.decode(prompt[-1:]) if len(prompt) > 1 else ""
+    if not spaces or spaces.strip(" \t"):
+        return prompt, torch.empty(config.num_samples, 0, dtype=torch.int64)
+    allowed = [tokenizer.decode([i]).startswith(spaces) for i in range(tokenizer.n_vocab)]
+    ids, cache = torch.tensor([prompt[:-1]], device=model.lm_head.weight.device), model.new_cache()
+    for part in ids.split(8192, dim=1):
+        hidden = model.model(part, cache)  # [1, part, C]
+    logits = model.lm_head(hidden[:, -1])[:, : len(allowed)]  # [1, V]
+    logits = logits.masked_fill(~torch.tensor(allowed, device=logits.device), -torch.inf)
+    probs = token_probs(logits, config.temperature, config.top_k, config.top_p)
+    return prompt[:-1], draw(probs.expand(config.num_samples, -1), generator)[:, None]
 
 
 def print_samples(config, tokenizer, prompt, steps, stop):

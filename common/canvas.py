@@ -1,8 +1,8 @@
 """Tasks as sequences with masks, for models that fill in what is missing: tasks -> Canvas -> decoded ids -> texts.
 
-    prompt    template            canvas.ids [B, T], M the mask        canvas.solved [B, T]
-    ""        "_21_"              M 2 1 M                              3 2 1 4
-    "7+5="    "" (no template)    7 + 5 = M M M M                      7 + 5 = 1 2 end end
+prompt    template            canvas.ids [B, T], M the mask        canvas.solved [B, T]
+""        "_21_"              M 2 1 M                              3 2 1 4
+"7+5="    "" (no template)    7 + 5 = M M M M                      7 + 5 = 1 2 end end
 """
 
 from typing import NamedTuple

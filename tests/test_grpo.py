@@ -1473,9 +1473,9 @@ def test_sessions_under_autocast_have_the_weights_of_now_in_16_bits():
 
 def test_alike_prompts_are_read_once():
     model, read = writer(), []
-    model.model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
+    model.model.embeddings.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
     list(generate(model, [[1, 2, 3]] * 5 + [[4, 5]] * 3, 2, generator=torch.Generator().manual_seed(0)))
-    assert read == [(2, 3)]
+    assert read == [(2, 3), (8, 1)]
 
 
 def test_focus_gives_prompts_to_what_still_teaches(monkeypatch):

@@ -34,6 +34,58 @@ def test_the_prompt_is_continued_and_repeats_with_the_seed(run, capsys):
     assert first.startswith("def ") and len(first) > len("def ")
 
 
+@pytest.fixture
+def python4k(run):
+    """The same with the tokenizer python4k, which has tokens for " return" and for "    "."""
+    torch.manual_seed(0)
+    model = scramble(Hybrid(HybridConfig(**(TINY | dict(vocab_size=4160)))))
+    model.save_pretrained("out/a", nanopapers={"tokenizer": "python4k"})
+    return model.eval()
+
+
+@pytest.mark.parametrize("prompt", ["def ", "x =    "])
+def test_a_prompt_that_ends_in_spaces_goes_on_with_a_token_that_begins_with_them(python4k, capsys, prompt):
+    tokenizer, *_ = sample.load_tokenizer(sample.Path("out/a"))
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    spaces = tokenizer.decode(ids[-1:])
+    assert spaces.isspace()
+    logits = python4k(torch.tensor([ids[:-1]]))[0, -1]
+    allowed = [i for i in range(tokenizer.n_vocab) if tokenizer.decode([i]).startswith(spaces)]
+    best = max(allowed, key=lambda i: logits[i])
+    text = make(capsys, f"--prompt={prompt}", "--temperature=0", "--stream=false")
+    assert text.startswith(prompt.removesuffix(spaces) + tokenizer.decode([best])) and len(allowed) > 5
+    after = list(python4k.generate([ids[:-1] + [best]], 11, 0))  # 12 tokens in all
+    assert text.rstrip("\n") == (tokenizer.decode(ids[1:-1] + [best] + torch.cat(after).tolist())).rstrip("\n")
+    texts = make(capsys, f"--prompt={prompt}", "--num_samples=8", "--temperature=1.5").split("\n---\n")
+    assert len(set(texts)) == 8 and all(text.startswith(prompt) for text in texts)
+    assert make(capsys, f"--prompt={prompt}", "--stream", "--seed=3") == make(capsys, f"--prompt={prompt}", "--seed=3")
+
+
+def test_ends_of_a_prompt_that_are_no_spaces_stay_as_they_are(python4k, capsys):
+    tokenizer, *_ = sample.load_tokenizer(sample.Path("out/a"))
+    generator = torch.Generator().manual_seed(0)
+    for prompt in ("", "def", "def f():\n    ", "\n"):
+        ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+        kept, first = sample.heal(sample.SampleConfig(temperature=1.0), python4k, tokenizer, ids, generator)
+        assert kept == ids and first.shape == (1, 0)
+
+
+def test_every_token_with_a_line_break_can_end_a_thought(python4k):
+    tokenizer, *_ = sample.load_tokenizer(sample.Path("out/a"))
+    budget = sample.thinking_budget(sample.SampleConfig(think=3), tokenizer)
+    assert set(budget.line_breaks) == {i for i, text in enumerate(tokenizer.all_bytes) if b"\n" in text}
+    assert len(budget.line_breaks) > 150 and budget.grace == 500
+
+
+def test_padding_of_the_vocabulary_is_never_printed(run, capsys):
+    model, tokenizer, *_ = sample.load(sample.SampleConfig(device="cpu"))
+    assert model.config.vocab_size == 320 and tokenizer.n_vocab == 257
+    with torch.no_grad():
+        model.lm_head.weight[:257] = 0  # each of the 63 rows of padding has a good chance to be above that
+    model.save_pretrained("out/a", nanopapers={"tokenizer": "bytes"})
+    assert make(capsys, "--prompt=x", "--temperature=0").rstrip("\n") == "x" + 12 * "\0"
+
+
 def test_a_stream_is_the_same_text(run, capsys):
     assert make(capsys, "--prompt=é", "--stream") == make(capsys, "--prompt=é", "--stream=false")
 
@@ -87,7 +139,7 @@ def test_a_prompt_from_a_file_and_a_run_by_path(run, capsys):
         ([], "empty", "run python train.py first"),
         (["--prompt=a", "--prompt_file=b"], None, "choose one"),
         (["--prompt_file=missing.txt"], None, "missing.txt"),
-        (["--prompt_file=binary.txt"], None, "binary.txt is not UTF-8 text"),
+        (["--prompt_file=binary.txt"], None, "binary.txt is not UTF-16: "),
         (["--temperature=-1"], None, "temperature >= 0"),
         (["--top_p=2"], None, "0 < top_p <= 1"),
         (["--num_samples=0"], None, "must be at least 1"),
