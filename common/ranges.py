@@ -22,7 +22,7 @@ RANGES = {  # setting -> (lowest, highest), both included
     "decay": SHARE, "grad_clip": (1e-6, 1e9), "context": SIZE, "batch_size": SIZE, "grad_accum": (1, 2**16),
     "steps": SIZE, "warmup": COUNT, "seed": (0, 2**63 - 1), "eval_every": SIZE, "save_every": SIZE,
     # ---- nano_hybrid.HybridConfig
-    "rotary_base": (1.0, 1e12), "lla_ridge": (0.01, 1e6), "layer_norm_epsilon": (1e-12, 1.0),
+    "rotary_base": (1.0, 1e12), "lla_ridge": (0.0, 1e6), "layer_norm_epsilon": (1e-12, 1.0),
     "initializer_range": (1e-6, 1.0), "hidden_dropout": (0.0, 0.99), "routed_scaling_factor": (1e-3, 1000.0),
     "router_aux_loss_coef": WEIGHT, "router_bias_update_rate": SHARE, "mtp_loss_weight": WEIGHT,
     "vocab_size": SIZE, "hidden_size": SIZE, "num_attention_heads": SIZE, "num_key_value_heads": SIZE, "head_dim": SIZE,
