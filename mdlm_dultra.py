@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.canvas import canvas_of, completion_logprob, completions
-from common.checkpoints import config_fields, read_config, read_weights
+from common.checkpoints import read_config, read_model, without_memory
 from common.data import Tokenizer
 from common.fit import fit
 from common.objectives import NextToken, Objective, Recipe
@@ -191,13 +191,9 @@ class MaskedDiffusionLM(Hybrid):
     @classmethod
     def from_pretrained(cls, directory, **overrides):
         """Returns the model that `save_pretrained` wrote. Raises FileNotFoundError or ValueError."""
-        read = read_config(directory)
-        if read.get("architectures") != ["MaskedDiffusionLM"]:
-            raise ValueError(f"{directory} is no masked diffusion model, but {read.get('architectures')}")
-        config = HybridConfig(**(config_fields(read, HybridConfig) | overrides))
-        weights = read_weights(directory, config.n_routed_experts)
+        config, weights = read_model(directory, HybridConfig, overrides, masked_diffusion=True)
         embeddings = [weights[name] for name in ("positions.weight", "planner.positions.weight") if name in weights]
-        with torch.device("meta"):
+        with without_memory(directory):
             model = cls(config, len(embeddings[0]) if embeddings else None, planner="planner.out.weight" in weights)
         model.load_weights(weights, directory)
         return model

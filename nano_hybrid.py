@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from common import accounting
-from common.checkpoints import config_fields, expect_weights, read_config, read_weights, save_weights
+from common.checkpoints import expect_weights, read_model, save_weights, without_memory
 from common.objectives import NextToken, Recipe
 from common.presets import SHAPES
 from common.ranges import check_ranges
@@ -626,13 +626,11 @@ class Hybrid(nn.Module):
         """Returns the model saved in `directory`: by `save_pretrained`, by `transformers`, or one of NVIDIA's releases.
 
         overrides: config fields to change (chunk_size, hidden_dropout). Weights keep the dtype they were saved in.
-        Raises FileNotFoundError or ValueError, saying which file is missing, damaged, quantised or does not fit.
+        Where weights and flags of the config disagree, the weights are right: see `read_model`. Raises
+        FileNotFoundError or ValueError, saying which file is missing, damaged, quantised or does not fit.
         """
-        config = HybridConfig(**(config_fields(read_config(directory), HybridConfig) | overrides))
-        weights = read_weights(directory, config.n_routed_experts)
-        if not any(name.startswith("mtp.") for name in weights):
-            config = replace(config, num_nextn_predict_layers=0)  # transformers leaves the predictor out when it saves
-        with torch.device("meta"):
+        config, weights = read_model(directory, HybridConfig, overrides)
+        with without_memory(directory):
             model = cls(config)
         model.load_weights(weights, directory)
         return model

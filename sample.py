@@ -13,6 +13,7 @@ when a token was unmasked (early ones blue, late ones red), and as a picture in 
 """
 
 import itertools
+import os
 import shutil
 import sys
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoints import read_config, replacing
+from common.checkpoints import read_config, replacing, text_ends
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import ReleasedTokenizer, Tokenizer
 from common.files import NotText, read_document
@@ -90,11 +91,11 @@ def thinking_budget(config, tokenizer):
 def find_checkpoint(run):
     """Returns the folder of the checkpoint asked for. Raises FileNotFoundError if there is none."""
     if run is None:
-        newest = max(OUT.glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime, default=None)
+        newest = max(OUT.rglob("model.safetensors"), key=lambda p: p.stat().st_mtime, default=None)
         if newest is None:
             raise FileNotFoundError(f"there is no trained model in {OUT}/; run python train.py first, or give --run")
         return newest.parent
-    folder = next((f for f in (OUT / run, Path(run)) if f.is_dir()), None)
+    folder = next((f for f in (OUT / run, Path(run), Path(os.path.expanduser(run))) if f.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"--run={run}: neither {OUT / run} nor {run} is a folder")
     return folder
@@ -155,9 +156,10 @@ def load_tokenizer(folder):
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} names no tokenizer: it was not written by train.py, and has no tokenizer.json")
-    stop = config.get("eos_token_id", 2)
-    stop = stop if isinstance(stop, list) else [stop]  # chat models have several
-    return ReleasedTokenizer(path, stop[0]), config.get("bos_token_id", 1), stop
+    tokenizer = ReleasedTokenizer(path)
+    start, ends = text_ends(folder, tokenizer.tokenizer.token_to_id)
+    tokenizer.end_of_text = ends[0] if ends else None
+    return tokenizer, start, ends
 
 
 # ---- 3. next-token models -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ Randomness is a function of (seed, step, rank), data included, so a run that is 
 A run lives in out/<run>/: config.json and model.safetensors (what sample.py and `transformers` open), trainer.pt
 (weights, optimiser and step in one file, so that they always belong together), log.jsonl, loss.png.
 
-log.jsonl has one row per step:
+log.jsonl has one row per step; null stands for a number that was not finite:
     loss          nats per token of this step's batches, mean over all processes; what the objective's class says
     grad_norm     norm of the whole gradient before clipping
     lr            learning rate of the step, of all parts of the model that the objective does not set apart
@@ -36,7 +36,7 @@ import importlib.util
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,8 +54,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import grpo
 import mdlm_dultra
 import nano_hybrid
-from common.checkpoints import find_run, read_trainer, write_trainer
-from common.cli import Interrupt, fail, join_processes, parse, peek, pick_device, pick_dtype
+from common.checkpoints import expect_types, expect_weights, read_trainer, write_trainer
+from common.cli import Interrupt, command, fail, find_run, join_processes, parse, peek, pick_device, pick_dtype
 from common.measure import evaluate, loss_is_finite, weights_are_finite
 from common.memory import expect_memory, is_out_of_memory
 from common.objectives import RunInfo, make_settings, recipes_with, run_name, settings_classes
@@ -199,6 +199,11 @@ class Run:
         return self.config.batch_size * self.config.grad_accum * self.world_size
 
     @property
+    def name(self):
+        """What --run calls it."""
+        return self.directory.relative_to(OUT).as_posix()
+
+    @property
     def tokens_per_step(self):
         """Tokens of one optimiser step, over all processes."""
         return self.rows_per_step * self.config.context
@@ -303,8 +308,8 @@ def make_optimizers(model, config):
 # ---- 3. checkpoints -------------------------------------------------------------------------------------------------
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # sharded or not, a checkpoint is whole, on the CPU
-IN_CHECKPOINT = ("step", "skipped", "rows_per_step", "config", "model_config", "objective", "objective_state", "model",
-                 "optimizer", "scaler")  # fmt: skip
+IN_CHECKPOINT = dict(step=int, skipped=int, rows_per_step=int, config=dict, model_config=dict, objective=dict,
+                     objective_state=dict, model=dict, optimizer=dict, scaler=dict)  # fmt: skip
 
 
 def save_checkpoint(run):
@@ -333,14 +338,14 @@ def load_checkpoint(directory):
     path = directory / "trainer.pt"
     saved = read_trainer(path, IN_CHECKPOINT)
     for part, known in dict(config=TrainConfig, model_config=HybridConfig).items():
-        if set(saved[part]) - {f.name for f in fields(known)}:
-            raise ValueError(f"{path} is not a checkpoint of this version of train.py; choose another --run")
+        expect_types(saved[part], known, path)
     return saved
 
 
 def restore(run, saved):
     """Puts a loaded checkpoint into the run. Raises ValueError if the command line asked for another shape or text."""
     expect_same_shape(run.model.config, saved)
+    expect_weights(saved["model"], run.model.state_dict(), run.directory / "trainer.pt")
     set_model_state_dict(run.model, saved["model"], options=WHOLE)
     groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     asked = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -454,7 +459,7 @@ def loop(run, report):
             saves = False
         if stop:
             print0(f"interrupted, and saved at step {run.step}. To go on:\n"
-                   f"  python train.py --resume --run={run.directory.name}")  # fmt: skip
+                   f"  {command('train.py', 'resume', run=run.name)}")  # fmt: skip
             return 130
         if evaluates or run.saved_at == run.step:
             report.restart_clock()

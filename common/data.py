@@ -165,18 +165,19 @@ class ReleasedTokenizer:
     Raises ValueError if the package `tokenizers` is not installed, or cannot read the file.
     """
 
-    def __init__(self, path, end_of_text):
+    def __init__(self, path):
         try:
             from tokenizers import Tokenizer as FromFile
             from tokenizers.decoders import DecodeStream
         except ImportError:
             raise ValueError(f"{path} is read by a package that is not installed: pip install tokenizers") from None
         try:
-            self.tokenizer = FromFile.from_file(str(path))
+            self.tokenizer = FromFile.from_buffer(Path(path).read_bytes())  # from_file takes no path beyond UTF-8
         except Exception as error:  # the package raises bare Exceptions
             raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
-        self.name, self.end_of_text, self.new_stream = str(path), end_of_text, DecodeStream
-        self.n_vocab = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.name, self.new_stream = str(path), DecodeStream
+        self.end_of_text = None  # the folder's other files say it: `checkpoints.text_ends`
+        self.n_vocab = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # holes and all
 
     def encode(self, text):
         """Returns the token ids of `text`, without a start token."""

@@ -17,7 +17,8 @@ def expect_same_run(config, world_size, saved):
     """Raises ValueError, in one line, if a TrainConfig makes the resumed run another one. saved: its checkpoint."""
     was = saved["config"]
     for name in FIXED:
-        asked, before = getattr(config, name), was[name]
+        asked = getattr(config, name)
+        before = was.get(name, asked)
         if name == "recipe" and RECIPE_FILE.fullmatch(asked) and Path(asked).name == Path(before).name:
             continue  # the file has moved
         if asked != before:

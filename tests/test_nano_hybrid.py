@@ -506,7 +506,7 @@ def damage(path, how):
     [
         ("config.json", "gone", FileNotFoundError, "config.json is missing"),
         ("config.json", "nonsense", ValueError, "config.json is not valid JSON"),
-        ("config.json", "a list", ValueError, "model_type=None"),
+        ("config.json", "a list", ValueError, "holds no JSON object"),
         ("config.json", "foreign", ValueError, "model_type='llama'"),
         ("config.json", "other pattern", ValueError, "'X'"),
         ("config.json", "other shape", ValueError, "does not fit its config"),

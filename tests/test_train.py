@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import grpo
 import train
 from common import memory
 from common.objectives import NextToken
+from common.runlog import finish
 from conftest import ROOT
 from grpo import GRPO
 from mdlm_dultra import DUltra, MaskedDiffusion, MaskedDiffusionLM
@@ -326,6 +328,8 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(flags):
     assert Hybrid.from_pretrained("out/a")(torch.arange(5)[None]).isfinite().all()
     with open("out/a/log.jsonl", "a") as log:
         log.write('{"step": 9')  # a line cut short
+    with open("out/a/log.jsonl", "ab") as log:
+        log.write(b'\n{"loss": 1}\n}\n\xff\n[]\n')  # and what a damaged disk may leave
     assert train.main(["--resume", "--run=a", f"--steps={reached + 2}"]) == 0
     assert [row["step"] for row in rows("a")] == list(range(1, reached + 3))
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]  # nothing half-written stays behind
@@ -695,7 +699,8 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
     assert train.main([*flags, "--steps=4", "--run=one", "--batch_size=4"]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     done = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *flags, "--steps=4", "--run=two", "--batch_size=2", "--weight_decay=0.1"],
+        [*torchrun, str(ROOT / "train.py"), *flags, "--steps=4", "--run=two", "--batch_size=2", "--weight_decay=0.1",
+         "--save_every=3"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -787,6 +792,26 @@ def test_a_mistake_gets_one_line_and_exit_status_2(arguments, message, flags, ca
     error = capsys.readouterr().err.strip()
     assert status == 2
     assert message in error and "\n" not in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("config", [train.TrainConfig, HybridConfig])
+def test_no_float_out_of_its_range_begins_a_run(config, flags, capsys):
+    for name in (f.name for f in fields(config) if "float" in str(f.type)):
+        for value in ("nan", "inf", "-inf", "-1", "1e30"):
+            assert train.main([*flags, f"--{name}={value}", "--optimizer=muon", "--steps=1"]) == 2
+            error = capsys.readouterr().err
+            said = re.escape(f"{name}={float(value)} must be a number from ")
+            assert re.fullmatch(rf"error: (--)?{said}[^\n]*\n", error)
+    assert not train.OUT.exists() or [path.name for path in train.OUT.iterdir()] == ["cache"]
+
+
+def test_a_run_that_began_on_another_device_ends_with_the_figures_of_both(flags, capsys):
+    """Rows of a CPU have no MFU."""
+    run = train.set_up([*flags, "--steps=2", "--run=a"])
+    log = SimpleNamespace(rows=[dict(step=1, tokens_per_s=10.0), dict(step=2, tokens_per_s=30.0, mfu=0.25)])
+    run.directory.mkdir(parents=True)
+    finish(run, log, 2.0)
+    assert "2 s of training at 20 tokens/s, MFU 25.0%, peak memory" in capsys.readouterr().out
 
 
 # ---- memory ----
