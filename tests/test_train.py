@@ -794,10 +794,12 @@ def test_a_mistake_gets_one_line_and_exit_status_2(arguments, message, flags, ca
     assert message in error and "\n" not in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("config", [train.TrainConfig, HybridConfig])
-def test_no_float_out_of_its_range_begins_a_run(config, flags, capsys):
+@pytest.mark.parametrize(("config", "values"), [
+    (train.TrainConfig, ("nan", "inf", "-inf", "-1", "1e30")), (HybridConfig, ("nan",))  # test_cli.py has the others
+])  # fmt: skip
+def test_no_float_out_of_its_range_begins_a_run(config, values, flags, capsys):
     for name in (f.name for f in fields(config) if "float" in str(f.type)):
-        for value in ("nan", "inf", "-inf", "-1", "1e30"):
+        for value in values:
             assert train.main([*flags, f"--{name}={value}", "--optimizer=muon", "--steps=1"]) == 2
             error = capsys.readouterr().err
             said = re.escape(f"{name}={float(value)} must be a number from ")
