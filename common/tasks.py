@@ -68,9 +68,10 @@ class Task:
     env: str  # name of the environment
     prompt: str
     demonstration: str  # a completion for the supervised warm start: right, or (countdown) only well-formed
-    check: Callable  # answer -> bool, or a float in [0, 1]; the answer is ASCII of at most LONGEST_ANSWER characters
+    check: Callable  # answer -> bool, or a float in [0, 1]; ASCII of at most LONGEST_ANSWER characters: see `whole`
     key: str = ""  # the same for all prompts that ask the same (3+5, 5+3), for the held-out split; "": the prompt
     template: str = ""  # of a completion that is to be filled in: what is given of it, and BLANK for every other letter
+    whole: bool = False  # check reads the whole completion, the thought too, of any length and characters
 
     @property
     def thinks(self):
@@ -86,8 +87,11 @@ class Task:
         """Returns a reward in [0, 1] for any text; it raises only if a `check` of your own does.
 
         Where the prompt opens a thought, the answer is what follows the last </think>, and a thought that is never
-        closed has none. Everywhere else all of the text is the answer.
+        closed has none. Everywhere else all of the text is the answer. A `check` of an answer never meets a text that
+        is long or not ASCII; one of the `whole` completion has to be ready for both.
         """
+        if self.whole:
+            return float(self.check(text))
         _, closed, answer = text.rpartition(THINK_END)
         if len(text) > LONGEST_COMPLETION or len(answer) > LONGEST_ANSWER or not answer.isascii():
             return 0.0
@@ -430,7 +434,10 @@ class Sudoku:
         grid = sudoku_grids()[rng.integers(288)]
         clues = set(rng.permutation(16)[: self.size].tolist())
         template = "".join(digit if cell in clues else BLANK for cell, digit in enumerate(grid))
-        return Task(self.name, "", grid, self.grids.__contains__, template, template)
+        return Task(self.name, "", grid, partial(self.solves, template), template, template)
+
+    def solves(self, template, answer):
+        return answer in self.grids and all(clue in (BLANK, digit) for clue, digit in zip(template, answer))
 
 
 class Progressions:
@@ -513,6 +520,14 @@ def sample_task(env, rng, held_out=False):
 # ---- 5. scores ------------------------------------------------------------------------------------------------------
 
 
+def described(error):
+    """Returns an exception's name and message, at most 200 characters. The message may be what fails next."""
+    try:
+        return f"{type(error).__name__}: {error}"[:200]
+    except Exception:
+        return f"{type(error).__name__}, without a message"
+
+
 def score(task, text):
     """Returns (reward in [0, 1], None), or (reward, problem) where the verifier is broken: the run goes on.
 
@@ -521,7 +536,7 @@ def score(task, text):
     try:
         reward = float(task.verify(text))
     except (Exception, SystemExit) as error:
-        return 0.0, f"{type(error).__name__}: {error}"[:200]
+        return 0.0, described(error)
     if not math.isfinite(reward):
         return 0.0, f"verify returned {reward}"
     return min(max(reward, 0.0), 1.0), None if 0 <= reward <= 1 else f"verify returned {reward}, outside of [0, 1]"
