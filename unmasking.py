@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import at_least_float32, block_of, jit, pick_backend
+from kernels import at_least_float32, block_of, fresh_casts, jit, pick_backend
 
 try:
     import triton
@@ -359,6 +359,7 @@ def predict(model, hidden, eligible, temperature=0.0, generator=None):
 
 
 @torch.no_grad()
+@fresh_casts()
 def decode(model, ids, rule, temperature=0.0, block_size=None, cache=None, keys=None, generator=None):
     """Returns Decoded: ids [B, T] int64 with every mask (model.mask_id) filled in, step by step, as the rule says.
 

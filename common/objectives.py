@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from common.data import load_corpus
+from kernels import fresh_casts
 
 
 @dataclass
@@ -227,6 +228,7 @@ class NextToken(Objective):
         return model.loss(**batch)
 
     @torch.no_grad()
+    @fresh_casts()
     def evaluate(self, model):
         """Returns val_loss (nats per token) and val_bpb (bits per byte of text) over the validation text.
 

@@ -600,20 +600,20 @@ def with_low_effort(tasks, marked):
     return [replace(t, prompt=LOW_EFFORT + t.prompt) if m and t.thinks else t for t, m in zip(tasks, marked)]
 
 
-def demonstration_rows(tasks, tokenizer, rng, cut=0.0, silent=0.0):
+def demonstration_rows(tasks, tokenizer, rng, cut=0.0, no_thought=0.0):
     """Returns (ids, targets), int64 [B, T] each: end of text, prompt, demonstration, end of text, padded on the right.
 
     targets are the ids that follow, those of the demonstration and its end; -100 stands for no target. cut: share of
     the tasks that think whose thought stops early. There the closing tag is no target: the model learns to answer from
     half a thought, not to stop at half (Nemotron 3 Ultra). Where LOW_EFFORT asks for a short thought, it is one.
-    silent: share of the tasks that think whose thinking is turned off.
+    no_thought: share of the tasks that think whose thinking is turned off.
     """
     end, encode, rows = tokenizer.end_of_text, tokenizer.encode, []
     tag = len(encode(THINK_END))
     for task, chance in zip(tasks, rng.random(len(tasks))):
         low_effort, lines = task.prompt.startswith(LOW_EFFORT), task.demonstration.count("\n")
         is_cut = task.thinks and not low_effort and chance < cut
-        if task.thinks and not low_effort and not is_cut and chance < cut + silent:
+        if task.thinks and not low_effort and not is_cut and chance < cut + no_thought:
             task = without_thought(task)
         demonstration = task.demonstration
         if (is_cut or low_effort) and lines:
