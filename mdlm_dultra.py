@@ -457,13 +457,14 @@ class DUltra(Objective):
     def from_run(cls, run, settings):
         """Returns the objective of a run (RunInfo). Raises ValueError, in one line, for settings that cannot be."""
         c, before = run.config, settings.pretrain + settings.imitate
+        objective = cls(settings, Tokenizer(run.tokenizer), c.batch_size, run.seed, run.rank, run.world_size)
         if c.grad_accum > 1:
             raise ValueError(
                 f"--grad_accum={c.grad_accum} has no meaning with --recipe={c.recipe}: make --batch_size larger; "
                 "--replay_rows bounds the memory"
             )
         check_run(run, before, f"--pretrain and --imitate, {before} steps together,", "--task")
-        return cls(settings, Tokenizer(run.tokenizer), c.batch_size, run.seed, run.rank, run.world_size)
+        return objective
 
     def build(self, config):
         """Returns the model to train. Raises ValueError for a config with dropout."""

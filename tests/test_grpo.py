@@ -1542,12 +1542,12 @@ def after_a_change(model, call, separate):
 
 
 WHAT_SAMPLES = {
-    "answers": lambda model, run: grpo.sample_answers(
-        model, run.tokenizer, ["s1=", "c3,5>8="], 9, 1.0, torch.Generator().manual_seed(0)
-    ).logprob,
-    "answers of a session": lambda model, run: run.answer(
-        model, run.tasks(0, 4), torch.Generator().manual_seed(0)
-    ).logprob,
+    "answers": lambda model, run: (
+        grpo.sample_answers(model, run.tokenizer, ["s1=", "c3,5>8="], 9, 1.0, torch.Generator().manual_seed(0)).logprob
+    ),
+    "answers of a session": lambda model, run: (
+        run.answer(model, run.tasks(0, 4), torch.Generator().manual_seed(0)).logprob
+    ),
     "teachers": lambda model, run: rollouts.teacher_logprobs(
         {"countdown": model}, run.tasks(0, 2), torch.arange(20).view(2, 10), torch.ones(2, 9), 1.0
     ),

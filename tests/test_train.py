@@ -594,7 +594,7 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--recipe=gpt7"], "unknown recipe 'gpt7'; known: hybrid"),
         (["--recipe=grpo", "--envs=sart"], "unknown environment 'sart'; known: sort"),
         (["--recipe=grpo", "--batch_size=30"], "batch_size=30 must be a multiple of 16"),
-        (["--recipe=dultra", "--grad_accum=2"], "make --batch_size larger; --replay_rows bounds the memory"),
+        (["--recipe=dultra", "--grad_accum=2", "--batch_size=16"], "make --batch_size larger; --replay_rows bounds"),
         (["--recipe=grpo", "--grad_accum=2", "--batch_size=15"], "batch_size=15 times grad_accum=2 must be a multiple"),
         (["--recipe=grpo", "--grad_accum=64", "--batch_size=1", "--updates=2"], "batch_size=1 must be at least"),
         (["--envs=sort"], "--envs is a setting of --recipe=grpo"),
