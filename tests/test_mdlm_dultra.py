@@ -1,5 +1,6 @@
 """Masked diffusion: the likelihood against exact posteriors, decoders, the planner's likelihood, dUltra's updates."""
 
+import contextlib
 import itertools
 import math
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from common.canvas import canvas_of, completion_logprob, completions
 from common.data import Tokenizer
 from common.tasks import BLANK, FILL_INS, environment, sample_task, sudoku_grids
 from experiments.mdlm_dultra import Study, aup, plot_frontiers, report, run_study
-from grpo import advantages
+from grpo import advantages, batch_denominator
 from mdlm_dultra import (
     EPS,
     DUltra,
@@ -114,6 +115,10 @@ def integral_bound(model, ids, maskable, samples, generator):
         draws.append(-model.logprobs(ids, masked).sum(1) / t)
     draws = torch.stack(draws)
     return draws.mean(0), draws.std(0) / math.sqrt(samples)
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 def subsets(T):
@@ -713,6 +718,80 @@ def test_loss_is_the_formula():
         assert (batch["advantages"] >= (0 if floor == 0 else -99)).all()
         if floor is None:
             assert batch["advantages"].view(-1, 8).sum(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_gradient_of_rewards_is_the_sum_over_parts_of_the_batch(joint):
+    """Rows of two lengths: where each part divided by its own tokens, short prompts would weigh more."""
+    found, model = objective("add:2", joint=joint, temperature=1.0 if joint else 0.0, efficiency=2.0)
+    batch = found.batch(model, 3)
+    batch["order"][:8] *= batch["order"][:8] > 2  # as if these rows had had fewer masks
+    batch["denominator"] = batch_denominator(batch["order"] > 0)
+    parameters = [p for p in model.parameters() if joint] or list(model.planner.parameters())
+
+    def gradient(rows):
+        part = {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in batch.items()}
+        return torch.autograd.grad(found.loss(model, part)[0], parameters, allow_unused=True)
+
+    parts = [gradient(rows) for rows in torch.arange(32).split([8, 3, 21])]
+    for whole, *shares in zip(gradient(slice(None)), *parts):
+        if whole is not None:
+            shares = [torch.zeros_like(whole) if share is None else share for share in shares]
+            torch.testing.assert_close(sum(shares), whole, rtol=1e-3, atol=1e-7)
+    assert found.batch(model, 3)["denominator"] == 32 * found.env.max_new_tokens
+
+
+WHAT_SAMPLES = {
+    "decoding": lambda found, model: decode(model, found.canvas(model, found.tasks(0, 8)).ids, top_k(2)).order,
+    "the bound": lambda found, model: nelbo(
+        model, torch.arange(48).view(4, 12), samples=2, generator=torch.Generator().manual_seed(0)
+    )[0],
+    "a batch": lambda found, model: found.batch(model, 3)["order"],
+    "an evaluation": lambda found, model: torch.tensor(found.evaluate(model, 32)["nfe"]),
+}
+
+
+@pytest.mark.parametrize("what", WHAT_SAMPLES)
+def test_sampling_may_share_a_context_of_autocast_with_learning(what):
+    """The weights change in it, by another model's; the loss behind must have gradients, and of the new weights."""
+    results = []
+    for separate in (False, True):
+        found, model = objective("progressions:3", joint=True, temperature=1.0, efficiency=2.0)
+        around, of_each = (contextlib.nullcontext, autocast) if separate else (autocast, contextlib.nullcontext)
+        ids, masked = torch.arange(48).view(4, 12), torch.ones(4, 12, dtype=torch.bool)
+        with around():
+            with of_each():
+                model.logprobs(ids, masked)
+                with torch.no_grad():
+                    model.logprobs(ids, masked)
+                    for p in model.parameters():
+                        p.copy_(2 * p.flip(0))
+            with of_each():
+                value = WHAT_SAMPLES[what](found, model)
+            with of_each():
+                loss = model.logprobs(ids, masked).sum()
+        weights = [p for name, p in model.named_parameters() if not name.startswith("planner.")]
+        results.append((value, torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])))
+    assert all(torch.equal(*pair) for pair in zip(*results)) and results[0][1].abs().max() > 0.01
+
+
+def test_learning_may_share_a_context_of_autocast_with_decoding():
+    grads = []
+    for separate in (False, True):
+        found, model = objective("progressions:3", efficiency=2.0)
+        around, of_each = (contextlib.nullcontext, autocast) if separate else (autocast, contextlib.nullcontext)
+        with around():
+            for step in (3, 4):
+                with of_each():
+                    batch = found.batch(model, step)
+                with of_each():
+                    loss, _ = found.loss(model, batch)
+                grads += torch.autograd.grad(loss, list(model.planner.parameters()))
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.mul_(1.5)
+    half = len(grads) // 2
+    assert all(torch.equal(a, b) for a, b in zip(grads[:half], grads[half:])) and grads[-2].any()
 
 
 def test_tokens_that_are_no_text_are_not_free():
