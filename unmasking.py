@@ -372,8 +372,10 @@ def decode(model, ids, rule, temperature=0.0, block_size=None, cache=None, keys=
 
     Raises ValueError for a cache without blocks, and for settings out of range.
     """
-    if cache not in (None, "prefix", "dual") or cache and not block_size:
-        raise ValueError(f"cache={cache!r}, expected None, or 'prefix' or 'dual' together with a block_size")
+    if cache not in (None, "prefix", "dual"):
+        raise ValueError(f"cache={cache!r}, expected prefix or dual, or None")
+    if cache and block_size is None:
+        raise ValueError(f"cache={cache!r} is of blocks: it needs a block_size")
     if not 0 <= temperature < math.inf or block_size is not None and block_size < 1:
         raise ValueError(f"need temperature >= 0 and block_size >= 1; got {temperature}, {block_size}")
     (B, T), ids = ids.shape, ids.clone()

@@ -723,7 +723,7 @@ def test_loss_is_the_formula():
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_gradient_of_rewards_is_the_sum_over_parts_of_the_batch(joint):
     """Rows of two lengths: where each part divided by its own tokens, short prompts would weigh more."""
-    found, model = objective("add:2", joint=joint, temperature=1.0 if joint else 0.0, efficiency=2.0)
+    found, model = objective("add:2", 16, joint=joint, temperature=1.0 if joint else 0.0, efficiency=2.0)
     batch = found.batch(model, 3)
     batch["order"][:8] *= batch["order"][:8] > 2  # as if these rows had had fewer masks
     batch["denominator"] = batch_denominator(batch["order"] > 0)
@@ -733,12 +733,12 @@ def test_the_gradient_of_rewards_is_the_sum_over_parts_of_the_batch(joint):
         part = {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in batch.items()}
         return torch.autograd.grad(found.loss(model, part)[0], parameters, allow_unused=True)
 
-    parts = [gradient(rows) for rows in torch.arange(32).split([8, 3, 21])]
+    parts = [gradient(rows) for rows in torch.arange(16).split([8, 3, 5])]
     for whole, *shares in zip(gradient(slice(None)), *parts):
         if whole is not None:
             shares = [torch.zeros_like(whole) if share is None else share for share in shares]
             torch.testing.assert_close(sum(shares), whole, rtol=1e-3, atol=1e-7)
-    assert found.batch(model, 3)["denominator"] == 32 * found.env.max_new_tokens
+    assert found.batch(model, 3)["denominator"] == 16 * found.env.max_new_tokens
 
 
 WHAT_SAMPLES = {
@@ -747,7 +747,7 @@ WHAT_SAMPLES = {
         model, torch.arange(48).view(4, 12), samples=2, generator=torch.Generator().manual_seed(0)
     )[0],
     "a batch": lambda found, model: found.batch(model, 3)["order"],
-    "an evaluation": lambda found, model: torch.tensor(found.evaluate(model, 32)["nfe"]),
+    "an evaluation": lambda found, model: torch.tensor(found.evaluate(model, 16)["nfe"]),
 }
 
 
@@ -778,7 +778,7 @@ def test_sampling_may_share_a_context_of_autocast_with_learning(what):
 def test_learning_may_share_a_context_of_autocast_with_decoding():
     grads = []
     for separate in (False, True):
-        found, model = objective("progressions:3", efficiency=2.0)
+        found, model = objective("progressions:2", 16, efficiency=2.0)
         around, of_each = (contextlib.nullcontext, autocast) if separate else (autocast, contextlib.nullcontext)
         with around():
             for step in (3, 4):
