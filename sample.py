@@ -6,6 +6,7 @@
     python sample.py --run=super3 --draft=3           speculative decoding: the same distribution, fewer forward passes
     python sample.py --run=path/to/Nemotron           a released checkpoint, with its tokenizer.json
     python sample.py --run=mdlm --rule=threshold:0.7  masked diffusion: many tokens a forward pass, in any order
+    python sample.py --run=mdlm --block_size=32 --cache=dual      block after block, the others' keys and values kept
     python sample.py --run=dultra --prompt=__13______24____     fills in the blanks, by the model's planner
 
 One sample on a terminal (or with --stream) appears as it is made; that of a masked diffusion model in colours that say

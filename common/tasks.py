@@ -484,10 +484,12 @@ def environment(spec, known=ENVIRONMENTS):
         raise ValueError(f"unknown environment {name!r}; known: {', '.join(known)}")
     keywords = {}
     for option in options:
-        if option in ("on", "off"):
+        if option in ("on", "off") and "think" not in keywords:
             keywords["think"] = option == "on"
-        elif re.fullmatch(r"[0-9]{1,9}", option):
+        elif re.fullmatch(r"[0-9]{1,9}", option) and "size" not in keywords:
             keywords["size"] = int(option)
+        elif option in ("on", "off") or re.fullmatch(r"[0-9]{1,9}", option):
+            raise ValueError(f"environment {spec!r}: {option!r} comes after another of its kind; write {name}:4, say")
         else:
             raise ValueError(f"environment {spec!r}: {option!r} is neither a size nor on or off; write {name}:4, say")
     if "think" in keywords and "think" not in inspect.signature(known[name]).parameters:

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import itertools
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -404,6 +405,30 @@ def test_corrections_on_ratios_by_hand():
     assert close(masked, [0, 0.5, 1, 3, 0, 0, 0]) and out == [True, False, False, False, True, True, True, False]
     dropped, out = weights("sequence", None)
     assert not dropped.any() and out == [True] * 7 + [False]  # the mean of a row with NaN is NaN: no evidence either
+
+
+def test_areal_drops_ratios_above_five_and_goes_on_counting_them():
+    """AReaL's `behav_imp_weight_cap`: a filter of tokens, no clamp; no lower bound."""
+    (row,) = (line for line in grpo.__doc__.splitlines() if "AReaL  " in line)
+    assert "--correction=mask" in row and "[(0, 5)]" in row
+    ratios = torch.tensor([[0.01, 1.0, 4.9, 5.1, 600.0]])
+    options = dict(behaviour_logprob=-ratios.log(), correction="mask", bounds=(0, 5))
+    logprob = torch.zeros(1, 5, requires_grad=True)
+    w, out = grpo.correction_weights(torch.zeros(1, 5), -ratios.log(), torch.ones(1, 5), "mask", (0, 5))
+    assert close(w, [[0.01, 1.0, 4.9, 0, 0]], 1e-6) and out.tolist() == [[False] * 3 + [True] * 2]
+    assert close(gradient(logprob, logprob, torch.ones(1), torch.ones(1, 5), **options), -w / 5, 1e-6)
+
+
+def test_a_word_of_its_own_for_each_thing():
+    """What a reader meets in grpo.py and rollouts.py has one name, explained where it comes first."""
+    for module in (grpo, rollouts):
+        source = inspect.getsource(module)
+        assert not re.search(r"\b(demos|silent|silence|accepted)\b", source, re.IGNORECASE)
+        for short, long in (("MOPD", r"multi-teacher[\w\s-]*distillation"), ("TIS", "truncated importance sampling")):
+            first = re.search(rf"\b{short}\b", source)
+            assert first is None or re.search(long, source[max(0, first.start() - 120) : first.end() + 120])
+    assert "denominator" not in vars(grpo)  # the argument of that name hides no function
+    assert grpo.informative is rollouts.informative
 
 
 def test_the_sequence_mask_judges_the_geometric_mean():

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 import mdlm_dultra
 from common.canvas import canvas_of, completion_logprob, completions
 from common.data import Tokenizer
+from common.objectives import RunInfo
 from common.tasks import BLANK, FILL_INS, environment, sample_task, sudoku_grids
 from experiments.mdlm_dultra import Study, aup, plot_frontiers, report, run_study
-from grpo import advantages, batch_denominator
+from grpo import GRPO, advantages, batch_denominator
 from mdlm_dultra import (
     EPS,
     DUltra,
@@ -916,6 +918,31 @@ def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="known: .*sudoku"):
         DUltra(DUltraConfig(task="chess"), Tokenizer("bytes"), 16)
     assert asdict(DUltraConfig())["task"] == "sudoku:4"
+
+
+@pytest.mark.parametrize("recipe, kind, source, settings", [
+    ("dultra", DUltra, "--task", dict(pretrain=2, imitate=1)), ("grpo", GRPO, "--envs", dict(warm_start=3)),
+])  # fmt: skip
+def test_runs_that_rewards_cannot_be_learnt_in(recipe, kind, source, settings):
+    config = SimpleNamespace(recipe=recipe, batch_size=32, grad_accum=1, steps=4)
+
+    def begin(given=(), world_size=1, **changes):
+        config_of_run = SimpleNamespace(**vars(config) | changes)
+        run = RunInfo(config_of_run, "bytes", frozenset(given), 0, 0, world_size)
+        return kind.from_run(run, kind.Settings(**settings))
+
+    assert begin().batch_size == 32
+    for message, options in {
+        f"--recipe={recipe} runs in one process, without torchrun": dict(world_size=2),
+        "leaves none of --steps=3 for rewards": dict(steps=3),
+        f"--context has no meaning with --recipe={recipe}: its tasks come from {source}": dict(given=["context"]),
+        f"--data has no meaning with --recipe={recipe}: its tasks come from {source}": dict(given=["data", "seed"]),
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            begin(**options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="--hidden_dropout: with rewards the sampler and the trainer must be one"):
+        begin().build(HybridConfig(**TINY | dict(vocab_size=320, rotary_base=None, hidden_dropout=0.1)))
 
 
 def test_demo_and_a_study_print_accuracy_and_nfe_of_rules_and_planner(capsys, tmp_path, monkeypatch):

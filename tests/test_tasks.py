@@ -183,6 +183,9 @@ def test_the_size_makes_prompts_longer_and_is_checked(name):
         ("sort:-3", "'-3' is neither"),
         ("sort:", "'' is neither"),
         ("sort:1000", "sort:1000: the size goes from 2"),
+        ("sort:4:6", "'6' comes after another of its kind; write sort:4, say"),
+        ("chain:on:3:off", "'off' comes after another"),
+        ("sort:\u0663", "'\u0663' is neither"),
         ("sort:4:on", "sort has no thinking to turn on or off"),
     ],
 )
