@@ -35,6 +35,7 @@ Sources. RMSNorm: Zhang and Sennrich, arXiv:1910.07467. Gated norm and conv: sta
 the gradients of the loss in its forward: Liger-Kernel, arXiv:2410.10989.
 """
 
+import contextlib
 import os
 from types import SimpleNamespace
 
@@ -81,6 +82,21 @@ def pick_backend(backend="auto", device="cpu", dtype=torch.float32):
 def at_least_float32(x):
     """Returns x in float32, or unchanged if it is float64: the dtype for sums, exponentials and states."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@contextlib.contextmanager
+def fresh_casts():
+    """A context, or as `@fresh_casts()` a decorator, in which autocast casts every weight anew, and again behind it.
+
+    Until its outermost context is left, autocast keeps the weights that it has cast. If a weight changes in place, what
+    was kept is stale; and in torch 2.8, a weight that was cast under no_grad gets no gradient. Whatever samples for
+    training is therefore in here, and may share a context of autocast with what learns.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def expect(name, tensor, *shape, hint=""):

@@ -393,6 +393,7 @@ def optimizer_step(run, interrupt):
             model.set_requires_gradient_sync(micro == config.grad_accum - 1)
         with run.autocast():  # rollouts, too: a sampler of another precision is another policy
             batch = objective.batch(model, run.step * config.grad_accum + micro)
+        with run.autocast():  # anew: what autocast cast under no_grad, for rollouts, is not to be learnt with
             loss, metrics = objective.loss(model, batch)
             run.last_batch = batch
         scaler.scale(loss / config.grad_accum).backward()

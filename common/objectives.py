@@ -33,6 +33,7 @@ import torch
 
 from common.data import load_corpus
 from common.ranges import FINITE, check_ranges
+from kernels import fresh_casts
 
 
 @dataclass
@@ -268,6 +269,7 @@ class NextToken(Objective):
         return model.loss(**batch)
 
     @torch.no_grad()
+    @fresh_casts()
     def evaluate(self, model):
         """Returns val_loss (nats per token) and val_bpb (bits per byte of text) over the validation text.
 

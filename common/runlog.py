@@ -144,8 +144,9 @@ class Report:
         loss, norm = numbers["loss"], numbers["grad_norm"]
         self.bad = 0 if math.isfinite(loss) and math.isfinite(norm) else self.bad + 1
         run.skipped += self.bad > 0
-        tokens = numbers.pop("tokens", None)  # None: every position is one
-        speed = (tokens or run.tokens_per_step) / max(1e-9, step.end.seconds_since(self.end_of_last))
+        tokens = numbers.pop("tokens", None)  # mean over the micro-steps of all processes; None: every position is one
+        total = tokens * run.config.grad_accum * run.world_size if tokens else run.tokens_per_step
+        speed = total / max(1e-9, step.end.seconds_since(self.end_of_last))
         self.end_of_last = step.end
         row = dict(step=step.step, lr=step.lr, tokens_per_s=speed, skipped=run.skipped) | numbers
         shown = f"loss {loss:.3f}, {speed:,.0f} tok/s"
