@@ -45,6 +45,7 @@ TIS, truncated importance sampling, and IcePop, which masks tokens, correct a sa
 
     Nano, Super and Ultra update once per batch: r = 1, the clip is inert, w is all there is. Nano and Super drop rows
     that are not `rollouts.faithful`. Super and Ultra set A := -5 on tokens of malformed messages: A may be [BG, T].
+    AReaL's released code drops tokens whose ratio w is above 5, and clamps none.
 
 Read     The table above, 1, 2; then `GRPO.batch` and `GRPO.rollouts` in 4, from sampling to judging to advantages, and
          `GRPO.loss`. `python grpo.py` compares five losses, `python train.py --recipe=grpo` learns several tasks at
@@ -353,7 +354,7 @@ class GRPOConfig:
     cut_thoughts: float = 0.0  # share of demonstrations whose thought stops early: they teach to answer under a budget
     no_thoughts: float = 0.0  # share of demonstrations whose thinking is turned off
     rl_lr: float = 4e-4  # peak learning rate after the warm start
-    group_size: int = 8  # G, answers to a prompt; batch_size is prompts times G
+    group_size: int = 8  # G, answers to a prompt; batch_size, times grad_accum, is prompts times G
     updates: int = 1  # optimiser steps for a batch of answers, each on its share of them
     temperature: float = 1.0  # of sampling, and of the log-probabilities in training
     eval_temperature: float = 1.0  # of the answers to held-out prompts; 0: the likeliest tokens
@@ -402,6 +403,12 @@ def shaped_advantages(settings, rewards, tasks, completions, tokenizer):
         shaped = rollouts.low_effort_rewards(rewards, tasks[::G], lengths[0], c.low_effort_tokens)
     A = advantages(shaped, c.advantage) + rollouts.brevity_advantages(rewards, lengths, c.length_coef)
     return A.flatten()
+
+
+def demonstrations(settings, model, tasks, tokenizer, rng):
+    """Returns {"ids", "targets"}, int64 [B, T] on the model's device: the `demonstration_rows` of tasks."""
+    rows = demonstration_rows(tasks, tokenizer, rng, settings.cut_thoughts, settings.no_thoughts)
+    return dict(zip(("ids", "targets"), to_device(model, *rows)))
 
 
 class GRPO(Objective):
@@ -467,14 +474,15 @@ class GRPO(Objective):
 
     @fresh_casts()
     def batch(self, model, step):
-        """Returns demonstrations to imitate, {"ids", "targets"}, or after the warm start a share of judged answers.
+        """Returns a micro-batch: {"ids", "targets"} of demonstrations, or after the warm start judged answers.
 
-        step: a micro-step, one of grad_accum for each update; the "denominator" is of all their rows together.
+        step: a micro-step. An update has grad_accum of them, and "denominator" counts what all their rows hold. Answers
+        are sampled at the first one of `updates` updates, for all of them.
         """
         c, device, (step, micro) = self.settings, next(model.parameters()).device, divmod(step, self.grad_accum)
         if step < c.warm_start:
             rng, n = np.random.default_rng((self.seed, step, 1)), self.batch_size * self.grad_accum
-            whole, further = self.demonstrations(model, self.tasks(step, n), rng), {}
+            whole, further = demonstrations(c, model, self.tasks(step, n), self.tokenizer, rng), {}
             counted, aggregate = whole["targets"] >= 0, "token"
         else:
             self.begin_rewards(model)
@@ -523,13 +531,10 @@ class GRPO(Objective):
             weight, which = self.state.get("focus"), informative(rewards)
             self.state["focus"] = rollouts.track_informative(weight, self.envs, tasks[::G], which)
 
-        tasks, completions = [tasks[i] for i in rows], [answers.completions[i] for i in rows]
-        ids, mask, logprob, finished = (
-            x[rows.to(x.device)] for x in (answers.ids, answers.mask, answers.logprob, answers.finished)
-        )
-        A = shaped_advantages(c, rewards[groups], tasks, completions, self.tokenizer)  # 3. compare: [n G]
-        mask = rollouts.keep_only(mask, finished) if c.overlong == "filter" else mask
-        batch = dict(ids=ids, mask=mask, behaviour_logprob=logprob, advantages=A.to(ids.device))
+        tasks, answers = [tasks[i] for i in rows], answers.select(rows)
+        A = shaped_advantages(c, rewards[groups], tasks, answers.completions, self.tokenizer)  # 3. compare: [n G]
+        mask = rollouts.keep_only(answers.mask, answers.finished) if c.overlong == "filter" else answers.mask
+        batch = dict(ids=answers.ids, mask=mask, behaviour_logprob=answers.logprob, advantages=A.to(mask.device))
         return batch | self.other_policies(model, batch, tasks), metrics  # 4. what `loss` compares them with
 
     def loss(self, model, batch):
@@ -573,11 +578,6 @@ class GRPO(Objective):
             envs = rollouts.focused(self.envs, n, self.state.get("focus"), c.focus, rng)
             tasks = [sample_task(env, rng) for env in envs]
         return with_low_effort(tasks, rng.random(n) < c.low_effort)
-
-    def demonstrations(self, model, tasks, rng):
-        """Returns {"ids", "targets"}, int64 [B, T]: the `demonstration_rows` of tasks."""
-        rows = demonstration_rows(tasks, self.tokenizer, rng, self.settings.cut_thoughts, self.settings.no_thoughts)
-        return dict(zip(("ids", "targets"), to_device(model, *rows)))
 
     def begin_rewards(self, model):
         """Remembers the policy after its warm start: weights for the KL, pass rates for curricula. Once."""

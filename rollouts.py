@@ -51,6 +51,12 @@ class Answers:
     completions: list  # N texts, without the end of text
     finished: torch.Tensor  # bool [N]: whether it wrote an end of text before max_new_tokens
 
+    def select(self, rows):
+        """Returns the Answers of these rows, int64 [n]."""
+        tensors = {name: getattr(self, name) for name in ("ids", "mask", "logprob", "finished")}
+        tensors = {name: value[rows.to(value.device)] for name, value in tensors.items()}
+        return Answers(completions=[self.completions[i] for i in rows.tolist()], **tensors)
+
 
 @torch.no_grad()
 @fresh_casts()

@@ -1266,7 +1266,7 @@ def demonstrations_of(run, tasks):
 
     A token that is no target is written as a dot.
     """
-    found, batch = [], run.demonstrations(small_model(), tasks, np.random.default_rng(0))
+    found, batch = [], grpo.demonstrations(run.settings, small_model(), tasks, run.tokenizer, np.random.default_rng(0))
     for ids, targets in zip(batch["ids"].tolist(), batch["targets"].tolist()):
         assert all(target in (-100, following) for target, following in zip(targets, [*ids[1:], 256]))
         ids = ids[1:]
