@@ -205,6 +205,15 @@ def test_a_released_checkpoint_is_written_with_its_own_tokenizer(run, capsys):
     assert texts[0] == texts[1] and texts[0].startswith("été 🙂")
     _, _, prompt, stop = sample.load(sample.SampleConfig(prompt="def", device="cpu"))
     assert prompt[0] == 1 and stop == [2, 11]
+    for ends, expected in ((None, []), ([], []), (7, [7]), (-1, [])):
+        (run / "config.json").write_text(json.dumps(config | {"bos_token_id": 1, "eos_token_id": ends}))
+        assert sample.load(sample.SampleConfig(prompt="def", device="cpu"))[3] == expected
+        assert make(capsys, "--prompt=def").startswith("def")
+    (run / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert sample.load(sample.SampleConfig(prompt="def", device="cpu"))[3] == [2]
+    (run / "config.json").write_text(json.dumps(config | {"eos_token_id": "two"}))
+    assert sample.main([]) == 2 and "eos_token_id='two'; it must be an id" in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps(config))
     (run / "tokenizer.json").write_text("{}")
     assert sample.main([]) == 2 and "not a tokenizer.json" in capsys.readouterr().err
 
