@@ -53,14 +53,15 @@ def sizes_of_model(c):
     return parameters, kept + c.mtp_depths * sum(layers[letter][1] for letter in predictor)
 
 
-def training_memory(c, tokens, width=4, processes=1):
-    """Returns (bytes of weights, gradients and optimizer states, bytes of activations) of one process, at least.
+def training_memory(c, tokens, width=4, processes=1, means=2):
+    """Returns bytes (of weights and optimizer states, of gradients, of activations) of one process, at least.
 
-    tokens: at once; width: bytes of an activation. Weights, gradients and AdamW's two means are float32 and sharded
-    over the processes, but each makes all the weights first.
+    tokens: at once; width: bytes of an activation; means: of the gradient that the optimizer keeps, 2 of AdamW, 1 of
+    Muon. All but activations are float32 and sharded over the processes, but each makes all the weights first.
     """
     parameters, kept = sizes_of_model(c)
-    return max(4 * parameters, 16 * parameters // processes), tokens * kept * width
+    share = parameters // processes
+    return max(4 * parameters, 4 * (1 + means) * share), 4 * share, tokens * kept * width
 
 
 # ---- 2. what there is -----------------------------------------------------------------------------------------------
@@ -100,20 +101,27 @@ def expect_memory(config, model_config, objective, asked, device, dtype, process
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this memory
 
     def needed(**other):
-        """Returns bytes (of weights and the like, of activations) in all, with other values of some flags."""
+        """Returns what `training_memory` does, for all processes, with other values of some flags."""
         c = SimpleNamespace(**asdict(model_config) | other)
         run = replace(config, **{name: value for name, value in other.items() if hasattr(config, name)})
-        parts = training_memory(c, objective.tokens_at_once(run), dtype.itemsize, processes)
+        means = 1 if config.optimizer == "muon" else 2
+        parts = training_memory(c, objective.tokens_at_once(run), dtype.itemsize, processes, means)
         return [sharing * part for part in parts]
 
-    if free is None or sum(needed()) <= free:
+    def peak(**other):
+        """Returns the most bytes at a time: backward frees activations as it makes gradients."""
+        held, gradients, activations = needed(**other)
+        return held + max(gradients, activations)
+
+    if free is None or peak() <= free:
         return
     hint = "take a smaller --preset, --batch_size or --context"
     for name, value in asked.items():
-        if type(value) is int and sum(needed(**{name: 1})) <= free:
-            largest = bisect.bisect_right(range(1, value), free, key=lambda n, name=name: sum(needed(**{name: n})))
+        if type(value) is int and peak(**{name: 1}) <= free:
+            largest = bisect.bisect_right(range(1, value), free, key=lambda n, name=name: peak(**{name: n}))
             hint = f"--{name} can be about {buildable(model_config, name, largest)} at most"
-    states, activations, free = map(in_units, (*needed(), free))
+    held, gradients, activations = needed()
+    states, activations, free = map(in_units, (held + gradients, activations, free))
     parameters, tokens = sizes_of_model(model_config)[0], objective.tokens_at_once(config)
     raise ValueError(
         f"{parameters:,} parameters, with gradients and the optimizer's states, take {states}, and {tokens:,} tokens "

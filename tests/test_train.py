@@ -899,7 +899,20 @@ def test_activations_are_counted_low(letter):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         ids = torch.arange(128).view(2, 64) % 64
         model.loss(ids, ids)
-    assert memory.training_memory(model.config, 128)[1] <= sum(size for size, _ in kept.values())
+    assert memory.training_memory(model.config, 128)[2] <= sum(size for size, _ in kept.values())
+
+
+def test_weights_states_and_gradients_are_counted_right(flags):
+    for optimizer, means in (("adamw", 2), ("muon", 1)):
+        run = train.set_up([*flags, "--steps=2", f"--optimizer={optimizer}"])
+        train.optimizer_step(run, train.Interrupt())
+        states = [t for o in run.optimizers for state in o.state.values() for t in state.values() if t.dim()]
+        held, gradients, _ = memory.training_memory(run.model.config, 0, means=means)
+        size = sum(4 * p.numel() for p in run.model.parameters())
+        assert gradients == size and held <= size + sum(4 * t.numel() for t in states)
+        assert optimizer == "muon" or held == size + sum(4 * t.numel() for t in states)
+    held, gradients, _ = memory.training_memory(run.model.config, 0, processes=4)
+    assert gradients == size // 16 * 4 and held == size  # 3 / 4 of it once it is sharded
 
 
 @pytest.mark.parametrize("flag", [
