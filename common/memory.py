@@ -1,7 +1,8 @@
 """Whether a training fits into the memory that is free: asked before any of it is taken.
 
 The estimate is a lower bound, so that nothing is refused that could run: weights, gradients and AdamW's means exactly,
-of activations what every backward keeps. A run that passes can still find too little; train.py then says so in a line.
+activations as autograd keeps them (counted on small models, and rounded down). A run that passes can still find too
+little; train.py then says so in one line.
 """
 
 import bisect
@@ -12,29 +13,45 @@ from types import SimpleNamespace
 
 import torch
 
+from kernels import pick_backend
+
 # ---- 1. what a model takes ------------------------------------------------------------------------------------------
 
 
-def sizes_of_layers(c):
-    """Returns letter -> (parameters of a layer, numbers that its backward keeps of a token, at least).
+def parameters_of_layers(c):
+    """Returns letter -> parameters of a layer with its norm. c: a `nano_hybrid.HybridConfig`, or its fields alone."""
+    C, di = c.hidden_size, c.mamba_num_heads * c.mamba_head_dim
+    convolved = di + 2 * c.n_groups * c.ssm_state_size
+    projected = di + convolved + c.mamba_num_heads
+    mamba = C * projected + di * C + c.use_bias * (projected + C)
+    mamba += convolved * (c.conv_kernel + c.use_conv_bias) + 3 * c.mamba_num_heads + di
+    attention = 2 * C * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    width = c.moe_latent_size or C
+    experts = C * c.n_routed_experts + 2 * c.n_routed_experts * width * c.moe_intermediate_size
+    experts += mlp(C, c.moe_shared_expert_intermediate_size, c.mlp_bias)
+    experts += mlp(C, c.moe_latent_size, c.mlp_bias) if c.moe_latent_size else 0
+    layers = {"M": mamba, "*": attention, "L": attention + c.head_dim + c.num_attention_heads, "E": experts}
+    layers["-"] = mlp(C, c.intermediate_size, c.mlp_bias)
+    return {letter: parameters + C for letter, parameters in layers.items()}
 
-    c: a `nano_hybrid.HybridConfig`, or its fields in another object, as large as they may be: nothing is allocated.
+
+def activations_of_layers(c, context, fused):
+    """Returns letter -> numbers that the backward of a layer keeps of a token, at least.
+
+    fused: whether Triton's kernels run. They compute again what PyTorch keeps of each operation.
     """
-    C, di, groups = c.hidden_size, c.mamba_num_heads * c.mamba_head_dim, c.n_groups * c.ssm_state_size
-    projected, convolved = 2 * di + 2 * groups + c.mamba_num_heads, di + 2 * groups
-    mamba = C * projected + di * C + convolved * (c.conv_kernel + c.use_conv_bias) + 3 * c.mamba_num_heads + di
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attention, shared, latent = 2 * C * (queries + keys), c.moe_shared_expert_intermediate_size, c.moe_latent_size
-    experts = C * c.n_routed_experts + 2 * c.n_routed_experts * (latent or C) * c.moe_intermediate_size
-    experts += mlp(C, shared, c.mlp_bias) + (mlp(C, latent, c.mlp_bias) if latent else 0)
-    layers = {
-        "M": (mamba + c.use_bias * (projected + C), projected + 2 * di),
-        "*": (attention, 2 * (queries + keys)),
-        "L": (attention + c.head_dim + c.num_attention_heads, 2 * (queries + keys)),
-        "-": (mlp(C, c.intermediate_size, c.mlp_bias), 2 * c.intermediate_size),
-        "E": (experts, 2 * c.num_experts_per_tok * c.moe_intermediate_size + 2 * shared),
-    }
-    return {letter: (parameters + C, kept + 2 * C) for letter, (parameters, kept) in layers.items()}  # norm, residual
+    C, di, Q = c.hidden_size, c.mamba_num_heads * c.mamba_head_dim, min(c.chunk_size, context)
+    groups, width = c.n_groups * c.ssm_state_size, c.moe_latent_size or C
+    attention = 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    shared, experts = 2 * c.moe_shared_expert_intermediate_size, c.moe_intermediate_size
+    if fused:
+        mamba, local_linear = 4 * di + 2 * groups + c.mamba_num_heads, attention
+    else:  # the states between chunks, and matrices Q x Q inside; of each query and head D x D
+        mamba = 13 * di + 8 * groups + 2 * di * c.ssm_state_size // Q + 3 * Q * c.mamba_num_heads
+        local_linear, experts = attention + 2 * c.num_attention_heads * c.head_dim**2, 2 * experts + 3 * width
+    layers = {"M": mamba, "*": attention, "L": local_linear, "E": shared + c.num_experts_per_tok * experts}
+    layers["-"] = 2 * c.intermediate_size
+    return {letter: kept + (2 if fused else 3) * C for letter, kept in layers.items()}
 
 
 def mlp(outer, inner, bias):
@@ -42,26 +59,35 @@ def mlp(outer, inner, bias):
     return 2 * outer * inner + bias * (outer + inner)
 
 
-def sizes_of_model(c):
-    """Returns (parameters of a `nano_hybrid.Hybrid`, numbers that a training step keeps of a token, at least)."""
-    layers, C = sizes_of_layers(c), c.hidden_size
-    predictor = c.mtp_hybrid_override_pattern if c.num_nextn_predict_layers else ""
-    parameters = sum(layers[letter][0] for letter in c.hybrid_override_pattern + predictor)
+def predictor(c):
+    """Returns the pattern of the multi-token predictor, "" without."""
+    return c.mtp_hybrid_override_pattern if c.num_nextn_predict_layers else ""
+
+
+def parameters_of(c):
+    """Returns how many parameters a `nano_hybrid.Hybrid` has, the predictor's included, without making any."""
+    layers, C = parameters_of_layers(c), c.hidden_size
+    parameters = sum(layers[letter] for letter in c.hybrid_override_pattern + predictor(c))
     parameters += (1 if c.tie_word_embeddings else 2) * c.vocab_size * C + C
-    parameters += 2 * C * C + 3 * C if predictor else 0
-    kept = sum(layers[letter][1] for letter in c.hybrid_override_pattern)
-    return parameters, kept + c.mtp_depths * sum(layers[letter][1] for letter in predictor)
+    return parameters + (2 * C * C + 3 * C if predictor(c) else 0)
 
 
-def training_memory(c, tokens, width=4, processes=1, means=2):
+def activations_of(c, context, fused):
+    """Returns how many numbers a step of training keeps of a token, at least."""
+    layers = activations_of_layers(c, context, fused)
+    return sum(layers[x] for x in c.hybrid_override_pattern) + c.mtp_depths * sum(layers[x] for x in predictor(c))
+
+
+def training_memory(c, tokens, context, fused=False, width=4, processes=1, means=2):
     """Returns bytes (of weights and optimizer states, of gradients, of activations) of one process, at least.
 
-    tokens: at once; width: bytes of an activation; means: of the gradient that the optimizer keeps, 2 of AdamW, 1 of
-    Muon. All but activations are float32 and sharded over the processes, but each makes all the weights first.
+    tokens: at once, in rows of `context`; width: bytes of an activation; means: of the gradient that the optimizer
+    keeps, 2 of AdamW, 1 of Muon. All but activations are float32 and sharded over the processes, but each makes all the
+    weights first.
     """
-    parameters, kept = sizes_of_model(c)
+    parameters = parameters_of(c)
     share = parameters // processes
-    return max(4 * parameters, 4 * (1 + means) * share), 4 * share, tokens * kept * width
+    return max(4 * parameters, 4 * (1 + means) * share), 4 * share, tokens * activations_of(c, context, fused) * width
 
 
 # ---- 2. what there is -----------------------------------------------------------------------------------------------
@@ -97,15 +123,15 @@ def expect_memory(config, model_config, objective, asked, device, dtype, process
     config: train.TrainConfig. asked: name -> value of the flags on the command line; the line says how large one of
     them may be.
     """
-    free = free_memory(device)
+    free, fused = free_memory(device), pick_backend(device=device) == "triton"
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this memory
 
     def needed(**other):
         """Returns what `training_memory` does, for all processes, with other values of some flags."""
         c = SimpleNamespace(**asdict(model_config) | other)
         run = replace(config, **{name: value for name, value in other.items() if hasattr(config, name)})
-        means = 1 if config.optimizer == "muon" else 2
-        parts = training_memory(c, objective.tokens_at_once(run), dtype.itemsize, processes, means)
+        tokens, means = objective.tokens_at_once(run), 1 if config.optimizer == "muon" else 2
+        parts = training_memory(c, tokens, run.context, fused, dtype.itemsize, processes, means)
         return [sharing * part for part in parts]
 
     def peak(**other):
@@ -118,11 +144,12 @@ def expect_memory(config, model_config, objective, asked, device, dtype, process
     hint = "take a smaller --preset, --batch_size or --context"
     for name, value in asked.items():
         if type(value) is int and peak(**{name: 1}) <= free:
-            largest = bisect.bisect_right(range(1, value), free, key=lambda n, name=name: peak(**{name: n}))
+            room = free * 0.8  # the estimate is low
+            largest = bisect.bisect_right(range(2, value), room, key=lambda n, name=name: peak(**{name: n})) + 1
             hint = f"--{name} can be about {buildable(model_config, name, largest)} at most"
     held, gradients, activations = needed()
     states, activations, free = map(in_units, (held + gradients, activations, free))
-    parameters, tokens = sizes_of_model(model_config)[0], objective.tokens_at_once(config)
+    parameters, tokens = parameters_of(model_config), objective.tokens_at_once(config)
     raise ValueError(
         f"{parameters:,} parameters, with gradients and the optimizer's states, take {states}, and {tokens:,} tokens "
         f"at once at least {activations}, but {device.type} has {free} free: {hint}"

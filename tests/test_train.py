@@ -882,24 +882,30 @@ def test_parameters_are_counted_without_making_them():
         for change in ({}, dict(use_bias=True, use_conv_bias=False, mlp_bias=True, num_nextn_predict_layers=1)):
             with torch.device("meta"):
                 model = Hybrid(replace(train.PRESETS[name], **change))
-            assert memory.sizes_of_model(model.config)[0] == sum(p.numel() for p in model.parameters())
+            assert memory.parameters_of(model.config) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("letter", ["M", "*", "-", "E", "L"])
-def test_activations_are_counted_low(letter):
-    """What autograd keeps of a step is at least the estimate: nothing is refused that has room."""
-    model, kept = Hybrid(replace(train.PRESETS["tiny"], hybrid_override_pattern=8 * letter, vocab_size=64)), {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+@pytest.mark.parametrize("change", [
+    dict(), dict(chunk_size=16), dict(ssm_state_size=128), dict(mamba_head_dim=128), dict(head_dim=32),
+    dict(num_attention_heads=4), dict(hidden_size=256), dict(moe_latent_size=32), dict(num_experts_per_tok=4),
+])  # fmt: skip
+def test_activations_are_counted_low_but_not_far_off(change):
+    """Of what autograd keeps of a token, the estimate is at least three fifths, and never more."""
+    for letter in "M*-EL":
+        config = replace(train.PRESETS["tiny"], hybrid_override_pattern=4 * letter, vocab_size=64, **change)
+        model, kept = Hybrid(config), {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in weights), tensor
-        return tensor
+        def keep(tensor, kept=kept, weights=weights):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in weights), tensor
+            return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ids = torch.arange(128).view(2, 64) % 64
-        model.loss(ids, ids)
-    assert memory.training_memory(model.config, 128)[2] <= sum(size for size, _ in kept.values())
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            ids = torch.arange(128).view(2, 64) % 64
+            model.loss(ids, ids)
+        kept, estimate = sum(size for size, _ in kept.values()), memory.training_memory(config, 128, 64)[2]
+        assert 0.6 * kept < estimate <= kept
 
 
 def test_weights_states_and_gradients_are_counted_right(flags):
@@ -907,11 +913,11 @@ def test_weights_states_and_gradients_are_counted_right(flags):
         run = train.set_up([*flags, "--steps=2", f"--optimizer={optimizer}"])
         train.optimizer_step(run, train.Interrupt())
         states = [t for o in run.optimizers for state in o.state.values() for t in state.values() if t.dim()]
-        held, gradients, _ = memory.training_memory(run.model.config, 0, means=means)
+        held, gradients, _ = memory.training_memory(run.model.config, 0, 32, means=means)
         size = sum(4 * p.numel() for p in run.model.parameters())
         assert gradients == size and held <= size + sum(4 * t.numel() for t in states)
         assert optimizer == "muon" or held == size + sum(4 * t.numel() for t in states)
-    held, gradients, _ = memory.training_memory(run.model.config, 0, processes=4)
+    held, gradients, _ = memory.training_memory(run.model.config, 0, 32, processes=4)
     assert gradients == size // 16 * 4 and held == size  # 3 / 4 of it once it is sharded
 
 
@@ -928,7 +934,7 @@ def test_what_memory_has_no_room_for_is_refused_before_it_is_taken(flag, flags, 
     said = r"error: [\d,]+ parameters, with .* take [\d,.]+ [MG]iB, and [\d,]+ tokens at once at least [\d,.]+ [MG]iB, "
     said += rf"but cpu has 1.0 GiB free: --{name} can be about (\d+) at most\n"
     largest = int(re.fullmatch(said, error)[1])
-    assert not built and train.main([*flags, f"--{name}={largest + largest // 100 + 2}"]) == 2
+    assert not built and train.main([*flags, f"--{name}={largest + largest // 3 + 2}"]) == 2
     train.set_up([*flags, f"--{name}={largest}"])
     assert len(built) == 1
 
