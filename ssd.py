@@ -112,13 +112,11 @@ def _decay_between(a, documents=None):
     errors of all that was forgotten before j, a quotient of two exponentials would underflow.
     documents [..., Q], where given, keeps i and j of one document only.
     """
-    Q = a.shape[-1]
-    later = torch.ones(Q, Q, dtype=torch.bool, device=a.device).triu(1)  # [j, i]: i > j
-    sums = torch.where(later, a[..., None, :], 0.0).cumsum(-1)  # [..., Q, Q]
-    seen = later.T.logical_not()
-    if documents is not None:
-        seen = seen & (documents[..., :, None] == documents[..., None, :])
-    return torch.where(seen, sums.exp(), 0.0)
+    of_later = a[..., None, :].expand(*a.shape, a.shape[-1]).triu(1)  # [..., j, i]: a_i for i > j
+    decay = of_later.cumsum(-1).exp().triu()
+    if documents is None:
+        return decay
+    return torch.where(documents[..., :, None] == documents[..., None, :], decay, 0.0)
 
 
 def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, seq_idx=None):
