@@ -338,8 +338,9 @@ def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_
         y = tl.dot(c, tl.trans(state), input_precision=PRECISION) * from_start[:, None]  # [Q, P]
         # 1. from the chunk itself; dt goes into the matrix, so that x is used as it is
         decay = _decay_tile(a, s, seen, 0, EXACT)
-        M = (scores * decay * dt[None, :]).to(x.dtype)
-        y = tl.dot(M, x, acc=y, input_precision=PRECISION)
+        unit = tl.maximum(tl.max(dt, 0), 1.0) if x.dtype == tl.float16 else 1.0  # scores dt may be too large for it
+        M = (scores * decay * (dt / unit)[None, :]).to(x.dtype)
+        y = tl.dot(M, x, acc=y / unit, input_precision=PRECISION) * unit
         if D_ptr is not None:
             y += tl.load(D_ptr + head).to(tl.float32) * x.to(tl.float32)
         tl.store(y_ptr + (rows * H + head) * P + p[None, :], y, mask=in_p)
