@@ -28,6 +28,14 @@ from ssd import by_heads, split_projected, ssd_step_ref
 FEW = 4  # rows that the kernel takes; a larger batch keeps the matrix units busy, and goes to them
 
 
+def grouped_rms_norm(x, norm, group_size=None, eps=1e-5, backend="auto"):
+    """Returns x [..., C] after an RMSNorm of weight norm [C], over groups of group_size channels (None: all)."""
+    group = group_size or x.shape[-1]
+    if pick_backend(backend, x.device, x.dtype) == "triton":
+        return norm_forward(x, None, norm, group, eps)
+    return rms_norm_ref(x.unflatten(-1, (-1, group)), norm.view(-1, group), eps).flatten(-2)
+
+
 def linear_step_ref(
     x, weight, bias=None, norm=None, group_size=None, eps=1e-5, relu2=False, residual=None, backend="torch"
 ):
@@ -40,12 +48,7 @@ def linear_step_ref(
     """
     weights = weight if isinstance(weight, tuple) else (weight,)
     if norm is not None:
-        group = group_size or x.shape[-1]
-        if pick_backend(backend, x.device, x.dtype) == "triton":
-            x = norm_forward(x, None, norm, group, eps)
-        else:
-            x = rms_norm_ref(x.unflatten(-1, (-1, group)), norm.view(-1, group), eps).flatten(-2)
-        x = x.to(weights[0].dtype)
+        x = grouped_rms_norm(x, norm, group_size, eps, backend).to(weights[0].dtype)
     ys = tuple(F.linear(x, w, bias) for w in weights)
     if relu2:
         ys = tuple(F.relu(y).square() for y in ys)
@@ -274,9 +277,9 @@ def _advance_kernel(position_ptr, olds, news, size, T, PAIRS: tl.constexpr, BLOC
 
 
 def append(k_cache, v_cache, k, v, position, backend="auto"):
-    """Writes k, v [B, Hkv, T, D] into k_cache, v_cache [B, Hkv, room, D], from `position` on, an int64 tensor [].
+    """Writes k, v [B, Hkv, T, D] into k_cache, v_cache [B, Hkv, capacity, D], from `position` on, an int64 tensor [].
 
-    What does not fit the room is left out. Raises ValueError if shapes do not match.
+    What goes beyond the capacity is left out. Raises ValueError if shapes do not match.
     """
     expect("v", v, *k.shape)
     expect("k_cache", k_cache, *k.shape[:2], k_cache.shape[2], k.shape[3])
@@ -294,14 +297,15 @@ def append(k_cache, v_cache, k, v, position, backend="auto"):
 
 
 @jit
-def _append_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, T, D, room, stride_kb, stride_kh, stride_kt,
-                   stride_vb, stride_vh, stride_vt, stride_kcb, stride_kch, stride_vcb, stride_vch,
+def _append_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, T, D, capacity,
+                   stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+                   stride_kcb, stride_kch, stride_vcb, stride_vch,
                    BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     head, t, batch = tl.program_id(0).to(tl.int64) // T, tl.program_id(0) % T, tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     wait_for_the_kernel_before(PDL)
     at = tl.load(position_ptr) + t
-    inside, at = d < tl.where(at < room, D, 0), at * D + d
+    inside, at = d < tl.where(at < capacity, D, 0), at * D + d
     k = tl.load(k_ptr + batch * stride_kb + head * stride_kh + t * stride_kt + d, mask=d < D)
     v = tl.load(v_ptr + batch * stride_vb + head * stride_vh + t * stride_vt + d, mask=d < D)
     tl.store(k_cache_ptr + batch * stride_kcb + head * stride_kch + at, k, mask=inside)
@@ -311,21 +315,21 @@ def _append_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, T, D, r
 def cached_attention_ref(q, k, v, k_cache, v_cache, position, pad=None, settled=False):
     """Returns attention [B, Hq, T, D] of T new tokens on a text's keys and values, up to each token's own.
 
-    q [B, Hq, T, D]; k, v [B, Hkv, T, D], of the new tokens too, are put into k_cache, v_cache [B, Hkv, room, D] from
-    `position` on, an int64 tensor []: what was there before is what was filled. pad [B] int64 or None: positions at the
-    start of each row that nobody looks at. settled: that no kernel of the last few wrote the caches, position or pad,
-    so that they may be read early. Softmax in float32, scaled by 1 / sqrt(D).
+    q [B, Hq, T, D]; k, v [B, Hkv, T, D], of the new tokens too, are put into k_cache, v_cache [B, Hkv, capacity, D]
+    from `position` on, an int64 tensor []: what was there before is what was filled. pad [B] int64 or None:
+    positions at the start of each row that nobody looks at. settled: that no kernel of the last few wrote the caches,
+    position or pad, so that they may be read early. Softmax in float32, scaled by 1 / sqrt(D).
     """
     append(k_cache, v_cache, k, v, position, backend="torch")
-    (T, room), length = (q.shape[2], k_cache.shape[2]), position + q.shape[2]
+    (T, capacity), length = (q.shape[2], k_cache.shape[2]), position + q.shape[2]
     if position.device.type == "cpu":
-        length = room = int(length)
-    k, v = k_cache[:, :, :room], v_cache[:, :, :room]
+        length = capacity = int(length)
+    k, v = k_cache[:, :, :capacity], v_cache[:, :, :capacity]
     rows = length - T + torch.arange(T, device=q.device)[:, None]  # [T, 1]
-    columns = torch.arange(room, device=q.device)[None, :]
-    mask = columns <= rows  # [T, room]
+    columns = torch.arange(capacity, device=q.device)[None, :]
+    mask = columns <= rows  # [T, capacity]
     if pad is not None:
-        mask = mask & (columns >= pad[:, None, None, None])  # [B, 1, T, room]
+        mask = mask & (columns >= pad[:, None, None, None])  # [B, 1, T, capacity]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
@@ -364,8 +368,9 @@ def _old_keys(k_cache_ptr, v_cache_ptr, at, last, d, D):
 
 @jit
 def _cached_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, position_ptr, pad_ptr, o_ptr, stats_ptr,
-                             T, GROUP, D, room, scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-                             stride_vb, stride_vh, stride_vt, stride_kcb, stride_kch, stride_vcb, stride_vch,
+                             T, GROUP, D, capacity, scale, stride_qb, stride_qh, stride_qt,
+                             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+                             stride_kcb, stride_kch, stride_vcb, stride_vch,
                              SPLITS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
                              BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -408,7 +413,7 @@ def _cached_attention_kernel(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, posi
             new_v = tl.load(v_ptr + batch * stride_vb + kv_head * stride_vh + new[:, None] * stride_vt + d[None, :],
                             mask=inside, other=0.0)  # [T, D]  # fmt: skip
             here = at[:, None].to(tl.int64) * D + d[None, :]
-            inside &= at[:, None] < tl.where(block == 0, room, 0)
+            inside &= at[:, None] < tl.where(block == 0, capacity, 0)
             tl.store(k_cache_ptr + here, new_k, mask=inside)
             tl.store(v_cache_ptr + here, new_v, mask=inside)
             causal = (new[None, :] <= t[:, None]) & (at >= pad)[None, :] & (t[:, None] < T)
@@ -436,18 +441,18 @@ def _merge_splits_kernel(parts_ptr, stats_ptr, o_ptr, rows, D, SPLITS: tl.conste
 
 def cached_attention_triton(q, k, v, k_cache, v_cache, position, pad=None, settled=False):
     """Returns `cached_attention_ref(...)`, computed by one kernel, or two where a text is split. It has no backward."""
-    (B, Hq, T, D), (Hkv, room) = q.shape, k_cache.shape[1:3]
+    (B, Hq, T, D), (Hkv, capacity) = q.shape, k_cache.shape[1:3]
     q, k, v = tail_contiguous(q), tail_contiguous(k), tail_contiguous(v)
     group, BLOCK_N = Hq // Hkv, 64 if D <= 128 else 32
     BLOCK_M = min(64, block_of(T * group))
     programs, splits = B * Hkv * triton.cdiv(T * group, BLOCK_M), 1
-    while programs * splits < 264 and BLOCK_N * splits < room and splits < 64:  # 2 for each multiprocessor
+    while programs * splits < 264 and BLOCK_N * splits < capacity and splits < 64:  # 2 for each multiprocessor
         splits *= 2
     shape = (B, splits, Hq, T, D)
     parts = torch.empty(shape, dtype=q.dtype if splits == 1 else torch.float32, device=q.device)
     stats = None if splits == 1 else torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
     _cached_attention_kernel[(programs // B, splits, B)](
-        q, k, v, k_cache, v_cache, position, pad, parts, stats, T, group, D, room, D**-0.5,
+        q, k, v, k_cache, v_cache, position, pad, parts, stats, T, group, D, capacity, D**-0.5,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2],
         SPLITS=splits, EARLY=settled and splits > 1, PRECISION=dot_precision(), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         BLOCK_T=min(64, block_of(T)), BLOCK_D=block_of(D), num_warps=4, **early_launch(),
@@ -464,13 +469,13 @@ def cached_attention_triton(q, k, v, k_cache, v_cache, position, pad=None, settl
 def cached_attention(q, k, v, k_cache, v_cache, position, pad=None, settled=False, backend="auto"):
     """Returns `cached_attention_ref(...)` on the backend asked for. The kernels drop gradients: call it under no_grad.
 
-    What does not fit the room is left out of the cache. Raises ValueError if shapes do not match.
+    What goes beyond the capacity is left out of the cache. Raises ValueError if shapes do not match.
     """
-    (B, Hq, T, D), (Hkv, room) = q.shape, k_cache.shape[1:3]
+    (B, Hq, T, D), (Hkv, capacity) = q.shape, k_cache.shape[1:3]
     for name, tensor in (("k", k), ("v", v)):
         expect(name, tensor, B, Hkv, T, D)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        expect(name, tensor, B, Hkv, room, D)
+        expect(name, tensor, B, Hkv, capacity, D)
         if tail_contiguous(tensor, 2) is not tensor:
             raise ValueError(f"{name} has strides {tensor.stride()}; its last two dimensions must be contiguous")
     expect("pad", pad, B)
@@ -664,5 +669,3 @@ def mamba2_steps(
         projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite,
         settled,
     )  # fmt: skip
-
-

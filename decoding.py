@@ -21,20 +21,30 @@ import copy
 import itertools
 import weakref
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.sampling import check_sampling, pad_left, token_probs
-from decode_kernels import advance, append, argmax, cached_attention, embed, linear_step, mamba2_steps
+from common.sampling import (
+    ActiveRows,
+    BudgetControl,
+    DraftStats,
+    ThinkingBudget,
+    check_sampling,
+    pad_left,
+    to_host,
+    token_probs,
+)
+from decode_kernels import advance, append, argmax, cached_attention, embed, grouped_rms_norm, linear_step, mamba2_steps
 from kernels import pick_backend
 from latent_moe import MLP
 from lla import LocalLinearAttention, lla_step
-from nano_hybrid import Attention, Cache, KVState, LocalLinear, apply_rope
-from ssd import Mamba2, MambaState, RecurrentState
+from nano_hybrid import Attention, Block, Cache, Hybrid, KVState, LocalLinear, RMSNorm, apply_rope
+from ssd import Mamba2, RecurrentState
 
-# ---- 1. sampling, drafts, budgets ---------------------------------------------------------------------------------
+# ---- 1. sampling and drafts ---------------------------------------------------------------------------------------
 
 
 def draw(probs, generator=None):
@@ -50,31 +60,36 @@ class Sampler:
     top_k: int | None = None
     top_p: float | None = None
     generator: torch.Generator | None = None
+    vocab_size: int | None = None  # ids from here on are padding of the vocabulary, and never drawn
 
     @property
     def greedy(self):
         """Whether the likeliest token is taken: no probabilities are made then."""
         return self.temperature < 1e-6  # logits / 1e-40 would overflow
 
+    def probs(self, logits):
+        """Returns the probabilities [B, V] that a token is drawn from, or None where it is greedy; logits [B, V]."""
+        return None if self.greedy else token_probs(logits, self.temperature, self.top_k, self.top_p)
+
     def __call__(self, logits):
-        """Returns (a token [B], the probabilities [B, V] it was drawn by or None), from logits [B, V]."""
-        if self.greedy:
-            return argmax(logits), None
-        probs = token_probs(logits, self.temperature, self.top_k, self.top_p)
-        return draw(probs, self.generator), probs
+        """Returns (a token [B], the probabilities [B, V] it was drawn from or None), from logits [B, V]."""
+        logits = logits[:, : self.vocab_size]
+        probs = self.probs(logits)
+        return (argmax(logits) if self.greedy else draw(probs, self.generator)), probs
 
     def check(self, logits, drafts, q):
-        """Returns (how many of the drafts [n] to keep [], the token [1] after them), as `accept`.
+        """Returns (how many of the drafts [n] to keep [], the token [1] after them, p), as `accept`.
 
         logits [n+1, V]: the model's, after 0, 1, ... n of the drafts; q: for each draft token the probabilities [1, V]
-        that it was drawn from, or None.
+        that it was drawn from, or None; p [n+1, V]: the probabilities of the model's tokens, or None.
         """
+        logits = logits[:, : self.vocab_size]
         if self.greedy:
             best = argmax(logits)  # [n+1]
             n_accepted = (best[:-1] == drafts).long().cumprod(0).sum()
-            return n_accepted, best.index_select(0, n_accepted[None])
-        p = token_probs(logits, self.temperature, self.top_k, self.top_p)
-        return accept(p, torch.cat(q), drafts, self.generator)
+            return n_accepted, best.index_select(0, n_accepted[None]), None
+        p = self.probs(logits)
+        return *accept(p, torch.cat(q), drafts, self.generator), p
 
 
 def accept(p, q, drafts, generator=None):
@@ -87,106 +102,35 @@ def accept(p, q, drafts, generator=None):
     at = torch.arange(len(drafts), device=p.device)
     keep = torch.rand(len(drafts), generator=generator, device=p.device) * q[at, drafts] < p[at, drafts]
     n_accepted = keep.long().cumprod(0).sum()
-    rest = p - F.pad(q, (0, 0, 0, 1))  # after the last guess nothing was given yet
-    return n_accepted, draw(rest.index_select(0, n_accepted[None]).clamp(min=0), generator)
+    rest = (p - F.pad(q, (0, 0, 0, 1))).clamp(min=0)  # after the last draft token nothing was given yet
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q but for rounding: nothing would be left
+    return n_accepted, draw(rest.index_select(0, n_accepted[None]), generator)
 
 
-@dataclass
-class DraftStats:
-    """What came of drafting."""
-
-    forwards: int = 0  # of the model, the prompt's aside
-    tokens: int = 0  # that they gave
-    drafted: list = field(default_factory=list)  # by depth: how often a draft token followed accepted ones only
-    accepted: list = field(default_factory=list)  # by depth: how often it was accepted
-
-    def count(self, n_accepted, n):
-        """Notes that of n draft tokens the first n_accepted were accepted."""
-        self.forwards += 1
-        self.tokens += n_accepted + 1
-        for counts, many in ((self.drafted, min(n, n_accepted + 1)), (self.accepted, n_accepted)):
-            counts.extend([0] * (n - len(counts)))
-            for depth in range(many):
-                counts[depth] += 1
-
-
-@dataclass
-class ThinkingBudget:
-    """A cap on the tokens a model thinks for before it answers. It is never told: its thinking is closed for it.
-
-    From `tokens` on, the thinking ends at the next line break, or after `grace` more tokens if there is none: then
-    `end` is inserted, and the answer goes on. What the prompt holds does not count. Source: Nemotron Nano 2,
-    arXiv:2508.14444, section 3.4.
-    """
-
-    tokens: int  # to think for
-    end: list  # the tokens that close the thinking, "</think>" for one
-    line_breaks: list = ()  # tokens that end a line
-    grace: int = 500  # tokens to wait for one
-
-
-class BudgetControl:
-    """Watches the rows of a batch think, and closes what takes too long."""
-
-    def __init__(self, budget, ids):
-        B, device = len(ids), ids.device
-        self.budget, self.count = budget, 0
-        self.end = torch.tensor(budget.end, device=device)
-        self.line_breaks = torch.tensor(list(budget.line_breaks), dtype=torch.int64, device=device)
-        self.recent = torch.full((B, len(budget.end)), -1, device=device)  # the last tokens of each row
-        self.closed = torch.zeros(B, dtype=torch.bool, device=device)  # by the model or by us
-        self.inserted = torch.full((B,), -1, device=device)  # tokens of `end` so far; -1: not begun
-        self.inserted += int(budget.tokens + budget.grace == 0)
-
-    def select_batch(self, rows):
-        """Goes on with these rows only, int64 [n]."""
-        self.recent, self.closed, self.inserted = self.recent[rows], self.closed[rows], self.inserted[rows]
-
-    def __call__(self, token):
-        """Returns the next token [B] of every row, given the one [B] that the model chose."""
-        inserting = (self.inserted >= 0) & ~self.closed
-        token = torch.where(inserting, self.end[self.inserted.clamp(0, len(self.end) - 1)], token)
-        self.inserted += inserting.long()
-        self.recent = torch.cat([self.recent[:, 1:], token[:, None]], dim=1)
-        self.closed |= (self.recent == self.end).all(1)
-        self.count += 1
-        over = self.count >= self.budget.tokens
-        due = (torch.isin(token, self.line_breaks) & over) | (self.count >= self.budget.tokens + self.budget.grace)
-        self.inserted = torch.where(due & ~self.closed & (self.inserted < 0), 0, self.inserted)
-        return token
+def logprob_of(token, probs):
+    """Returns the log-probability [B] of token [B], drawn from probs [B, V]; 0 where they are None: it was greedy."""
+    if probs is None:
+        return torch.zeros(len(token), device=token.device)
+    return probs.gather(1, token[:, None])[:, 0].log()
 
 
 # ---- 2. the step as a CUDA graph ----------------------------------------------------------------------------------
-
-
-def to_host(flag):
-    """Returns a function that gives the value of a tensor []: on a GPU it waits for that alone, not for later work."""
-    if flag.device.type != "cuda":
-        return flag.item
-    value, copied = flag.new_empty((), device="cpu", pin_memory=True), torch.cuda.Event()
-    value.copy_(flag, non_blocking=True)
-    copied.record()
-
-    def read():
-        copied.synchronize()
-        return value.item()
-
-    return read
 
 
 class GraphedStep:
     """A step that is taken again and again, and touches only tensors that stay where they are.
 
     On a GPU its kernels, too many and too short for a host to keep up with, become a CUDA graph: the first call runs
-    them one by one (and compiles them), the second records them, and from then on one launch does all. On a CPU, and
-    where PyTorch stands in for Triton (float64, NANO_BACKEND=torch), it is the function itself. What a call returns is
-    written over by the next.
+    them one by one (and compiles them), the second records them, and from then on one launch does all. On a CPU, where
+    PyTorch stands in for Triton (float64, NANO_BACKEND=torch), and with recordable=False, it is the function itself.
+    What a call returns is written over by the next.
     """
 
-    def __init__(self, step, device, dtype, generator=None):
+    def __init__(self, step, device, dtype, generator=None, recordable=True):
         self.step, self.generator = step, generator
         self.graph, self.ready = None, False
-        self.records = device.type == "cuda" and pick_backend(device=device, dtype=dtype) == "triton"
+        on_triton = device.type == "cuda" and pick_backend(device=device, dtype=dtype) == "triton"
+        self.records = recordable and on_triton
 
     def __call__(self):
         if not (self.records and self.ready):
@@ -224,7 +168,7 @@ class StaticCache:
     pending_states: dict = field(default_factory=dict)  # layer -> what its step left, not yet written to its state
 
     def grow(self, capacity):
-        """Makes room for `capacity` positions: keys and values move, so recorded graphs are void."""
+        """Raises the capacity to `capacity` positions: keys and values move, so recorded graphs are void."""
         for state in self.states:
             if isinstance(state, KVState):
                 state.length = state.k.shape[2]
@@ -237,11 +181,11 @@ class StaticCache:
         copies, convs = [], []  # pairs (tensor, what to copy into it)
         for index, pending in self.pending_states.items():
             state = self.states[index]
-            if isinstance(state, MambaState):
+            if isinstance(pending, RecurrentState):
+                copies += zip(state.tensors(), pending.tensors())
+            else:  # of mamba2_step
                 convs.append((state.conv, pending[0]))
                 copies += [(state.ssm, pending[1])] if pending[1] is not state.ssm else []  # a kernel wrote in place
-            else:
-                copies += zip(state.tensors(), pending.tensors())
         if copies:
             torch._foreach_copy_(*zip(*copies))
         advance(self.position, T, *(zip(*convs) if convs else ((), ())))
@@ -251,7 +195,12 @@ class StaticCache:
         """Ends a speculative step: its tokens up to number `last`, a tensor [], were read; those after it were not."""
         copies = []
         for index, pending in self.pending_states.items():
-            copies += self.states[index].rollback(pending, last)
+            state = self.states[index]
+            if isinstance(pending[0], RecurrentState):  # of forward_step: the state after each token
+                after = (torch.stack(each) for each in zip(*(one.tensors() for one in pending)))
+                copies += [(old, new.index_select(0, last[None])[0]) for old, new in zip(state.tensors(), after)]
+            else:
+                copies += state.rollback(pending, last)
         if copies:
             torch._foreach_copy_(*zip(*copies))
         self.position += last + 1  # keys and values of the other tokens will be written over
@@ -264,7 +213,7 @@ class StaticCache:
 
 
 def to_static(cache, capacity, device):
-    """Returns a StaticCache with room for `capacity` positions that goes on from a nano_hybrid.Cache.
+    """Returns a StaticCache of `capacity` positions that goes on from a nano_hybrid.Cache.
 
     Keys and values are taken over, not copied, where they have that capacity already. Raises ValueError if what was
     read does not fit, or padding is still to come.
@@ -303,38 +252,66 @@ def expand_batch(cache, rows, capacity, into=None):
 # ---- 4. a step: a few tokens through all layers -------------------------------------------------------------------
 #
 # Each function returns x + mixer(norm(x)) [B, T, C] for a few tokens x on a StaticCache: norm and residual sum go along
-# with the mixer's products. They read the weights of Linear layers themselves. A mixer that has no row in STEPS falls
-# back to its `forward`.
+# with the mixer's products. That reads the weights, past the `forward` of the modules that hold them, so it is done
+# only where `forward` would do just that (`is_plain`). Any other module is called, and any other layer goes through
+# `forward_step`.
+
+PLAIN = (nn.Linear, nn.Embedding, RMSNorm, Block, Mamba2, Attention, LocalLinear, MLP)
+
+
+def has_hooks(module):
+    """Returns whether calling `module` runs more than the forward of its class: a hook, or a forward set on it."""
+    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or everywhere)
+
+
+def is_plain(*modules):
+    """Returns whether these modules do with their weights what their names say: no subclass (LoRA, 4 bits), no hook."""
+    return all(type(module) in PLAIN and not has_hooks(module) for module in modules)
+
+
+def product(linear, x, norm=None, relu2=False, residual=None):
+    """Returns [..., N]: residual + activation(linear(norm(x))), each part where it is asked for. norm: a module."""
+    if norm is not None and not is_plain(norm):
+        x, norm = norm(x), None
+    if is_plain(linear):
+        scale, eps = (None, 1e-5) if norm is None else (norm.weight, norm.eps)
+        return linear_step(x, linear.weight, linear.bias, norm=scale, eps=eps, relu2=relu2, residual=residual)
+    y = linear(x if norm is None else norm(x))
+    y = F.relu(y).square() if relu2 else y
+    return y if residual is None else residual + y
 
 
 def mamba2_step(layer, x, index, cache):
     """A Mamba-2 layer: two products and one kernel between them."""
-    m, norm, state, every = layer.mixer, layer.norm, cache.states[index], cache.speculative
-    projected = linear_step(x, m.in_proj.weight, m.in_proj.bias, norm=norm.weight, eps=norm.eps)
+    m, state, every = layer.mixer, cache.states[index], cache.speculative
     y, *cache.pending_states[index] = mamba2_steps(
-        projected, state.conv, state.ssm, m.conv1d.weight.squeeze(1), m.conv1d.bias, m.dt_bias, m.A_log, m.D,
-        m.n_groups, every, overwrite=not every, settled=True,
+        product(m.in_proj, x, layer.norm), state.conv, state.ssm, m.conv1d.weight.squeeze(1), m.conv1d.bias, m.dt_bias,
+        m.A_log, m.D, m.n_groups, every, overwrite=not every, settled=True,
     )  # fmt: skip
-    return linear_step(
-        y, m.out_proj.weight, m.out_proj.bias, norm=m.norm.weight, group_size=m.out_proj.in_features // m.n_groups,
-        eps=m.eps, residual=x,
-    )  # fmt: skip
+    norm = dict(norm=m.norm.weight, group_size=m.norm.weight.numel() // m.n_groups, eps=m.eps)
+    if is_plain(m.out_proj):
+        return linear_step(y, m.out_proj.weight, m.out_proj.bias, **norm, residual=x)
+    return x + m.out_proj(grouped_rms_norm(y, **norm).to(x.dtype))
 
 
 def attention_step(layer, x, index, cache):
     """An attention layer, * or L: q, k and v in one product; new keys go into the cache where they are attended to."""
     m, norm, state = layer.mixer, layer.norm, cache.states[index]
     projections = m.q_proj, m.k_proj, m.v_proj
-    products = linear_step(x, tuple(p.weight for p in projections), norm=norm.weight, eps=norm.eps)
-    if isinstance(m, LocalLinear):
-        q, k, v = LocalLinearAttention.qkv(m, dict(zip(projections, products)).get)
+    if not is_plain(norm, *projections):
+        q, k, v = m.qkv(norm(x))
     else:
-        q, k, v = (p.unflatten(-1, (-1, m.head_dim)).transpose(1, 2) for p in products)  # [B, heads, T, D]
+        products = linear_step(x, tuple(p.weight for p in projections), norm=norm.weight, eps=norm.eps)
+        if isinstance(m, LocalLinear):
+            q, k, v = LocalLinearAttention.qkv(m, dict(zip(projections, products)).get)
+        else:
+            q, k, v = (p.unflatten(-1, (-1, m.head_dim)).transpose(1, 2) for p in products)  # [B, heads, T, D]
     if m.rotary_base:
         q, k = (apply_rope(t, cache.position, m.rotary_base) for t in (q, k))
     attend = attend_local_linear if isinstance(m, LocalLinear) else attend_softmax
     out = attend(m, q, k, v, state, cache)  # [B, Hq, T, D]
-    return linear_step(out.transpose(1, 2).flatten(2), m.o_proj.weight, residual=x)
+    return product(m.o_proj, out.transpose(1, 2).flatten(2), residual=x)
 
 
 def attend_softmax(_, q, k, v, state, cache):
@@ -352,45 +329,62 @@ def attend_local_linear(mixer, q, k, v, state, cache):
 
 def mlp_step(layer, x, index, cache):
     """An MLP: two products, squared ReLU in the first."""
-    up, down, norm = layer.mixer.up_proj, layer.mixer.down_proj, layer.norm
-    h = linear_step(x, up.weight, up.bias, norm=norm.weight, eps=norm.eps, relu2=True)
-    return linear_step(h, down.weight, down.bias, residual=x)
+    return product(layer.mixer.down_proj, product(layer.mixer.up_proj, x, layer.norm, relu2=True), residual=x)
 
 
 def forward_step(layer, x, index, cache):
-    """Any other layer, by its `forward`; a state of fixed size is written back when the step ends."""
-    mixer, state = layer.mixer, cache.states[index]
+    """Any other layer, by its `forward`. What it leaves in a state of fixed size is written back when the step ends."""
+    state = cache.states[index]
     if state is None:
-        return x + mixer(layer.norm(x))
-    if not isinstance(state, RecurrentState):
-        raise ValueError(
-            f"{type(mixer).__name__} has a state that grows and no fast step: use model.generate, or give it a row in "
-            "decoding.STEPS"
-        )
-    cache.pending_states[index] = new = copy.copy(state)
-    return x + mixer(layer.norm(x), new)
+        return layer(x)
+    if isinstance(state, KVState):  # the host has to know its length: never a part of a graph, see `can_record`
+        return layer(x, replace(state, length=int(cache.position), pad=cache.pad))
+    states, out = [state], []
+    for part in x.split(1 if cache.speculative else x.shape[1], dim=1):
+        states.append(copy.copy(states[-1]))
+        out.append(layer(part, states[-1]))
+    cache.pending_states[index] = states[1:] if cache.speculative else states[-1]
+    return torch.cat(out, dim=1)
 
 
 STEPS = {Mamba2: mamba2_step, Attention: attention_step, LocalLinear: attention_step, MLP: mlp_step}
 
 
+def step_of(layer):
+    """Returns the function above that takes a step through a Block: a fused one where that changes nothing."""
+    return STEPS.get(type(layer.mixer), forward_step) if is_plain(layer, layer.mixer) else forward_step
+
+
+def can_record(model):
+    """Returns whether a step can be a CUDA graph: it would not run a hook again, nor ask the host for a length."""
+    growing = [layer for layer in model.layers if layer.stateful and isinstance(layer.mixer.new_state(), KVState)]
+    return all(step_of(layer) is not forward_step for layer in growing) and not any(map(has_hooks, model.modules()))
+
+
+def identity_of(model):
+    """Returns what a recorded step depends on: the modules of a model, and where its weights lie."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return can_record(model), *map(id, model.modules()), *(t.data_ptr() for t in tensors)
+
+
 def through_static(layers, x, cache):
     """Returns x [B, T, C] after the layers; the counterpart of `nano_hybrid.through` for a StaticCache."""
     for index, layer in enumerate(layers):
-        x = STEPS.get(type(layer.mixer), forward_step)(layer, x, index, cache)
+        x = step_of(layer)(layer, x, index, cache)
     cache.finish(x.shape[1])
     return x
 
 
 def decode_step(model, ids, cache):
     """Returns hidden states [B, T, C] of ids [B, T], a few tokens, before the final norm."""
-    return through_static(model.model.layers, embed(ids, model.model.embeddings.weight), cache)
+    embeddings = model.model.embeddings
+    x = embed(ids, embeddings.weight) if is_plain(embeddings) else embeddings(ids)
+    return through_static(model.model.layers, x, cache)
 
 
 def step_logits(model, hidden, normed):
     """Returns logits [..., V] of hidden states, in the model's dtype. normed: whether they are after the final norm."""
-    norm = model.model.norm_f
-    return linear_step(hidden, model.lm_head.weight, norm=None if normed else norm.weight, eps=norm.eps)
+    return product(model.lm_head, hidden, None if normed else model.model.norm_f)
 
 
 # ---- 5. a session: what calls of one shape share ------------------------------------------------------------------
@@ -400,7 +394,8 @@ class DecodeSession:
     """What `generate` decodes with: a static cache, the last token of each row, a step for each size of the batch.
 
     On a GPU a step is a CUDA graph, which takes a hundred steps' time to record and knows its tensors by their address.
-    In one session, calls of one shape use the same tensors, and graphs recorded in the first serve the rest.
+    In one session, calls of one shape use the same tensors, and graphs recorded in the first serve the rest, until a
+    module of the model is replaced or a weight moves. Drafts record their own steps, call by call.
     """
 
     def __init__(self):
@@ -411,9 +406,9 @@ class DecodeSession:
         kind = model.lm_head.weight.device.type
         if not torch.is_autocast_enabled(kind):
             return model
-        dtype = torch.get_autocast_dtype(kind)
-        if self.copied != (model, dtype):
-            self.copied, self.copy = (model, dtype), copy.deepcopy(model).requires_grad_(False)
+        dtype, modules = torch.get_autocast_dtype(kind), tuple(map(id, model.modules()))
+        if self.copied != (modules, dtype):
+            self.copied, self.copy = (modules, dtype), copy.deepcopy(model).requires_grad_(False)
             for module in self.copy.modules():
                 if isinstance(module, nn.Linear) and module.weight is not self.copy.model.embeddings.weight:
                     module.to(dtype)
@@ -422,7 +417,7 @@ class DecodeSession:
 
     def begin(self, model, cache, rows, capacity, sampler, wants_logprobs):
         """Goes on from a cache: row i of the batch, int64 [B], from row rows[i] of it."""
-        shape = (model, len(rows), cache.pad is None, sampler, wants_logprobs)
+        shape = (identity_of(model), len(rows), cache.pad is None, sampler, wants_logprobs)
         if shape == self.shape and capacity <= self.capacity:
             expand_batch(cache, rows, self.capacity, self.whole)
         else:
@@ -451,7 +446,7 @@ class DecodeSession:
         drawn, probs = self.sampler(step_logits(self.model, hidden[:, -1], normed))  # [b], [b, V]
         self.token.copy_(drawn)
         if self.logprobs is not None:
-            self.logprob.copy_(probs.gather(1, drawn[:, None])[:, 0].log())
+            self.logprob.copy_(logprob_of(drawn, probs))
 
     def step(self):
         """Reads the last token of each row, and draws the next."""
@@ -459,7 +454,7 @@ class DecodeSession:
             me = weakref.proxy(self)  # a reference would keep an unused session until the garbage collector runs
             self.graphs[self.size] = GraphedStep(
                 lambda: me.sample(decode_step(me.model, me.token[:, None], me.cache), normed=False),
-                self.tokens.device, self.model.lm_head.weight.dtype, self.sampler.generator,
+                self.tokens.device, self.model.lm_head.weight.dtype, self.sampler.generator, can_record(self.model),
             )  # fmt: skip
         self.graphs[self.size]()
 
@@ -480,26 +475,28 @@ class DecodeSession:
 
 # ---- 6. generation ------------------------------------------------------------------------------------------------
 
-# A batch is made smaller when half of its rows have stopped, if it has so many rows and, on a GPU, where a step has to
-# be recorded anew, has gone on for so many steps. In a session that is kept, already when a quarter has stopped.
-SMALLEST_CUT, CUT_AFTER = 32, 24
-CAPACITY = 1024  # positions that `generate` makes room for at once, or as many as the prompt has
+CAPACITY = 1024  # positions that `generate` allocates at once, or as many as the prompt has
 
 
-def check_options(model, prompts, max_new_tokens, sampler, budget, draft, logprobs, prefill_size):
-    """Raises ValueError, in one line, for options of `generate` that cannot be, alone or together."""
-    check_sampling(sampler.temperature, sampler.top_k, sampler.top_p)
+def check_options(model, max_new_tokens, sampler, budget, draft, prefill_size):
+    """Raises ValueError, in one line, for a model or options that `generate` cannot go on with."""
+    if not isinstance(model, Hybrid):
+        raise ValueError(f"generate takes a Hybrid, not a {type(model).__name__}; of a PeftModel, its base_model.model")
+    if not isinstance(budget, ThinkingBudget | None):
+        raise ValueError(f"budget={budget} is to be a ThinkingBudget: its tokens, and those that close the thinking")
+    check_sampling(sampler.temperature, sampler.top_k, sampler.top_p, sampler.vocab_size)
     if max_new_tokens < 0 or draft < 0 or prefill_size < 1:
         raise ValueError(
             f"need max_new_tokens={max_new_tokens} and draft={draft} >= 0, prefill_size={prefill_size} >= 1"
         )
-    if draft and (model.mtp is None or len(prompts) > 1 or budget):
+    if model.training and model.config.hidden_dropout:
+        raise ValueError(f"the model is in training, with dropout {model.config.hidden_dropout}: call its eval() first")
+    if any(map(has_hooks, (model, model.model))):
         raise ValueError(
-            f"draft={draft} needs a model trained with num_nextn_predict_layers=1 (--recipe=super3 is), "
-            f"one row (here {len(prompts)}) and no thinking budget"
+            "a hook on the whole model or its backbone does not see single steps: hook layers, or use model.generate"
         )
-    if logprobs is not None and (draft or budget or sampler.greedy):
-        raise ValueError("logprobs are of tokens that were drawn: they need temperature > 0, no drafts and no budget")
+    if draft and model.mtp is None:
+        raise ValueError(f"draft={draft} needs a model trained with num_nextn_predict_layers=1 (--recipe=super3 is)")
     for layer in model.layers if draft else ():
         if layer.stateful and not layer.mixer.new_state().can_roll_back:
             raise ValueError(
@@ -510,75 +507,52 @@ def check_options(model, prompts, max_new_tokens, sampler, budget, draft, logpro
 @torch.inference_mode()
 def generate(
     model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None, budget=None, draft=0,
-    draft_stats=None, logprobs=None, prefill_size=8192, session=None,
+    draft_stats=None, logprobs=None, prefill_size=8192, session=None, vocab_size=None,
 ):  # fmt: skip
     """Yields one int64 tensor [B] per step, as `nano_hybrid.Hybrid.generate`: the same tokens, faster.
 
     model: a Hybrid; call eval() first if it has dropout. budget: a ThinkingBudget. draft: tokens to guess ahead by
-    multi-token prediction, for one row: the tokens are the same (sampled: equally distributed), in fewer forwards;
-    draft_stats: a DraftStats to count in. logprobs: a list to which the log-probability [B] of each step's tokens, as
-    they were drawn, is added. prefill_size: tokens of the prompt to read at a time, which bounds the memory of that;
+    multi-token prediction, each row by itself: the tokens are the same (sampled: equally distributed), in fewer
+    forwards; draft_stats: a DraftStats to count in. logprobs: a list to which the log-probability [B] of each step's
+    tokens is added, in the distribution that they were drawn from: 0 for greedy ones, those that the budget inserted,
+    and rows that have stopped. prefill_size: tokens of the prompt to read at a time, which bounds the memory of that;
     equal prompts are read once. session: a DecodeSession, for calls that share memory and CUDA graphs, with one
-    generator for all. Raises ValueError for an empty prompt, and for options that cannot be.
+    generator for all. vocab_size: ids from here on, which fill up the vocabulary, are never drawn. Options go together
+    as they are given. Raises ValueError for an empty prompt, and for options that cannot be.
     """
-    sampler, device = Sampler(temperature, top_k, top_p, generator), model.lm_head.weight.device
-    prompt, pad = pad_left(ids, device)  # [B, T], [B]
-    check_options(model, prompt, max_new_tokens, sampler, budget, draft, logprobs, prefill_size)
+    sampler = Sampler(temperature, top_k, top_p, generator, vocab_size)
+    check_options(model, max_new_tokens, sampler, budget, draft, prefill_size)
+    device = model.model.embeddings.weight.device
+    prompt, pad = pad_left(ids, device, model.config.vocab_size)  # [B, T], [B]
     B, T = prompt.shape
     stop = torch.tensor(list(stop), dtype=torch.int64, device=device)
     capacity = T + min(max_new_tokens, max(T, CAPACITY)) + 2 * (draft + 1)  # two steps: see _draft_steps
     rows = ActiveRows(B, stop, device, kept=session is not None)
+    control = None if budget is None else partial(BudgetControl, budget, device=device)
     if draft:
-        steps = _draft_steps(model, prompt, draft, sampler, draft_stats or DraftStats(), prefill_size, capacity)
+        stats = DraftStats() if draft_stats is None else draft_stats
+        steps = _draft_rows(model, prompt, pad, draft, sampler, stats, prefill_size, capacity, control, rows)
     else:
-        session, kept = session or DecodeSession(), session is not None
-        steps = _steps(model, prompt, pad, sampler, budget, prefill_size, capacity, logprobs, rows, session, kept)
-    for token in itertools.islice(steps, max_new_tokens):
+        kept, session = session is not None, session or DecodeSession()
+        control, wants = control and control(B), logprobs is not None
+        steps = _steps(model, prompt, pad, sampler, control, prefill_size, capacity, wants, rows, session, kept)
+    for token, logprob in itertools.islice(steps, max_new_tokens):
         if rows.n_active() == 0:  # asked only now that a GPU has the next step to work on
             return
+        if logprobs is not None:
+            logprobs.append(logprob.masked_fill(rows.done, 0.0))
         yield torch.where(rows.done, -1, token)
         rows.update(token)
 
 
-class ActiveRows:
-    """Which rows of a batch have stopped, and which of the others the batch should shrink to."""
+def _steps(model, ids, pad, sampler, control, prefill_size, capacity, wants_logprobs, active, session, kept):
+    """Yields (the next token [B] of every row, its log-probability [B] or None), without end.
 
-    def __init__(self, B, stop, device, kept):
-        self.stop, self.kept, self.on_gpu = stop, kept, device.type == "cuda"
-        self.done = torch.zeros(B, dtype=torch.bool, device=device)
-        self.n_active = lambda: B  # a function: on a GPU the count is still on its way
-        self.rows, self.since = torch.arange(B, device=device), 0  # rows in the batch; steps since they became so few
-        self.cut = None  # int64 [n]: the rows, of those in the batch, that it should shrink to
-
-    def update(self, token):
-        """Notes the tokens [B] of a step, and decides whether the batch should shrink."""
-        if not len(self.stop):
-            return
-        n_before = self.n_active()
-        self.done |= torch.isin(token, self.stop)
-        self.n_active, self.since = to_host((~self.done).sum()), self.since + 1
-        fewer = len(self.rows) * 3 // 4 if self.kept and self.on_gpu else len(self.rows) // 2
-        long_enough = self.since >= CUT_AFTER or self.kept or not self.on_gpu
-        if len(self.rows) >= SMALLEST_CUT and n_before <= fewer and long_enough:
-            stopped = self.done[self.rows]  # a GPU goes on with exactly `fewer`, for which it has a graph
-            self.cut = stopped.argsort(stable=True)[:fewer] if self.on_gpu else (~stopped).nonzero()[:, 0]
-            self.rows, self.since = self.rows[self.cut], 0
-
-    def take_cut(self):
-        """Returns `cut` and forgets it."""
-        cut, self.cut = self.cut, None
-        return cut
-
-
-def _steps(model, ids, pad, sampler, budget, prefill_size, capacity, logprobs, active, session, kept):
-    """Yields the next token [B] of every row, without end; -1 for rows that the batch no longer has.
-
-    logprobs: None, or a list that their log-probabilities go to. active: an ActiveRows, which says when the batch
-    shrinks. kept: whether the session is to serve another call.
+    Token -1 is that of rows that the batch no longer has. control: a BudgetControl or None. active: an ActiveRows,
+    which says when the batch shrinks. kept: whether the session is to serve another call.
     """
     B = len(ids)
     model = session.model_like(model) if kept else model
-    control = budget and BudgetControl(budget, ids)
     rows = torch.arange(B, device=ids.device)  # those in the batch
     prompts, which = torch.cat([pad[:, None], ids], dim=1), rows
     if B > 1:
@@ -591,14 +565,15 @@ def _steps(model, ids, pad, sampler, budget, prefill_size, capacity, logprobs, a
     for part in prompts[:, 1:].split(prefill_size, dim=1):
         hidden = model.model(part, cache)
     capacity = -(-capacity // 64) * 64 if kept else capacity
-    session.begin(model, cache, which, capacity, sampler, logprobs is not None)
+    session.begin(model, cache, which, capacity, sampler, wants_logprobs)
     session.sample(hidden[which])
     for length in itertools.count(ids.shape[1] + 1):
         if control:
-            session.token.copy_(control(session.token))
-        if logprobs is not None:
-            logprobs.append(of_all(session.logprob, 0.0))
-        yield of_all(session.token, -1)
+            token, inserted = control(session.token)
+            session.token.copy_(token)
+            if wants_logprobs:
+                session.logprob.masked_fill_(inserted, 0.0)
+        yield of_all(session.token, -1), of_all(session.logprob, 0.0) if wants_logprobs else None
         cut = active.take_cut()
         if cut is not None and len(cut):
             rows = rows[cut]
@@ -620,8 +595,8 @@ class DraftStep:
     rejected ones is taken back: keys and values by `position`, a Mamba layer by the state after the last accepted one.
     """
 
-    def __init__(self, model, n, sampler, token, ahead, cache, memory):
-        self.model, self.n, self.sampler = model, n, sampler
+    def __init__(self, model, n, sampler, control, token, ahead, cache, memory):
+        self.model, self.n, self.sampler, self.control = model, n, sampler, control
         self.token, self.ahead = token, ahead  # [1] the last token; [1, 1, C] the predictor's hidden state there
         self.cache, self.memory = cache, memory  # StaticCache of the model, and of the predictor
 
@@ -629,45 +604,67 @@ class DraftStep:
         """Returns the predictor's hidden states [1, T, C], one token further, for tokens [1, T]."""
         return self.model.mtp(self.model.model.embeddings(tokens), hidden, self.memory, through_static)
 
-    def __call__(self):
-        """Returns (tokens [1, n+1], n_accepted []): the accepted draft tokens and the one after them come first."""
-        n, model, start, h, drafts, q = self.n, self.model, self.memory.position.clone(), self.ahead, [], []
-        for depth in range(n):  # first from what the model knew, then from the predictor's own output
-            draft_token, probs = self.sampler(step_logits(model, h[:, 0], normed=True))  # [1], [1, V]
-            drafts.append(draft_token)
+    def draft(self):
+        """Returns (n draft tokens [1, n], the probabilities [1, V] that each was drawn from, or None)."""
+        h, drafts, q = self.ahead, [], []
+        for depth in range(self.n):  # first from what the model knew, then from the predictor's own output
+            token, probs = self.sampler(step_logits(self.model, h[:, 0], normed=True))  # [1], [1, V]
+            drafts.append(token)
             q.append(probs)
-            if depth < n - 1:
-                h = self.predict(draft_token[:, None], h)
-        drafts = torch.stack(drafts, dim=1)  # [1, n]
-        self.cache.speculative = True
-        hidden = decode_step(model, torch.cat([self.token[:, None], drafts], dim=1), self.cache)
-        hidden = model.model.norm_f(hidden)  # [1, n+1, C]
-        n_accepted, new = self.sampler.check(step_logits(model, hidden[0], normed=True), drafts[0], q)
-        self.cache.rollback(n_accepted)
-        is_draft = torch.arange(n + 1, device=new.device) < n_accepted
+            if depth < self.n - 1:
+                h = self.predict(token[:, None], h)
+        return torch.stack(drafts, dim=1), q
+
+    def check(self, hidden, drafts, q):
+        """Returns (tokens [1, n+1], n_accepted [], log-probabilities [n+1]): the accepted ones and one more come first.
+
+        A thinking budget ends what is accepted where it inserts a token other than the one that was drawn.
+        """
+        n_accepted, new, p = self.sampler.check(step_logits(self.model, hidden[0], normed=True), drafts[0], q)
+        is_draft = torch.arange(self.n + 1, device=new.device) < n_accepted
         tokens = torch.where(is_draft, F.pad(drafts, (0, 1)), new)  # [1, n+1]
+        logprobs = logprob_of(tokens[0], p)
+        for at in range(self.n + 1) if self.control else ():
+            token, inserted = self.control(tokens[:, at], counts=at <= n_accepted[None])
+            n_accepted = torch.where(token[0] != tokens[0, at], n_accepted.clamp(max=at), n_accepted)
+            tokens[:, at], logprobs[at] = token, logprobs[at].masked_fill(inserted[0], 0.0)
+        return tokens, n_accepted, logprobs
+
+    def __call__(self):
+        """Returns what `check` returns, and goes on to the last of the tokens that it accepts."""
+        start = self.memory.position.clone()
+        drafts, q = self.draft()
+        self.cache.speculative = True
+        hidden = decode_step(self.model, torch.cat([self.token[:, None], drafts], dim=1), self.cache)
+        hidden = self.model.model.norm_f(hidden)  # [1, n+1, C]
+        tokens, n_accepted, logprobs = self.check(hidden, drafts, q)
+        self.cache.rollback(n_accepted)
         self.memory.position.copy_(start)
         read = self.predict(tokens, hidden)  # [1, n+1, C]
         self.memory.position.copy_(start + n_accepted + 1)
         self.ahead.copy_(read.index_select(1, n_accepted[None]))
-        self.token.copy_(new)
-        return tokens, n_accepted
+        self.token.copy_(tokens[0].index_select(0, n_accepted[None]))
+        return tokens, n_accepted, logprobs
 
 
-def _draft_steps(model, ids, n, sampler, stats, prefill_size, capacity):
-    """Yields the next token [1], without end; several per forward of the model where draft tokens are accepted."""
+def _draft_steps(model, ids, n, sampler, stats, prefill_size, capacity, control):
+    """Yields (the next token [1], its log-probability [1]), without end; several per forward of the model."""
     cache, memory = model.new_cache(capacity=capacity), Cache(model.mtp.layers, capacity=capacity)
     for part in ids.split(prefill_size, dim=1):
         hidden = model.model(part, cache)  # [1, part, C]
         following = ids[:, cache.length - part.shape[1] + 1 : cache.length + 1]  # the token after each
         if cache.length == ids.shape[1]:
-            token, _ = sampler(step_logits(model, hidden[:, -1], normed=True))  # [1]
+            token, probs = sampler(step_logits(model, hidden[:, -1], normed=True))  # [1], [1, V]
+            logprob = logprob_of(token, probs)
+            if control:
+                token, inserted = control(token)
+                logprob = logprob.masked_fill(inserted, 0.0)
             following = torch.cat([following, token[:, None]], dim=1)
         ahead = model.mtp(model.model.embeddings(following), hidden, memory)[:, -1:]  # [1, 1, C], at the end of `token`
-    yield token.clone()
+    yield token.clone(), logprob
     caches = [to_static(what, capacity, ids.device) for what in (cache, memory)]
-    draft_step = DraftStep(model, n, sampler, token, ahead, *caches)
-    step = GraphedStep(draft_step, ids.device, model.lm_head.weight.dtype, sampler.generator)
+    draft_step = DraftStep(model, n, sampler, control, token, ahead, *caches)
+    step = GraphedStep(draft_step, ids.device, model.lm_head.weight.dtype, sampler.generator, can_record(model))
     length, before = ids.shape[1], None
     while True:
         if length + 2 * (n + 1) > capacity:  # this step, and the one whose outcome the host does not know yet
@@ -675,11 +672,28 @@ def _draft_steps(model, ids, n, sampler, stats, prefill_size, capacity):
             for what in caches:
                 what.grow(capacity)
             step.forget()
-        tokens, n_accepted = step()
-        now = tokens.clone(), to_host(n_accepted)
+        tokens, n_accepted, logprobs = step()
+        now = tokens.clone(), to_host(n_accepted), logprobs.clone()
         if before:  # asked only now that a GPU has the next step to work on
-            n_accepted = before[1]()
-            length += n_accepted + 1
-            stats.count(n_accepted, n)
-            yield from before[0][:, : n_accepted + 1].unbind(1)
+            tokens, n_accepted, logprobs = before
+            n_kept = n_accepted() + 1
+            length += n_kept
+            stats.count(n_kept - 1, n)
+            yield from zip(tokens[:, :n_kept].unbind(1), logprobs[:n_kept, None])
         before = now
+
+
+def _draft_rows(model, ids, pad, n, sampler, stats, prefill_size, capacity, control, active):
+    """Yields (the next token [B] of every row, its log-probability [B]): each row drafts by itself, in turn.
+
+    Rows keep different numbers of draft tokens a step, and a StaticCache has one position for all of its rows.
+    """
+    rows = [
+        _draft_steps(model, row[None, n_pad:], n, sampler, stats, prefill_size, capacity, control and control(1))
+        for row, n_pad in zip(ids, pad.tolist())
+    ]
+    over = torch.full((1,), -1, device=ids.device), torch.zeros(1, device=ids.device)
+    while True:
+        done = active.done.tolist() if len(rows) > 1 else [False]
+        tokens, logprobs = zip(*(over if stopped else next(row) for row, stopped in zip(rows, done)))
+        yield torch.cat(tokens), torch.cat(logprobs)

@@ -36,6 +36,7 @@ the gradients of the loss in its forward: Liger-Kernel, arXiv:2410.10989.
 """
 
 import os
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -86,6 +87,26 @@ def pick_backend(backend="auto", device="cpu", dtype=torch.float32, limit=None):
 def at_least_float32(x):
     """Returns x in float32, or unchanged if it is float64: the dtype for sums, exponentials and states."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def no_autocast(device):
+    """Returns a context in which autocast is off, for a torch.device: the meta device has none, and refuses it."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+@contextmanager
+def fresh_casts():
+    """A context, or as `@fresh_casts()` a decorator, in which autocast casts every weight anew, and again behind it.
+
+    Until its outermost context is left, autocast keeps the weights that it has cast. If a weight changes in place, what
+    was kept is stale; and in torch 2.8, a weight that was cast under no_grad gets no gradient. Whatever samples for
+    training is therefore in here, and may share a context of autocast with what learns.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def expect(name, tensor, *shape, hint=""):
@@ -893,7 +914,7 @@ class _Logprob(torch.autograd.Function):
 def _product_dtype(hidden, weight):
     """Returns the dtype of hidden @ weight.T: that of autocast where it is on, as for any torch product."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or use torch.autocast")

@@ -53,6 +53,7 @@ from kernels import (
     early_launch,
     expect,
     jit,
+    no_autocast,
     pick_backend,
     rms_norm,
     shared_memory,
@@ -131,8 +132,7 @@ def local_fit(s, q, k, v, ridge, iters=None):
 def _each_head(q, k, v, ridge):
     """Returns q, k, v, ridge in float32 or float64, k and v once for each query head, ridge [1 or H, 1, 1]."""
     group = q.shape[1] // k.shape[1]
-    q, k, v = (at_least_float32(t) for t in (q, k, v))
-    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    q, k, v = (at_least_float32(t) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
     return q, k, v, torch.as_tensor(ridge, device=q.device, dtype=q.dtype).view(-1, 1, 1)
 
 
@@ -146,7 +146,7 @@ def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
     1e-7 |k - k_1|^2 / ridge, in a whole text by a tenth of that; raises ValueError where this would be 1 (on a CPU).
     """
     dtype = q.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         q, k, v, ridge = _each_head(q, k, v, ridge)
         return local_fit(softmax_weights(q, k, scale, causal), q, k, v, ridge, iters).to(dtype)
 
@@ -714,7 +714,7 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
         seen = seen & (at >= pad[:, None, None, None])  # [B, 1, 1, capacity]
     column = seen.mT if seen.dim() > 1 else seen[:, None]
     k, v = (torch.where(column, t, 0.0) for t in (k, v))  # unseen positions may hold NaN
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
         return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
 
@@ -911,14 +911,19 @@ class LocalLinearAttention(nn.Module):
             raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}")
         if not MIN_RIDGE < ridge < math.inf:
             raise ValueError(f"ridge={ridge} must be above {MIN_RIDGE}, the least that a head may learn, and finite")
-        self.head_dim, self.eps = head_dim, eps
+        self.head_dim, self.eps, self.above = head_dim, eps, ridge - MIN_RIDGE
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.qk_norm = nn.Parameter(torch.ones(head_dim))
-        above = ridge - MIN_RIDGE
-        self.raw_ridge = nn.Parameter(torch.full((num_heads,), above + math.log(-math.expm1(-above))))
+        self.qk_norm, self.raw_ridge = nn.Parameter(torch.empty(head_dim)), nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters(children=False)
+
+    def reset_parameters(self, children=True):
+        """Sets norm and ridges to where they begin. children: draws the projections, too, as after `to_empty`."""
+        for projection in self.children() if children else ():
+            projection.reset_parameters()
+        nn.init.ones_(self.qk_norm)
+        nn.init.constant_(self.raw_ridge, self.above + math.log(-math.expm1(-self.above)))  # softplus gives `above`
 
     @property
     def ridge(self):
@@ -970,8 +975,7 @@ MIXERS = {"softmax": softmax_attention, "linear": mesa_ref, "LLA": lla}  # each 
 def piecewise_linear(generator, B, T, S, d):
     """Returns x [B, T, d] of length 1 and y = A x [B, T, d]: each segment of S has its own A and mean of x."""
     n, normal = T // S, partial(torch.randn, generator=generator, device=generator.device)
-    x = F.normalize(normal(B, n, 1, d), dim=-1) + normal(B, n, S, d) / d**0.5
-    x = F.normalize(x, dim=-1)
+    x = F.normalize(F.normalize(normal(B, n, 1, d), dim=-1) + normal(B, n, S, d) / d**0.5, dim=-1)
     return x.flatten(1, 2), (x @ normal(B, n, d, d) / d**0.5).flatten(1, 2)
 
 

@@ -932,20 +932,21 @@ class Mamba2(nn.Module):
         channels = di + 2 * n_groups * state_size  # x, B and C go through the convolution together
         self.in_proj = nn.Linear(hidden_size, di + channels + num_heads, bias=use_bias)  # z | x B C | dt
         self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels, bias=use_conv_bias)
-        self.A_log = nn.Parameter(torch.linspace(1, 16, num_heads).log())
-        self.D = nn.Parameter(torch.ones(num_heads))
-        dt = torch.logspace(-3, -1, num_heads)
+        evenly = torch.arange(num_heads) / max(1, num_heads - 1)  # transformers takes linspace off the meta device
+        self.A_log, self.D = nn.Parameter((1 + 15 * evenly).log()), nn.Parameter(torch.ones(num_heads))
+        dt = 10 ** (2 * evenly - 3)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.norm = nn.RMSNorm(di, eps)  # holds the gated norm's weight
         self.out_proj = nn.Linear(di, hidden_size, bias=use_bias)
 
     @torch.no_grad()
-    def init_weights(self):
-        """Draws A uniform in [1, 16] and dt log-uniform in [1e-3, 1e-1], where a new layer has both spread evenly."""
-        bound = 1 / math.sqrt(self.conv1d.weight.shape[-1])
-        self.conv1d.weight.uniform_(-bound, bound)
-        if self.conv1d.bias is not None:
-            self.conv1d.bias.uniform_(-bound, bound)
+    def reset_parameters(self, children=True):
+        """Draws A uniform in [1, 16] and dt log-uniform in [1e-3, 1e-1], where a new layer has both spread evenly.
+
+        children: draws the projections, too. For a layer that was made on the meta device, after `to_empty`.
+        """
+        for part in self.children() if children else [self.conv1d]:
+            part.reset_parameters()
         self.A_log.uniform_(1, 16).log_()
         self.D.fill_(1)
         dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
