@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 import ssd
 from conftest import LargestTensor
 
@@ -185,7 +186,106 @@ def test_documents_of_any_numbers_are_the_recurrence_s():
             assert_same(got, want)
 
 
-def test_a_step_asked_of_triton_by_name_does_not_drop_gradients(monkeypatch):
-    x, dt, A, Bm, Cm, D, state = ssd_inputs(T=1, dtype=torch.float32)
-    with pytest.raises(ValueError, match="no backward"):
-        ssd.ssd_step(state, x[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0], D, backend="triton")
+def layer(H=4, P=8, N=8, G=2, **options):
+    """A small layer with conv weights and biases that matter."""
+    torch.manual_seed(0)
+    layer = ssd.Mamba2(12, H, P, N, G, chunk_size=16, **options)
+    layer.reset_parameters(children=False)
+    return layer.to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_documents_in_one_row_of_a_layer_are_texts_of_their_own(backend, monkeypatch):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "BACKEND", backend)
+    mamba, u = layer(), draw(2, 23, 12, dtype=torch.float32).to(DEVICE)
+    seq_idx = torch.tensor([5] * 9 + [0] * 2 + [5] * 12, device=DEVICE).expand(2, 23)
+    results = []
+    for parts in ([(u, seq_idx)], [(part, None) for part in u.split([9, 2, 12], 1)]):
+        y = torch.cat([mamba(part, seq_idx=documents) for part, documents in parts], 1)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(mamba.parameters()))])
+    for got, want in zip(*results):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_a_state_after_documents_goes_on_with_the_last_one():
+    """Also where it is shorter than the convolution is wide."""
+    mamba, u = layer(), draw(1, 14, 12, dtype=torch.float32).to(DEVICE)
+    seq_idx, packed, alone = torch.tensor([[0] * 8 + [1] * 2], device=DEVICE), ssd.MambaState(), ssd.MambaState()
+    with torch.no_grad():
+        for parts in (u[:, :10], u[:, 10:13], u[:, 13:]):
+            got = mamba(parts, packed, seq_idx=seq_idx if parts.shape[1] == 10 else None)
+            want = mamba(parts[:, -2:] if parts.shape[1] == 10 else parts, alone)
+            assert (got[:, -want.shape[1] :] - want).abs().max() < 1e-6
+    assert (packed.conv - alone.conv).abs().max() < 1e-6 and (packed.ssm - alone.ssm).abs().max() < 1e-6
+
+
+def test_triton_asked_for_by_the_environment_never_falls_back(monkeypatch):
+    """A state that fits no kernel, and a gradient of a step, which has none."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "BACKEND", "triton")  # what NANO_BACKEND=triton sets
+    inputs = [t.detach().float().to(DEVICE) for t in ssd_inputs(B=1, T=2, H=2, P=256, G=1, N=256)]
+    x, dt, A, Bm, Cm, D, state = inputs
+    large = "asked for, but a state of P=256 x N=256 in torch.float32 does not fit a kernel"
+    projected, di = torch.zeros(1, 2, 2 * 512 + 2 * 256 + 2, device=DEVICE), 512
+    ones = [torch.ones(*shape, device=DEVICE) for shape in ((di + 512, 4), (di + 512,), (2,), (2,), (2,), (di,))]
+    for call in (
+        lambda b: ssd.ssd(x, dt, A, Bm, Cm, D, backend=b),
+        lambda b: ssd.mamba2_inner(projected, *ones, 1, backend=b),
+    ):
+        for backend in ("auto", "triton"):
+            with pytest.raises(ValueError, match=large):
+                call(backend)
+        assert call("torch").isfinite().all()
+    for backend in ("auto", "triton"):
+        with pytest.raises(ValueError, match="a gradient is wanted and ssd_step has no backward"):
+            ssd.ssd_step(state.requires_grad_(), x[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0], D, backend=backend)
+
+
+def test_without_a_word_about_it_a_large_state_takes_the_definition(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRET", True)
+    pick = kernels.pick_backend
+    monkeypatch.setattr(ssd, "pick_backend", lambda backend, device, *rest: pick(backend, "cuda", *rest))
+    monkeypatch.setattr(ssd, "ssd_triton", None)
+    x, dt, A, Bm, Cm, D, _ = ssd_inputs(B=1, T=2, H=2, P=256, G=1, N=256, dtype=torch.float32)
+    assert ssd.ssd(x, dt, A, Bm, Cm, D).shape == x.shape
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_mixed_dtypes_give_what_x_has_on_every_backend(backend, low):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if low == torch.bfloat16 and DEVICE == "cpu":
+            pytest.skip("the interpreter has no bfloat16 products")
+    exact = [t.detach().to(low).double() for t in ssd_inputs(T=20, P=8, N=8)]
+    want = ssd.ssd_recurrent_ref(*exact[:6], exact[6], return_final_state=True)
+    f32, f64 = torch.float32, torch.float64
+    for each in ([low] * 7, [low] + [f32] * 6, [low] * 3 + [f32] + [low] * 3, [f32, f64, f64, low, f32, f64, f64]):
+        x, dt, A, Bm, Cm, D, h0 = (t.to(DEVICE, d) for t, d in zip(exact, each))
+        y, state = ssd.ssd(x, dt, A, Bm, Cm, D, 16, h0, return_final_state=True, backend=backend)
+        assert (y.dtype, state.dtype) == (x.dtype, f32), each
+        step = ssd.ssd_step(h0, x[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0], D, backend=backend)
+        assert (step[0].dtype, step[1].dtype) == (x.dtype, f32), each
+        for got, exactly in zip((y, state, step[0]), (*want, want[0][:, 0])):
+            assert (got.cpu().double() - exactly).norm() < 2 * torch.finfo(low).eps * exactly.norm(), each
+
+
+@pytest.mark.parametrize(
+    "k, shape, name",
+    [
+        (0, (1, 4, 115), "projected"),
+        (2, (47,), "conv_bias"),
+        (3, (3,), "dt_bias"),
+        (5, (3,), "D"),
+        (6, (31,), "projected"),
+    ],
+)
+def test_the_inside_of_a_layer_names_what_does_not_fit(k, shape, name):
+    shapes = [(1, 4, 116), (80, 4), (80,), (4,), (4,), (4,), (32,)]
+    inputs = [torch.ones(s) for s in shapes]
+    assert ssd.mamba2_inner(*inputs, 2).shape == (1, 4, 32)
+    inputs[k] = torch.ones(shape)
+    with pytest.raises(ValueError, match=f"{name} is"):
+        ssd.mamba2_inner(*inputs, 2)
