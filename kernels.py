@@ -36,7 +36,7 @@ the gradients of the loss in its forward: Liger-Kernel, arXiv:2410.10989.
 """
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -92,6 +92,21 @@ def at_least_float32(x):
 def no_autocast(device):
     """Returns a context in which autocast is off, for a torch.device: the meta device has none, and refuses it."""
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+@contextmanager
+def fresh_casts():
+    """A context, or as `@fresh_casts()` a decorator, in which autocast casts every weight anew, and again behind it.
+
+    Until its outermost context is left, autocast keeps the weights that it has cast. If a weight changes in place, what
+    was kept is stale; and in torch 2.8, a weight that was cast under no_grad gets no gradient. Whatever samples for
+    training is therefore in here, and may share a context of autocast with what learns.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def expect(name, tensor, *shape, hint=""):

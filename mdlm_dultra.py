@@ -40,7 +40,6 @@ Files    mdlm_dultra.py + grpo.py + kernels.py + nano_hybrid.py + unmasking.py +
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,12 +53,14 @@ from common.checkpoints import read_config, read_model, without_memory
 from common.data import Tokenizer
 from common.fit import fit
 from common.objectives import NextToken, Objective, Recipe
+from common.ranges import check_ranges
 from common.tasks import ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
-from grpo import advantages, policy_loss
-from kernels import at_least_float32, linear_logprob
+from grpo import advantages, batch_denominator, policy_loss
+from kernels import at_least_float32, fresh_casts, linear_logprob
 from latent_moe import new_load
 from nano_hybrid import PRESETS as HYBRIDS
 from nano_hybrid import TEXT_CPU, TEXT_GPU, Attention, Block, Hybrid, HybridConfig, apply_rope
+from rollouts import check_dropout, check_run
 from unmasking import DETERMINISTIC, apply_rule, current_block, decode, planner_logprob, planner_rule, predict, rule_of
 
 # ---- 1. the model ---------------------------------------------------------------------------------------------------
@@ -243,6 +244,7 @@ def mdlm_loss(model, ids, maskable=None, generator=None, keys=None, **options):
 
 
 @torch.no_grad()
+@fresh_casts()
 def nelbo(model, ids, maskable=None, samples=16, generator=None, keys=None):
     """Returns (mean [B], standard error [B]) of the bound on -log p(maskable | the rest), in nats for the whole row.
 
@@ -399,25 +401,12 @@ class DUltraConfig:
             raise ValueError(
                 "--joint learns from the tokens that were drawn: it needs --temperature of at least 0.001 (1 is usual)"
             )
-        for name, low, high in DULTRA_LIMITS:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                span = f"from {low} to {high}" if high < LARGEST else f"at least {low}, and finite"
-                raise ValueError(f"--{name}={value} must be {span}")
+        check_ranges(self, group_size=(2, 10**15))
         if self.imitated.partition(":")[0] not in DETERMINISTIC:
             raise ValueError(f"--imitated={self.imitated}: take a rule that decides by the probabilities, say factor:1")
         rule_of(self.imitated, None)
         if bool(self.distill_coef) != bool(self.teacher):
             raise ValueError("--distill_coef and --teacher go together")
-
-
-LARGEST = sys.float_info.max
-DULTRA_LIMITS = [  # bounds included
-    ("pretrain", 0, math.inf), ("imitate", 0, math.inf), ("group_size", 2, math.inf), ("replay_rows", 1, math.inf),
-    ("smoothing", 0, 0.49), ("temperature", 0, 100), ("efficiency", 0, LARGEST), ("distill_coef", 0, LARGEST),
-    ("imitate_lr", 0, LARGEST), ("planner_lr", 0, LARGEST), ("backbone_lr", 1e-12, LARGEST),
-    ("advantage_floor", -LARGEST, LARGEST), ("block_size", 1, math.inf),
-]  # fmt: skip
 
 
 class DUltra(Objective):
@@ -458,19 +447,18 @@ class DUltra(Objective):
     def from_run(cls, run, settings):
         """Returns the objective of a run (RunInfo). Raises ValueError, in one line, for settings that cannot be."""
         c, before = run.config, settings.pretrain + settings.imitate
-        if c.grad_accum > 1 or run.world_size > 1:
-            raise ValueError(f"--recipe={c.recipe} runs in one process, without --grad_accum: make --batch_size larger")
-        if before >= c.steps:
-            raise ValueError(f"--pretrain and --imitate, {before} steps, leave none of --steps={c.steps} for rewards")
         objective = cls(settings, Tokenizer(run.tokenizer), c.batch_size, run.seed, run.rank, run.world_size)
-        if unused := {"data", "context"} & set(run.given):
-            raise ValueError(f"--{min(unused)} has no meaning with --recipe={c.recipe}: its tasks come from --task")
+        if c.grad_accum > 1:
+            raise ValueError(
+                f"--grad_accum={c.grad_accum} has no meaning with --recipe={c.recipe}: make --batch_size larger; "
+                "--replay_rows bounds the memory"
+            )
+        check_run(run, before, f"--pretrain and --imitate, {before} steps together,", "--task")
         return objective
 
     def build(self, config):
         """Returns the model to train. Raises ValueError for a config with dropout."""
-        if config.hidden_dropout:
-            raise ValueError("--hidden_dropout: the sampler and the trainer must be one policy; leave it 0")
+        check_dropout(config)
         return MaskedDiffusionLM(config, self.length, planner=True)
 
     def about(self):
@@ -501,6 +489,7 @@ class DUltra(Objective):
         texts = completions(tasks, ids, self.tokenizer, self.env.max_new_tokens)
         return torch.tensor([score for score, _ in score_all(tasks, texts)], device=ids.device)
 
+    @fresh_casts()
     def batch(self, model, step):
         """Returns solved tasks (phases 1 and 2), or decodings of the model with their advantages (phase 3)."""
         c, G, self.step = self.settings, self.settings.group_size, step
@@ -527,13 +516,15 @@ class DUltra(Objective):
 
         metrics = dict(train_reward=R.mean(), accuracy=(score == 1).float().mean(), nfe=decoded.nfe.float().mean())
         metrics |= dict(learnt_from=(A != 0).float().mean(), tokens=(decoded.order > 0).sum())
-        return dict(ids=decoded.ids, order=decoded.order, keys=canvas.keys, advantages=A, metrics=metrics)
+        batch = dict(ids=decoded.ids, order=decoded.order, keys=canvas.keys, advantages=A)
+        return batch | dict(metrics=metrics, denominator=batch_denominator(decoded.order > 0))
 
     def loss(self, model, batch):
         """Returns (loss, metrics): of masked diffusion, of imitation, or dUltra's surrogate.
 
-        The surrogate's ratio is that of a whole step, and its sum is divided by B times length. There is one update for
-        each batch, here and in the paper: the ratio is one, and its clip, (.2, 1), has no effect.
+        The surrogate's ratio is that of a whole step, and its sum is divided by B times length: by the "denominator" of
+        the whole batch, even where its rows are learnt from in parts. There is one update for each batch, here and in
+        the paper: the ratio is one, and its clip, (.2, 1), has no effect.
         """
         if "canvas" in batch:
             canvas, maskable = batch["canvas"], batch["canvas"].maskable(model.mask_id)
@@ -546,9 +537,8 @@ class DUltra(Objective):
         step = torch.arange(1, int(order.max()) + 1, device=order.device)  # [S]
         live = (step <= order.amax(1, keepdim=True)) & (A != 0)[:, None]  # [B, S]: the others have no gradient
         logprob = replay(model, batch, live, self.settings)  # [B, S]
-        length = (order > 0).sum().float()  # of all rows together
         loss, metrics = policy_loss(
-            logprob, logprob, A, live, clip=(0.2, 1.0), aggregate="constant", denominator=length
+            logprob, logprob, A, live, clip=(0.2, 1.0), aggregate="constant", denominator=batch["denominator"]
         )
         no_gradient = 0 * sum(p.sum() for p in model.planner.out.parameters())  # for a batch whose A are all 0
         return loss + no_gradient, metrics | batch["metrics"]

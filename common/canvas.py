@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from common.tasks import BLANK
+from kernels import fresh_casts
 
 
 class Canvas(NamedTuple):
@@ -58,6 +59,7 @@ def completions(tasks, ids, tokenizer, max_new_tokens):
 
 
 @torch.no_grad()
+@fresh_casts()
 def completion_logprob(model, tasks, texts, tokenizer):
     """Returns the mean log-probability [B] of the tokens of completions, end of text included.
 

@@ -17,10 +17,12 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import torch
 import torch.distributed as dist
+
+from common.ranges import type_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +63,7 @@ def add_fields(group, config_class, taken):
         if f.name in taken:
             continue
         taken.add(f.name)
-        kind = next(t for t in get_args(types[f.name]) or [types[f.name]] if t is not type(None))
+        kind = type_of(types[f.name])
         shown = "" if f.default in (None, "") else f" (default: {f.default})"
         options = dict(type=kind, metavar=kind.__name__)
         if kind is bool:

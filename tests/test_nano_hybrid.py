@@ -774,7 +774,7 @@ def test_a_bad_checkpoint_is_named(file, how, error, message, tmp_path):
         (dict(hidden_size="wide"), "hidden_size='wide' must be a whole number"),
         (dict(hidden_dropout=1.0), "hidden_dropout=1.0"),
         (dict(lla_ridge=0.0), "lla_ridge=0.0 must be above 0.01"),
-        (dict(lla_ridge=math.nan), "lla_ridge=nan must be above 0.01"),
+        (dict(lla_ridge=math.nan), "lla_ridge=nan must be a number from 0"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):

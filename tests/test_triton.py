@@ -18,6 +18,7 @@ from benchmarks import kernels as bench_kernels
 from benchmarks import ssd as bench_ssd
 from conftest import TINY, scramble
 from decoding import generate
+from experiments import parallax
 from expert_kernels import expert_mlp
 from nano_hybrid import Hybrid, HybridConfig
 
@@ -485,9 +486,10 @@ def frozen_cases():
     yield lla._FlashLLA, lambda *t: lla.lla(*t, torch.ones(1, device=DEVICE), **triton), queries
     ridge = lambda *t: lla.lla(*t[:3], t[3].exp(), **triton)  # noqa: E731
     yield lla._FlashLLA, ridge, [*queries, (1,)]
+    yield parallax._FlashParallax, lambda *t: parallax.parallax(*t, **triton), [*queries, (1, 1, 3, 16)]
 
 
-@pytest.mark.parametrize("k", range(10))
+@pytest.mark.parametrize("k", range(11))
 def test_what_is_frozen_gets_no_gradient_and_changes_no_other(k, monkeypatch):
     function, op, shapes = list(frozen_cases())[k]
     returned, backward = [], function.backward
