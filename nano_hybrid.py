@@ -406,7 +406,8 @@ def through(layers, x, cache=None, load=None):
     attention_mask = cache.attention_mask(x.shape[1]) if cache else None
     for layer, state in zip(layers, cache.states if cache else [None] * len(layers)):
         if load and layer.routes:
-            x = load.add(layer.mixer, *layer(x, None, None, load.counted[:, -x.shape[1] :]))
+            counted = load.counted[:, -x.shape[1] :]  # multi-token prediction reads the last positions only
+            x = load.add(layer.mixer, *layer(x, None, None, counted))
         else:
             x = layer(x, state, attention_mask)
     if cache:
