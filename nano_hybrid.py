@@ -406,7 +406,8 @@ def through(layers, x, cache=None, load=None):
     attention_mask = cache.attention_mask(x.shape[1]) if cache else None
     for layer, state in zip(layers, cache.states if cache else [None] * len(layers)):
         if load and layer.routes:
-            x = load.add(layer.mixer, *layer(x, None, None, load.counted[:, -x.shape[1] :]))
+            counted = load.counted[:, -x.shape[1] :]  # multi-token prediction reads the last positions only
+            x = load.add(layer.mixer, *layer(x, None, None, counted))
         else:
             x = layer(x, state, attention_mask)
     if cache:
@@ -576,12 +577,13 @@ class Hybrid(nn.Module):
         mask bool [B, T-1] or None: positions that are not wanted are 0 in both, and cost no projection.
         """
         targets = ids[:, 1:]
+        rows = slice(None) if mask is None else mask.bool().flatten()
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
         load = new_load(self, before_padding(mask))
         hidden = self.model(ids[:, :-1], load=load)  # [B, T-1, C]
         if load:
             load.finish()  # the balance loss is left out: rewards come without it
-        outputs = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
+        outputs = linear_logprob(hidden.flatten(0, 1)[rows], self.lm_head.weight, targets.flatten()[rows], temperature)
         return tuple(v.new_zeros(mask.shape).masked_scatter(mask, v) for v in outputs)
 
     def num_parameters(self, active=False):

@@ -932,19 +932,18 @@ class Mamba2(nn.Module):
         channels = di + 2 * n_groups * state_size  # x, B and C go through the convolution together
         self.in_proj = nn.Linear(hidden_size, di + channels + num_heads, bias=use_bias)  # z | x B C | dt
         self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels, bias=use_conv_bias)
-        evenly = torch.arange(num_heads) / max(1, num_heads - 1)  # transformers takes linspace off the meta device
-        self.A_log, self.D = nn.Parameter((1 + 15 * evenly).log()), nn.Parameter(torch.ones(num_heads))
-        dt = 10 ** (2 * evenly - 3)
+        self.A_log = nn.Parameter((1 + 15 * torch.arange(num_heads) / max(1, num_heads - 1)).log())
+        self.D = nn.Parameter(torch.ones(num_heads))
+        dt = torch.logspace(-3, -1, num_heads)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.norm = nn.RMSNorm(di, eps)  # holds the gated norm's weight
         self.out_proj = nn.Linear(di, hidden_size, bias=use_bias)
 
     @torch.no_grad()
     def reset_parameters(self, children=True):
-        """Draws A uniform in [1, 16] and dt log-uniform in [1e-3, 1e-1], where a new layer has both spread evenly.
+        """Draws A uniform in [1, 16], dt log-uniform in [1e-3, 1e-1] (a new layer has them evenly spread).
 
-        children: draws the projections, too. For a layer that was made on the meta device, after `to_empty`.
-        """
+        children: draws the projections, too, as after `to_empty`."""
         for part in self.children() if children else [self.conv1d]:
             part.reset_parameters()
         self.A_log.uniform_(1, 16).log_()
