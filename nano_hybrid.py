@@ -61,7 +61,7 @@ from common.objectives import NextToken, Recipe
 from common.presets import SHAPES
 from common.ranges import check_ranges
 from common.sampling import check_sampling, draw, pad_left, token_probs
-from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
+from kernels import at_least_float32, fresh_casts, linear_cross_entropy, linear_logprob, rms_norm
 from latent_moe import MLP, MoE, MoEConfig, Router, balance_routers, before_padding, new_load
 from lla import MIN_RIDGE, LocalLinearAttention, lla
 from ssd import Mamba2
@@ -607,14 +607,15 @@ class Hybrid(nn.Module):
         check_sampling(temperature, top_k, top_p)
         cache, done = self.new_cache(pad), torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         stop = torch.tensor(list(stop), dtype=torch.int64, device=ids.device)
-        for _ in range(max_new_tokens):
-            hidden = self.model(ids, cache)[:, -1]  # [B, C]
-            token = draw(token_probs(self.lm_head(hidden), temperature, top_k, top_p), generator)  # [B]
-            yield torch.where(done, -1, token)
-            done |= torch.isin(token, stop)
-            if done.all():
-                return
-            ids = token[:, None]  # [B, 1]: the cache holds what came before
+        with fresh_casts():
+            for _ in range(max_new_tokens):
+                hidden = self.model(ids, cache)[:, -1]  # [B, C]
+                token = draw(token_probs(self.lm_head(hidden), temperature, top_k, top_p), generator)  # [B]
+                yield torch.where(done, -1, token)
+                done |= torch.isin(token, stop)
+                if done.all():
+                    return
+                ids = token[:, None]  # [B, 1]: the cache holds what came before
 
     def save_pretrained(self, directory, state_dict=None, **extra):
         """Writes config.json (with `extra` keys added) and model.safetensors, which `transformers` opens too.
