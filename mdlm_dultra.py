@@ -55,7 +55,7 @@ from common.fit import fit
 from common.objectives import NextToken, Objective, Recipe
 from common.ranges import check_ranges
 from common.tasks import ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
-from grpo import advantages, batch_denominator, policy_loss
+from grpo import advantages, denominator, policy_loss
 from kernels import at_least_float32, fresh_casts, linear_logprob
 from latent_moe import new_load
 from nano_hybrid import PRESETS as HYBRIDS
@@ -517,7 +517,7 @@ class DUltra(Objective):
         metrics = dict(train_reward=R.mean(), accuracy=(score == 1).float().mean(), nfe=decoded.nfe.float().mean())
         metrics |= dict(learnt_from=(A != 0).float().mean(), tokens=(decoded.order > 0).sum())
         batch = dict(ids=decoded.ids, order=decoded.order, keys=canvas.keys, advantages=A)
-        return batch | dict(metrics=metrics, denominator=batch_denominator(decoded.order > 0))
+        return batch | dict(metrics=metrics, denominator=denominator(decoded.order > 0))
 
     def loss(self, model, batch):
         """Returns (loss, metrics): of masked diffusion, of imitation, or dUltra's surrogate.

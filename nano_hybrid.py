@@ -61,7 +61,7 @@ from common.objectives import NextToken, Recipe
 from common.presets import SHAPES
 from common.ranges import check_ranges
 from common.sampling import check_sampling, draw, pad_left, token_probs
-from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
+from kernels import at_least_float32, fresh_casts, linear_cross_entropy, linear_logprob, rms_norm
 from latent_moe import MLP, MoE, MoEConfig, Router, balance_routers, before_padding, new_load
 from lla import MIN_RIDGE, LocalLinearAttention, lla
 from ssd import Mamba2
@@ -406,7 +406,8 @@ def through(layers, x, cache=None, load=None):
     attention_mask = cache.attention_mask(x.shape[1]) if cache else None
     for layer, state in zip(layers, cache.states if cache else [None] * len(layers)):
         if load and layer.routes:
-            x = load.add(layer.mixer, *layer(x, None, None, load.counted[:, -x.shape[1] :]))
+            counted = load.counted[:, -x.shape[1] :]  # multi-token prediction reads the last positions only
+            x = load.add(layer.mixer, *layer(x, None, None, counted))
         else:
             x = layer(x, state, attention_mask)
     if cache:
@@ -576,12 +577,13 @@ class Hybrid(nn.Module):
         mask bool [B, T-1] or None: positions that are not wanted are 0 in both, and cost no projection.
         """
         targets = ids[:, 1:]
+        rows = slice(None) if mask is None else mask.bool().flatten()
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
         load = new_load(self, before_padding(mask))
         hidden = self.model(ids[:, :-1], load=load)  # [B, T-1, C]
         if load:
             load.finish()  # the balance loss is left out: rewards come without it
-        outputs = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
+        outputs = linear_logprob(hidden.flatten(0, 1)[rows], self.lm_head.weight, targets.flatten()[rows], temperature)
         return tuple(v.new_zeros(mask.shape).masked_scatter(mask, v) for v in outputs)
 
     def num_parameters(self, active=False):
@@ -605,14 +607,15 @@ class Hybrid(nn.Module):
         check_sampling(temperature, top_k, top_p)
         cache, done = self.new_cache(pad), torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         stop = torch.tensor(list(stop), dtype=torch.int64, device=ids.device)
-        for _ in range(max_new_tokens):
-            hidden = self.model(ids, cache)[:, -1]  # [B, C]
-            token = draw(token_probs(self.lm_head(hidden), temperature, top_k, top_p), generator)  # [B]
-            yield torch.where(done, -1, token)
-            done |= torch.isin(token, stop)
-            if done.all():
-                return
-            ids = token[:, None]  # [B, 1]: the cache holds what came before
+        with fresh_casts():
+            for _ in range(max_new_tokens):
+                hidden = self.model(ids, cache)[:, -1]  # [B, C]
+                token = draw(token_probs(self.lm_head(hidden), temperature, top_k, top_p), generator)  # [B]
+                yield torch.where(done, -1, token)
+                done |= torch.isin(token, stop)
+                if done.all():
+                    return
+                ids = token[:, None]  # [B, 1]: the cache holds what came before
 
     def save_pretrained(self, directory, state_dict=None, **extra):
         """Writes config.json (with `extra` keys added) and model.safetensors, which `transformers` opens too.
