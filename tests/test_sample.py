@@ -86,6 +86,18 @@ def test_padding_of_the_vocabulary_is_never_printed(run, capsys):
     assert make(capsys, "--prompt=x", "--temperature=0").rstrip("\n") == "x" + 12 * "\0"
 
 
+def test_memory_that_runs_out_is_one_line(run, monkeypatch, capsys):
+    def running_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(sample, "go_on", running_out)
+    assert sample.main(["--prompt=x", "--device=cpu"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: no memory is left; take a smaller --num_samples")
+    monkeypatch.setattr(sample, "go_on", lambda *args: torch.ones(2) @ torch.ones(3))  # a mistake of ours
+    with pytest.raises(RuntimeError, match="size"):
+        sample.main(["--prompt=x", "--device=cpu"])
+
+
 def test_a_stream_is_the_same_text(run, capsys):
     assert make(capsys, "--prompt=é", "--stream") == make(capsys, "--prompt=é", "--stream=false")
 
