@@ -564,7 +564,7 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
             between = tl.where(t[:, None] < t[None, :], tl.cumsum(pairs, 1, reverse=True) + written[:, None], 0.0)
             da = tl.cumsum(read, 0, reverse=True) + tl.sum(between * dt[:, None], 0)
         else:
-            before = tl.cumsum(written * dt, 0) - written * dt  # what decays by less than 2^-28 is lost in what cancels:
+            before = tl.cumsum(written * dt, 0) - written * dt  # a decay below 2^-28 is lost in what cancels:
             da = tl.where(a < -20.0, 0.0, tl.cumsum(by_reader - by_writer * dt + read, 0, reverse=True) + before)
         tl.store(ddt_ptr + tl.arange(0, Q) * H + head, by_writer + written + A * da, mask=t < T)
         tl.store(dA_ptr + tl.program_id(0) * H + head, tl.sum(da * dt, 0))
