@@ -103,8 +103,7 @@ def _expect_digits(k, ridge):
     """Raises ValueError where all of the result would be rounding errors; not on a GPU, where the check would wait."""
     if k.device.type == "cpu" and k.numel() and not torch.compiler.is_compiling():
         apart, given = float(k.detach().norm(dim=-1).max()), float(ridge.detach().min())
-        least = torch.finfo(k.dtype).eps * apart**2
-        if given < least < math.inf:
+        if given < (least := torch.finfo(k.dtype).eps * apart**2) < math.inf:
             raise ValueError(f"ridge={given:.3g} is lost in {k.dtype}: keys {apart:.3g} apart need {least:.3g}")
 
 
@@ -112,9 +111,8 @@ def local_fit(s, q, k, v, ridge, iters=None):
     """Returns o [B, H, T, Dv], the intercepts at q of ridge regressions of v on k with weights s [B, H, T, S].
 
     Equation by equation, the centred form. q [B, H, T, D]; k [B, H, S, D]; v [B, H, S, Dv]; ridge [H or 1, 1, 1].
-    iters: steps of conjugate gradients in place of an exact solve. The paper's form is worse conditioned: with z_j =
-    k_j - q, mu = sum_j s_j z_j and rho = (sum_j s_j z_j z_j^T + ridge I)^-1 mu, o = sum_j s_j (1 - z_j.rho) v_j /
-    (1 - mu.rho). tests/test_lla.py finds the two to agree.
+    iters: steps of conjugate gradients in place of an exact solve. The paper's form, worse conditioned: z_j = k_j - q,
+    mu = sum s_j z_j, rho = (sum s_j z_j z_j^T + ridge I)^-1 mu, o = sum s_j (1 - z_j.rho) v_j / (1 - mu.rho).
     """
     D, origin = k.shape[-1], k[:, :, :1]
     q, k = q - origin, k - origin  # changes nothing, but C is a difference of moments: the smaller the more exact
@@ -751,9 +749,8 @@ def _moments_kernel(q_ptr, k_ptr, v_ptr, length_ptr, pad_ptr, parts_ptr, capacit
     begin = pad + split * share
     end = tl.minimum(begin + share, length)
     at = begin + n
-    k = tl.load(
-        k_ptr + at[:, None].to(tl.int64) * D + d[None, :], mask=(at[:, None] < end) & (d[None, :] < D), other=0.0
-    )
+    here, inside = at[:, None].to(tl.int64) * D, at[:, None] < end
+    k = tl.load(k_ptr + here + d[None, :], mask=inside & (d[None, :] < D), other=0.0)  # [N, D]
     best = tl.max(tl.where(at < end, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf")), 0)
     best = tl.where(begin < end, best, 0.0)
     seen, total = tl.full([N], -float("inf"), tl.float32), tl.zeros([N], tl.float32)
@@ -861,8 +858,7 @@ def lla_step_triton(q, k_cache, v_cache, ridge, length=None, pad=None, scale=Non
     sums = parts
     if splits > 1:
         sums = torch.empty(B * H, size, dtype=torch.float32, device=q.device)
-        grid = triton.cdiv(size, 512), B * H
-        _sum_parts_kernel[grid](parts, sums, size, SPLITS=splits, BLOCK=512, **early_launch())
+        _sum_parts_kernel[(triton.cdiv(size, 512), B * H)](parts, sums, size, splits, BLOCK=512, **early_launch())
     o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     _fit_kernel[(H, B)](
         q, k, pad, sums, _per_head(ridge, H, q.device), o, capacity, H, group, D,

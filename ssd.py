@@ -336,9 +336,9 @@ def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_
                         mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)  # [P, N]  # fmt: skip
         # 4. from the state that enters
         y = tl.dot(c, tl.trans(state), input_precision=PRECISION) * from_start[:, None]  # [Q, P]
-        # 1. from the chunk itself; dt goes into the matrix, so that x is used as it is
+        # 1. from the chunk itself; dt goes into the matrix, so that x is used as it is (float16: by a power of 2 less)
         decay = _decay_tile(a, s, seen, 0, EXACT)
-        unit = tl.maximum(tl.max(dt, 0), 1.0) if x.dtype == tl.float16 else 1.0  # scores dt may be too large for it
+        unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(dt, 0), 1.0)))) if x.dtype == tl.float16 else 1.0
         M = (scores * decay * (dt / unit)[None, :]).to(x.dtype)
         y = tl.dot(M, x, acc=y / unit, input_precision=PRECISION) * unit
         if D_ptr is not None:
@@ -550,13 +550,11 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
         g = tl.load(g_ptr + head * P * N + p[:, None] * N + n[None, :],
                     mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)  # [P, N]  # fmt: skip
         read = tl.load(read_ptr + tl.arange(0, Q) * H + head, mask=t < T, other=0.0)  # [i]
-        # inside the chunk
-        decay = _decay_tile(a, s, seen, 1, EXACT)  # [j, i]
+        decay = _decay_tile(a, s, seen, 1, EXACT)  # [j, i], inside the chunk
         pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay  # [j, i]
         pairs *= scores
         by_reader, by_writer = tl.sum(pairs * dt[:, None], 0), tl.sum(pairs, 1)  # [i]; [j], without dt
-        # to the state that leaves
-        du = tl.dot(b, tl.trans(g), input_precision=PRECISION) * to_end[:, None]  # [Q, P]
+        du = tl.dot(b, tl.trans(g), input_precision=PRECISION) * to_end[:, None]  # [Q, P], to the state that leaves
         written = tl.sum(x.to(tl.float32) * du, 1)  # [j], without dt
         du = tl.dot((scores * decay).to(x.dtype), dy, acc=du, input_precision=PRECISION)
         # da_t = sum_{i>=t} (by_reader_i - by_writer_i dt_i)   inside: readers from t on, of writers before t
@@ -566,9 +564,8 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
             between = tl.where(t[:, None] < t[None, :], tl.cumsum(pairs, 1, reverse=True) + written[:, None], 0.0)
             da = tl.cumsum(read, 0, reverse=True) + tl.sum(between * dt[:, None], 0)
         else:
-            written_before = tl.cumsum(written * dt, 0) - written * dt
-            da = tl.cumsum(by_reader - by_writer * dt + read, 0, reverse=True) + written_before
-            da = tl.where(a < -20.0, 0.0, da)  # what decays by less than 2^-28 is lost in what cancels here
+            before = tl.cumsum(written * dt, 0) - written * dt  # a decay below 2^-28 is lost in what cancels:
+            da = tl.where(a < -20.0, 0.0, tl.cumsum(by_reader - by_writer * dt + read, 0, reverse=True) + before)
         tl.store(ddt_ptr + tl.arange(0, Q) * H + head, by_writer + written + A * da, mask=t < T)
         tl.store(dA_ptr + tl.program_id(0) * H + head, tl.sum(da * dt, 0))
         du *= dt[:, None]  # now dx
