@@ -25,36 +25,43 @@ Differs  Ratings are the exact maximum: a model that always won is at +inf, wher
 Files    arena_hard.py: 0 lines in all
 """
 
-import importlib.util
-import os
 import re
 import sys
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import csr_array, hstack
-from scipy.sparse.csgraph import breadth_first_order, connected_components
-from scipy.special import expit, ndtr
-from sklearn.cluster import HDBSCAN, MiniBatchKMeans
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
+from scipy.special import ndtr
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import normalize
 from tqdm import tqdm
 
 from common.cli import Parser, add_fields, fail
-from common.jsonl import append_jsonl, read_jsonl, write_jsonl
+from common.endpoint import Chat
+from common.jsonl import ask_once, read_jsonl, write_jsonl
+from common.judging import (  # noqa: F401 for whoever imports
+    check_version,
+    file_name,
+    labels_of,
+    named_judge,
+    openai_judge,
+    parse_verdict,
+    read_answers,
+    rough_tokens,
+    run,
+    to_question,
+    uid_of,
+    user_turns,
+)
+from common.ratings import bootstrap, bt_ratings, checked, interval, standing, win_rate
+from common.topics import cluster, topic_names
 
-# ---- 1. verdicts and battles ----------------------------------------------------------------------------------------
+# ---- 1. battles -----------------------------------------------------------------------------------------------------
+#
+# The judge's protocol, `parse_verdict`, `openai_judge` and `run`, is in common/judging.py; the ratings, `bt_ratings`,
+# `bootstrap` and `interval`, are in common/ratings.py.
 
-LABELS = ("A>>B", "A>B", "A=B", "B>A", "B>>A")
-TURNED = {"B<<A": "A>>B", "B<A": "A>B", "B=A": "A=B", "A<B": "B>A", "A<<B": "B>>A"}
-VERSIONS = ("v0.1", "v2.0")
 FIRST_BASELINE = "gpt-4-0314"  # of v0.1, whose rows do not name one
 
 
@@ -68,45 +75,6 @@ class Battles(NamedTuple):
     uid: np.ndarray  # [n] str, the question
 
 
-def parse_verdict(text, version="v2.0"):
-    """Returns the label of a judgment: one of LABELS, or None if it has none.
-
-    v0.1: the only label in double brackets; different ones are None. v2.0: the last one in double brackets, or else in
-    single ones, in either case, and `[[B<A]]` is `A>B`. Source: arena-hard-auto, `get_score` of the two generations.
-    """
-    check_version(version)
-    double, single = r"\[\[([AB<>=]+)\]\]", r"\[([AB<>=]+)\]"
-    if version == "v0.1":
-        found = set(re.findall(double, text or ""))
-        label = found.pop() if len(found) == 1 else None
-    else:
-        text = (text or "").upper()
-        found = re.findall(double, text) or re.findall(single, text)
-        label = TURNED.get(found[-1], found[-1]) if found else None
-    return label if label in LABELS else None
-
-
-def check_version(version):
-    """Raises ValueError for a protocol that there is not."""
-    if version not in VERSIONS:
-        raise ValueError(f"unknown version {version!r}; use v0.1 or v2.0")
-
-
-def text_of(game):
-    """Returns the judge's words in a game of either format."""
-    judgment = game.get("judgment") or ""
-    return judgment if isinstance(judgment, str) else judgment.get("answer") or ""
-
-
-def label_of(game, version):
-    """Returns the label of a stored game: its score, or what its text says if it has none; None for a null game."""
-    if not game:
-        return None
-    label = game["score"] if "score" in game else parse_verdict(text_of(game), version)
-    label = TURNED.get(label, label) if version == "v2.0" else label
-    return label if label in LABELS else None
-
-
 def to_battles(judgments, weight=3, version="v2.0", first_game_only=False):
     """Returns the Battles of judgment rows: the baseline is a, in game 1 the judge saw it as A, in game 2 as B.
 
@@ -117,10 +85,7 @@ def to_battles(judgments, weight=3, version="v2.0", first_game_only=False):
         raise ValueError(f"weight={weight}: how many battles a strong verdict counts, 1 or more")
     found = []
     for row in judgments:
-        if "games" not in row or "model" not in row or uid_of(row) is None:
-            raise ValueError(f"a judgment needs uid, model and games, and this one has {', '.join(row)}")
-        labels = [label_of(game, version) for game in (list(row["games"] or []) + [None, None])[:2]]
-        labels = labels[: 1 if first_game_only else 2]
+        labels = labels_of(row, version)[: 1 if first_game_only else 2]
         if version == "v2.0" and None in labels:
             continue
         for game, label in enumerate(labels):
@@ -134,12 +99,6 @@ def to_battles(judgments, weight=3, version="v2.0", first_game_only=False):
     return Battles(models, a, b, np.array([x[2] for x in found], dtype=float), np.array([x[3] for x in found], str))
 
 
-def uid_of(row):
-    """Returns the question of a row, as a string, in either format; None if it names none."""
-    uid = row.get("uid", row.get("question_id"))
-    return None if uid is None else str(uid)
-
-
 def judge_habits(judgments, version="v2.0"):
     """Returns counts of a judge's habits: rows, games, nulls, ties, complete rows, and how often its order decides.
 
@@ -149,7 +108,7 @@ def judge_habits(judgments, version="v2.0"):
     sides = {"A>>B": 1, "A>B": 1, "A=B": 0, "B>A": -1, "B>>A": -1}
     counts = Counter(dict.fromkeys(("rows", "games", "nulls", "ties", "complete", "contradicting", "disagreeing"), 0))
     for row in judgments:
-        labels = [label_of(game, version) for game in (list(row["games"] or []) + [None, None])[:2]]
+        labels = labels_of(row, version)
         counts.update(rows=1, games=2, nulls=labels.count(None), ties=labels.count("A=B"), complete=None not in labels)
         if None not in labels:
             first, second = sides[labels[0]], -sides[labels[1]]
@@ -157,160 +116,7 @@ def judge_habits(judgments, version="v2.0"):
     return dict(counts)
 
 
-# ---- 2. Bradley-Terry -----------------------------------------------------------------------------------------------
-#
-# log-likelihood = sum_ij W_ij log sigmoid(theta_i - theta_j), W_ij: how often i won against j, a tie as half a win for
-# each. It has a maximum among models that are linked by wins in both directions, along any chain (Ford, 1957). A model
-# above such a group, with wins against it and no loss, is infinitely better; one beside it is not comparable.
-
-
-def bt_ratings(a, b, y, n_models, weight=None, anchor=None, anchor_rating=1000.0):
-    """Returns ratings [n_models], Elo: the exact maximum of the likelihood. a, b, y [n], see Battles; weight [n] >= 0.
-
-    anchor: index of the model that gets anchor_rating; by default the mean over the largest linked group is 1000.
-    +inf: always won, or above the anchor's group; -inf: below; nan: never met it, not even along a chain of wins.
-    Battles of a model against itself say nothing and are left out. Raises ValueError for what is no battle.
-    """
-    a, b, y = checked(a, b, y, n_models, anchor)
-    weight = np.ones(len(y)) if weight is None else np.asarray(weight, dtype=float)
-    if weight.shape != y.shape or not (np.isfinite(weight) & (weight >= 0)).all():
-        raise ValueError(f"weight: {weight.shape} numbers >= 0 are expected to be one for each of {len(y)} battles")
-    wins = np.zeros((n_models, n_models))
-    np.add.at(wins, (a, b), weight * y)
-    np.add.at(wins, (b, a), weight * (1 - y))
-    np.fill_diagonal(wins, 0)
-    return rate(wins[None], anchor, anchor_rating)[0]
-
-
-def checked(a, b, y, n_models, anchor=None):
-    """Returns a, b (int) and y (float64) as arrays. Raises ValueError if they are no battles of n_models models."""
-    a, b, y = np.asarray(a), np.asarray(b), np.asarray(y, dtype=float)
-    if not (a.shape == b.shape == y.shape and y.ndim == 1):
-        raise ValueError(f"a, b, y must be as long as each other, and are {a.shape}, {b.shape}, {y.shape}")
-    if n_models < 1 or (len(y) and not (np.minimum(a, b).min() >= 0 and np.maximum(a, b).max() < n_models)):
-        raise ValueError(f"a and b must be indices of n_models={n_models} models, 0 to {n_models - 1}")
-    if not ((y >= 0) & (y <= 1)).all():
-        raise ValueError("y must be outcomes for a: 1 a win, 0 a loss, 0.5 a tie")
-    if anchor is not None and not 0 <= anchor < n_models:
-        raise ValueError(f"anchor={anchor} is not the index of one of {n_models} models")
-    return a.astype(int), b.astype(int), y
-
-
-def rate(wins, anchor, anchor_rating=1000.0):
-    """Returns ratings [R, n] of tables of wins [R, n, n]; tables that link the same models are solved together."""
-    R, n, _ = wins.shape
-    elo = np.empty((R, n))
-    patterns, which = np.unique(np.packbits(wins.reshape(R, -1) > 0, axis=1), axis=0, return_inverse=True)
-    for k in range(len(patterns)):
-        rows = np.flatnonzero(which.reshape(-1) == k)
-        place = standing(wins[rows[0]] > 0, anchor)  # [n]: 0 for those that get a finite rating
-        group = np.flatnonzero(place == 0)
-        elo[rows] = place
-        if group.size:
-            theta = maximise(wins[np.ix_(rows, group, group)])  # [rows, group]
-            zero = theta.mean(1) if anchor is None else theta[:, group == anchor][:, 0]
-            elo[np.ix_(rows, group)] = anchor_rating + (theta - zero[:, None]) * 400 / np.log(10)
-    return elo
-
-
-def standing(beats, anchor=None):
-    """Returns [n]: 0 for models linked with the anchor in both directions, +inf above, -inf below, nan for others.
-
-    beats [n, n] bool: i won against j, or tied. Without an anchor: with the largest linked group. If no two models are
-    linked in both directions, that is the first one that both won and lost; if there is none, winners are +inf.
-    """
-    won, lost = beats.any(1), beats.any(0)
-    if anchor is None:
-        linked = connected_components(csr_array(beats), connection="strong")[1]
-        sizes = np.bincount(linked)[linked]  # [n]
-        middle = won & lost if sizes.max() == 1 else sizes == sizes.max()
-        if not middle.any():
-            return np.select([won, lost], [np.inf, -np.inf], np.nan)
-        anchor = int(np.argmax(middle))
-    below, above = np.zeros((2, len(beats)), dtype=bool)
-    below[breadth_first_order(csr_array(beats), anchor, return_predecessors=False)] = True
-    above[breadth_first_order(csr_array(beats.T), anchor, return_predecessors=False)] = True
-    return np.select([below & above, above, below], [0.0, np.inf, -np.inf], np.nan)
-
-
-def maximise(wins):
-    """Returns theta [R, n], natural log scale, mean 0, for wins [R, n, n] in which all models are linked.
-
-    Newton's method. A step p is shortened to log(1 + d) / d, d = max p - min p: with |f'''| <= f'' this descends from
-    anywhere, and is a full step near the maximum (Sun and Tran-Dinh, arXiv:1703.04599, generalised self-concordance).
-    """
-    R, n, _ = wins.shape
-    theta, games = np.zeros((R, n)), wins + wins.swapaxes(1, 2)
-    for _ in range(200):
-        p = expit(theta[:, :, None] - theta[:, None, :])  # [R, n, n]
-        gradient = (wins - games * p).sum(2)  # [R, n]
-        curvature = games * p * (1 - p)
-        hessian = np.eye(n) * curvature.sum(2)[:, :, None] - curvature
-        hessian += curvature.sum((1, 2))[:, None, None] / n**2  # a constant added to theta changes nothing: fix it
-        step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
-        length = np.ptp(step, axis=1)  # [R]
-        theta += step * (np.log1p(length) / np.maximum(length, 1e-300))[:, None]
-        if length.max() < 1e-8:  # convergence is quadratic: what is left is its square
-            return theta - theta.mean(1, keepdims=True)
-    raise RuntimeError("Bradley-Terry: no convergence; the battles' weights differ too much")
-
-
-def win_rate(ratings, baseline):
-    """Returns the expected win rate against the baseline in percent, for Elo [..., n_models]; its own is 50.
-
-    Without meaning, nan: against a baseline that is at the same infinity.
-    """
-    ratings = np.asarray(ratings, dtype=float)
-    with np.errstate(invalid="ignore"):
-        rates = 100 * expit((ratings - ratings[..., [baseline]]) * np.log(10) / 400)
-    rates[..., baseline] = 50
-    return rates
-
-
-def bootstrap(a, b, y, n_models, rounds=100, seed=0, anchor=None, groups=None):
-    """Returns ratings [rounds, n_models], each of as many battles, drawn with replacement.
-
-    groups [n]: what is drawn is all battles of a group (a question: its games and the copies of a strong verdict are
-    not independent). The order of the battles does not matter. Raises ValueError if there are none.
-    """
-    a, b, y = checked(a, b, y, n_models, anchor)
-    if not len(y) or rounds < 1:
-        raise ValueError(f"nothing to draw: {len(y)} battles, {rounds} rounds")
-    y, a, b = np.where(a > b, 1 - y, y), np.minimum(a, b), np.maximum(a, b)
-    kinds, kind, counts = np.unique(np.stack([a, b, y]), axis=1, return_inverse=True, return_counts=True)
-    i, j, outcome = kinds[0].astype(int), kinds[1].astype(int), kinds[2]
-    rows, cells = np.tile(np.arange(len(outcome)), 2), np.concatenate([i * n_models + j, j * n_models + i])
-    table = csr_array((np.concatenate([outcome, 1 - outcome]), (rows, cells)), (len(outcome), n_models**2))
-    if groups is not None:
-        names, group = np.unique(np.asarray(groups), return_inverse=True)
-        table = csr_array((np.ones(len(y)), (group, kind.reshape(-1))), (len(names), len(outcome))) @ table
-        counts = np.ones(len(names), dtype=int)
-    rng, samples = np.random.default_rng(seed), []
-    chunk = max(1, 500_000 // n_models**2)
-    for first in tqdm(range(0, rounds, chunk), "bootstrap", leave=False, delay=2):
-        drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=min(chunk, rounds - first))  # [chunk, kinds]
-        wins = (csr_array(drawn.astype(float)) @ table).toarray().reshape(-1, n_models, n_models)
-        wins[:, np.arange(n_models), np.arange(n_models)] = 0
-        samples.append(rate(wins, anchor))
-    return np.concatenate(samples)
-
-
-def interval(samples, level=0.95):
-    """Returns [n, 2]: the bounds between which the middle `level` of samples [rounds, n] lies; nan samples left out."""
-    samples = np.sort(np.asarray(samples, dtype=float), axis=0)  # nan last
-    if samples.ndim != 2 or not len(samples) or not 0 < level < 1:
-        raise ValueError(f"samples [rounds, n] and 0 < level < 1 are expected, not {samples.shape} and {level}")
-    last = np.maximum((~np.isnan(samples)).sum(0) - 1, 0)  # [n]
-    bounds = []
-    for q in ((1 - level) / 2, (1 + level) / 2):
-        at = q * last
-        low, high = (np.take_along_axis(samples, f(at).astype(int)[None], 0)[0] for f in (np.floor, np.ceil))
-        with np.errstate(invalid="ignore"):  # inf - inf
-            bounds.append(np.where(low == high, low, low + (high - low) * (at - np.floor(at))))
-    return np.stack(bounds, axis=1)
-
-
-# ---- 3. how good is a benchmark -------------------------------------------------------------------------------------
+# ---- 2. how good is a benchmark -------------------------------------------------------------------------------------
 
 
 def separability(ci):
@@ -353,7 +159,7 @@ def agreement(ci, ref_ci, kind="half"):
 
 
 def paired(*columns):
-    """Returns, for each column [n], its values of i and of j for all pairs i < j. Raises ValueError if lengths differ."""
+    """Returns, for each column [n], its values of i and of j for all pairs i < j. Raises ValueError."""
     columns = [np.asarray(column, dtype=float) for column in columns]
     if any(column.shape != columns[0].shape or column.ndim != 1 or len(column) < 2 for column in columns):
         raise ValueError(f"one number for each of two models or more is expected, not {[c.shape for c in columns]}")
@@ -391,7 +197,7 @@ def log_loss(mean, var, ref):
     return float(-np.mean(label * np.log(p) + (1 - label) * np.log1p(-p)))
 
 
-# ---- 4. style control -----------------------------------------------------------------------------------------------
+# ---- 3. style control -----------------------------------------------------------------------------------------------
 #
 # A judge that likes long answers with many headings makes verbose models look strong. Style control explains a battle
 # by the two models and by the difference of the two answers' style, so that a rating is what is left.
@@ -414,13 +220,20 @@ def style_counts(text):
     }
 
 
-def style_features(style_a, style_b, version):
-    """Returns the standardised difference in style [n, 4] of answers with style_a and style_b [n, 4]; 0 if constant.
+CONTROLS = {"all": (0, 1, 2, 3), "length": (0,), "markdown": (1, 2, 3)}  # columns: tokens, headers, lists, bold
+
+
+def style_features(style_a, style_b, version, control="all"):
+    """Returns the standardised difference in style [n, 4] of answers with style_a and style_b [n, 4].
+
+    0 where a column is constant, or not among those that `control` names.
 
     v0.1: (a - b) / (a + b + 1) for each column. v2.0: (a - b) / (a + b) for tokens; the other columns are elements per
     token. The mean is subtracted too, and there is no intercept: a usual difference in style belongs to the ratings.
     """
     check_version(version)
+    if control not in CONTROLS:
+        raise ValueError(f"unknown control {control!r}; use {', '.join(CONTROLS)}")
     style_a, style_b = (np.asarray(style, dtype=float) for style in (style_a, style_b))
     if style_a.shape != style_b.shape or style_a.ndim != 2 or style_a.shape[1] != 4:
         raise ValueError(f"styles are [n, 4]: tokens, headers, lists, bold; not {style_a.shape}, {style_b.shape}")
@@ -433,10 +246,10 @@ def style_features(style_a, style_b, version):
     z = (style_a - style_b) / np.maximum(style_a + style_b + one, 1e-300)  # [n, 4]; two empty answers: 0
     z -= z.mean(0) if len(z) else 0
     std = np.sqrt((z**2).sum(0) / max(1, len(z) - (version == "v2.0")))  # of a population, or of a sample
-    return np.where(std > 1e-12, z / np.maximum(std, 1e-12), 0)
+    return np.where((std > 1e-12) & np.isin(range(4), CONTROLS[control]), z / np.maximum(std, 1e-12), 0)
 
 
-def style_fit(a, b, y, style_a, style_b, n_models, version="v0.1", baseline=0):
+def style_fit(a, b, y, style_a, style_b, n_models, version="v0.1", baseline=0, control="all"):
     """Returns (ratings [n_models], Elo with the baseline at 1000; coef [4]) of battles between answers with styles.
 
     style_a, style_b [n, 4]: tokens, headers, lists, bold; coef is per standard deviation of `style_features`, in
@@ -446,7 +259,7 @@ def style_fit(a, b, y, style_a, style_b, n_models, version="v0.1", baseline=0):
     `construct_style_matrices` and `fit_bt`; `print_leaderboard_with_style_features`.
     """
     a, b, y = checked(a, b, y, n_models, baseline)
-    features = style_features(style_a, style_b, version)
+    features = style_features(style_a, style_b, version, control)
     if len(features) != len(y):
         raise ValueError(f"{len(y)} battles, and styles of {len(features)}")
     return style_solve(a, b, y, np.ones(len(y)), features, n_models, version, baseline)
@@ -480,10 +293,8 @@ def style_solve(a, b, y, weight, features, n_models, version, baseline):
     return elo, coef[len(free) :]
 
 
-# ---- 5. BenchBuilder ------------------------------------------------------------------------------------------------
+# ---- 4. BenchBuilder ------------------------------------------------------------------------------------------------
 
-CRITERIA = ("specificity", "domain_knowledge", "complexity", "problem_solving", "creativity", "technical_accuracy",
-            "real_world")  # fmt: skip
 ANNOTATION = """Your task is to evaluate how well the following input prompts can assess the capabilities of advanced \
 AI assistants.
 
@@ -538,62 +349,6 @@ def select(scores, clusters, min_prompt=6, min_cluster=6):
     return np.flatnonzero((scores >= min_prompt) & (mean[member] >= min_cluster - 1e-9) & (clusters >= 0))
 
 
-def tfidf(texts):
-    """Returns [n, d], sparse, rows of length 1: words and pairs of words, beside groups of 3 to 5 characters."""
-    common = dict(sublinear_tf=True, stop_words="english", min_df=2 if len(texts) >= 50 else 1)
-    parts = []
-    for kind in (dict(ngram_range=(1, 2)), dict(analyzer="char_wb", ngram_range=(3, 5), stop_words=None)):
-        try:
-            parts.append(TfidfVectorizer(**common | kind).fit_transform(texts))
-        except ValueError:  # not one term: only stop words, or empty texts
-            continue
-    return normalize(hstack(parts, format="csr")) if parts else csr_array((len(texts), 1))
-
-
-def cluster(texts, embed=None, min_size=8, seed=0):
-    """Returns the topic of each text: [n] int; below 0: none, where no min_size texts are near each other.
-
-    embed(texts) -> [n, d]: an embedding, by default TF-IDF in 256 dimensions. HDBSCAN, its outliers then given to the
-    nearest centroid by cosine; above 10,000 texts MiniBatchKMeans, 50 texts to a topic as in the paper.
-    """
-    texts = list(texts)
-    if min_size < 2:
-        raise ValueError(f"min_size={min_size}: a cluster has two texts or more")
-    if len(texts) < min_size:
-        return np.full(len(texts), -1)
-    if embed is None:
-        points = tfidf(texts)
-        points = TruncatedSVD(min(256, *(size - 1 for size in points.shape)), random_state=seed).fit_transform(points) \
-            if min(points.shape) > 2 else points.toarray()  # fmt: skip
-    else:
-        points = np.asarray(embed(texts), dtype=float)
-        if points.ndim != 2 or len(points) != len(texts):
-            raise ValueError(f"embed must return a row for each of {len(texts)} texts, not {points.shape}")
-    points = normalize(points)
-    if len(texts) > 10_000:
-        return MiniBatchKMeans(len(texts) // 50, random_state=seed, n_init=1).fit_predict(points)
-    topics = HDBSCAN(min_cluster_size=min_size, min_samples=1, copy=True).fit_predict(points)
-    if topics.max() >= 0:
-        centroids = normalize([points[topics == k].mean(0) for k in range(topics.max() + 1)])
-        lost = (topics < 0) & points.any(1)  # a text without a word is near nothing
-        topics[lost] = (points[lost] @ centroids.T).argmax(1) if lost.any() else 0
-    return topics
-
-
-def topic_names(texts, clusters, words=4):
-    """Returns {cluster: its `words` most telling words}, by TF-IDF of each cluster's texts as one document."""
-    names = sorted(set(np.asarray(clusters).tolist()))
-    documents = [" ".join(text for text, k in zip(texts, clusters) if k == name) for name in names]
-    vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True)
-    try:
-        weights = vectorizer.fit_transform(documents)
-    except ValueError:  # not one word
-        return dict.fromkeys(names, "")
-    terms = vectorizer.get_feature_names_out()
-    best = [np.argsort(-row.toarray()[0], kind="stable")[:words] for row in weights]
-    return {name: ", ".join(terms[top]) for name, top in zip(names, best)}
-
-
 def sample(indices, clusters, n_clusters=250, per_cluster=2, seed=0):
     """Returns n_clusters * per_cluster of the indices, per_cluster from each of n_clusters clusters, drawn by seed.
 
@@ -610,3 +365,246 @@ def sample(indices, clusters, n_clusters=250, per_cluster=2, seed=0):
     rng = np.random.default_rng(seed)
     chosen = sorted(rng.choice(rich, n_clusters, replace=False).tolist())
     return np.concatenate([np.sort(rng.choice(by_cluster[k], per_cluster, replace=False)) for k in chosen])
+
+
+# ---- 5. tables ------------------------------------------------------------------------------------------------------
+
+
+def leaderboard(battles, baseline, version="v2.0", rounds=100, seed=0, styles=None, control="all"):
+    """Returns a list of dict(model, score, ci, ci_questions, battles), best first: win rates against `baseline` in %.
+
+    baseline: a name in battles.models. ci: (lower, upper), battles drawn, as the authors do; ci_questions: whole
+    questions drawn. 95 % of the resamples in v0.1, 90 % in v2.0. styles, control: (style_a, style_b), see `style_fit`.
+    """
+    models, a, b, y, uid = battles
+    n, anchor, level = len(models), models.index(baseline), LEVEL[version]
+    if styles is None:
+        elo = bt_ratings(a, b, y, n, anchor=anchor)
+        samples = [bootstrap(a, b, y, n, rounds, seed, anchor, groups) for groups in (None, uid)]
+    else:
+        features = style_features(*styles, version, control)
+        fit = lambda weight: style_solve(a, b, y, weight, features, n, version, anchor)[0]  # noqa: E731
+        elo, rng, samples = fit(np.ones(len(y))), np.random.default_rng(seed), []
+        for groups in (np.arange(len(y)), np.unique(uid, return_inverse=True)[1]):
+            share = np.full(groups.max() + 1, 1 / (groups.max() + 1))
+            drawn = tqdm(rng.multinomial(len(share), share, size=rounds), "bootstrap", leave=False, delay=2)
+            samples.append([fit(weight[groups].astype(float)) for weight in drawn])
+    score = win_rate(elo, anchor)
+    ci, ci_questions = (win_rate(interval(s, level).T, anchor).T for s in samples)
+    met = np.bincount(np.r_[a, b][np.r_[a != b, a != b]], minlength=n)
+    rows = [dict(model=models[i], score=score[i], ci=tuple(ci[i]), ci_questions=tuple(ci_questions[i]), battles=met[i])
+            for i in range(n)]  # fmt: skip
+    return sorted(rows, key=lambda row: (-np.nan_to_num(row["score"], nan=-1), row["model"]))
+
+
+LEVEL = {"v0.1": 0.95, "v2.0": 0.9}
+
+
+def style_of(side, uid):
+    """Returns [4]: tokens, headers, lists, bold of a stored answer, see `read_answers`; counted where nothing says."""
+    text, meta = side["answers"][uid], side["metadata"].get(uid, {})
+    counts = meta if "header_count" in meta else style_counts(text)
+    elements = [sum(counts[name].values()) for name in ("header_count", "list_count", "bold_count")]
+    return [side["tokens"].get(uid, rough_tokens(text)), *elements]
+
+
+def show(judgments, config, categories=(), sides=None, settings=""):
+    """Prints a leaderboard for each category of judgment rows. sides: {model: its answers}, for style and tokens."""
+    judgments = list({(uid_of(row), row.get("model")): row for row in judgments}.values())  # the last row counts
+    judges = sorted({str(row.get("judge", "unknown")) for row in judgments})
+    there = sorted({row.get("category") or "all" for row in judgments})
+    if len(judges) > 1:
+        raise ValueError(f"judgments of several judges, {', '.join(judges)}: choose one folder")
+    if strange := set(categories) - set(there):
+        raise ValueError(f"no judgment of category {', '.join(sorted(strange))}; there are {', '.join(there)}")
+    for category in categories or there:
+        rows = [row for row in judgments if (row.get("category") or "all") == category]
+        battles = to_battles(rows, config.weight, config.version, config.first_game_only)
+        baselines = sorted({row.get("baseline") or FIRST_BASELINE for row in rows})
+        baseline = config.baseline or baselines[0]
+        if len(baselines) > 1 and not config.baseline:
+            raise ValueError(f"{category}: baselines {', '.join(baselines)}; choose the anchor with --baseline")
+        if not len(battles.y) or baseline not in battles.models:
+            raise ValueError(f"{category}: {len(battles.y)} battles, none of {baseline}; in it are {battles.models}")
+        styles = styles_of(battles, sides) if config.style else None
+        table = leaderboard(battles, baseline, config.version, config.rounds, config.seed, styles, config.control)
+        control = f"on ({config.control})" if config.style else "off"
+        print(
+            f"\n{category}: judge {settings or judges[0]}; protocol {config.version}, a strong verdict counts "
+            f"{config.weight}{', first game only' if config.first_game_only else ''}; anchor {baseline} = 50; "
+            f"style control {control}; {LEVEL[config.version]:.0%} of {config.rounds} resamples, seed {config.seed}"
+        )
+        print(f"{'model':34}{'score, %':>9}  {'battles drawn':16}{'questions drawn':16}{'battles':>8}{'tokens':>8}")
+        for row in table:
+            bounds = [f"({low - row['score']:+.2f}, {high - row['score']:+.2f})" for low, high in
+                      (row["ci"], row["ci_questions"])]  # fmt: skip
+            side = (sides or {}).get(row["model"])
+            tokens = f"{np.mean([style_of(side, uid)[0] for uid in side['answers']]):8.0f}" if side else f"{'-':>8}"
+            print(f"{row['model']:34}{row['score']:9.2f}  {bounds[0]:16}{bounds[1]:16}{row['battles']:8}{tokens}")
+        habits = judge_habits(rows, config.version)
+        print("the judge: {rows} rows, {games} games, {nulls} without a label, {ties} ties; of {complete} "
+              "complete rows {contradicting} contradict themselves (each answer won in one position), {disagreeing} "
+              "differ at all".format(**habits))  # fmt: skip
+
+
+def styles_of(battles, sides):
+    """Returns (style_a, style_b) [n, 4] of Battles. Raises ValueError for answers that are not there."""
+    styles = []
+    for side in (battles.a, battles.b):
+        names = [battles.models[i] for i in side]
+        lost = [name for name, uid in zip(names, battles.uid) if uid not in sides.get(name, {}).get("answers", ())]
+        if lost:
+            raise ValueError(f"--style needs the answers of {lost[0]}: pass their folder by --answers")
+        cache = {pair: style_of(sides[pair[0]], pair[1]) for pair in set(zip(names, battles.uid.tolist()))}
+        styles.append(np.array([cache[pair] for pair in zip(names, battles.uid.tolist())], dtype=float))
+    return styles
+
+
+# ---- 6. the command line --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Replay judgments, judge a model's answers, or build a benchmark. Without any flag: what this file claims."""
+
+    judgments: str = ""  # form 1, replay: a folder or file of judgments
+    questions: str = ""  # form 2, judge: a file of questions
+    build: str = ""  # form 3, BenchBuilder: a file of prompts or conversations
+    answers: str = ""  # the model's answers; when judgments are replayed: a folder of answers, for style and tokens
+    against: str = ""  # the baseline's answers
+    judge: str = ""  # URL of an endpoint, FILE.py:FUNCTION, replay:FOLDER, or tokens (the longer answer wins)
+    annotator: str = "heuristic"  # URL of an endpoint, or heuristic: seven regular expressions
+    model: str = ""  # the judge's or annotator's name at the endpoint
+    out: str = "out/arena_hard"  # folder for what is written
+    version: str = "v2.0"  # protocol: v0.1 or v2.0
+    weight: int = 3  # battles that a strong verdict counts
+    baseline: str = ""  # the anchor, by default what the judgments were made against
+    style: bool = False  # style control
+    control: str = "all"  # which: all, length or markdown
+    first_game_only: bool = False  # leave the second game out
+    rounds: int = 100  # bootstrap resamples
+    seed: int = 0  # of resamples and samples
+    workers: int = 4  # requests at a time
+    temperature: float = 0.0  # of the judge
+    max_tokens: int = 0  # of the judge's reply; 0: 4,096 in v0.1, 16,000 in v2.0
+    price_in: float = 0.0  # dollars for a million tokens of prompts
+    price_out: float = 0.0  # dollars for a million tokens of replies
+    clusters: int = 250  # topics to sample from
+    per_cluster: int = 2  # prompts from each
+    min_prompt: int = 6  # least score of a prompt
+    min_cluster: float = 6.0  # least mean score of a topic
+    min_size: int = 8  # least prompts of a topic
+
+
+SHOWN = "answers version weight baseline style control first_game_only rounds seed category"
+ASKED = "model workers price_in price_out out"
+FORMS = {
+    "judgments": SHOWN,
+    "questions": f"{SHOWN} {ASKED} against judge temperature max_tokens",
+    "build": f"{ASKED} annotator clusters per_cluster min_prompt min_cluster min_size seed",
+}
+
+
+def replay(config, categories):
+    """Prints the leaderboards of stored judgments."""
+    files = sorted(Path(config.answers).glob("*.jsonl*")) if Path(config.answers).is_dir() else [Path(config.answers)]
+    sides = {side["model"]: side for side in map(read_answers, files if config.answers else ())}
+    show(read_jsonl(config.judgments), config, categories, sides)
+
+
+def judge_answers(config, categories):
+    """Has a judge compare a model's answers with the baseline's, and prints the leaderboard."""
+    for name in ("answers", "against", "judge"):
+        if not getattr(config, name):
+            raise ValueError(f"--questions needs --{name} too")
+    questions = [to_question(row) for row in read_jsonl(config.questions)]
+    questions = [q for q in questions if not categories or q["category"] in categories]
+    mine, base = read_answers(config.answers), read_answers(config.against)
+    judgments, settings = [], config.judge
+    for creative in (False, True):  # the judge does not write a poem of its own first
+        part = [q for q in questions if q["category"].startswith("creative") == creative]
+        if part:
+            options = dict(temperature=config.temperature, version=config.version, own_answer=not creative,
+                           max_tokens=config.max_tokens or None)  # fmt: skip
+            judge = named_judge(config.judge, part, mine, base, config.model, **options)
+            folder = file_name(getattr(judge, "name", judge.__name__))
+            out = Path(config.out) / folder / f"{file_name(mine['model'])}.jsonl"
+            judgments += run(part, mine, base, judge, out, config.version, config.workers)
+            if chat := getattr(judge, "chat", None):
+                settings = chat.settings()
+                print(f"the judge used {chat.cost(config.price_in, config.price_out)}")
+    if not judgments:
+        raise ValueError(f"not one of {len(questions)} questions was judged")
+    show(judgments, config, categories, {side["model"]: side for side in (base, mine)}, settings)
+    print(f"judgments: {out}; this table again: python arena_hard.py --judgments={out.parent}")
+
+
+def build(config, categories=()):
+    """Builds a benchmark from prompts: writes OUT/question.jsonl, and prints the topics that it is from."""
+    rows, prompts = read_jsonl(config.build), {}  # what people typed, cut and without repetitions -> its row
+    for row in rows:
+        turns = user_turns(row)
+        text = "\n".join(turns)
+        if len(text) > 32 and row.get("language", "English") == "English":
+            prompts.setdefault(text[:10_000], dict(uid=uid_of(row), prompt=turns[0]))
+    texts = list(prompts)
+    scores = np.array([sum(flags) for flags in annotate(texts, config)])
+    topics = cluster(texts, min_size=config.min_size, seed=config.seed)
+    print(f"{len(rows)} rows, {len(texts)} prompts of more than 32 characters, {len(set(topics[topics >= 0]))} topics; "
+          f"prompts with score 0 to 7: {np.bincount(scores, minlength=8).tolist()}")  # fmt: skip
+    kept = select(scores, topics, config.min_prompt, config.min_cluster)
+    chosen = sample(kept, topics, config.clusters, config.per_cluster, config.seed)
+    names, out = topic_names(texts, topics), Path(config.out) / "question.jsonl"
+    made = [dict(uid=prompts[texts[i]]["uid"] or f"prompt-{i}", category="all", cluster=names[topics[i]],
+                 prompt=prompts[texts[i]]["prompt"], score=int(scores[i])) for i in chosen]  # fmt: skip
+    write_jsonl(out, made)
+    for k in sorted(set(topics[chosen])):
+        print(f"{names[k]:60} {(topics == k).sum():5} prompts, mean score {scores[topics == k].mean():.2f}")
+    print(f"{len(kept)} pass (score >= {config.min_prompt}, topic >= {config.min_cluster:g}), {len(made)} are drawn, "
+          f"seed {config.seed}, annotator {config.annotator} {config.model}: {out}")  # fmt: skip
+
+
+def annotate(texts, config):
+    """Returns the 7 flags of each text. Replies are kept in OUT/annotations-*.jsonl; a second run asks for the rest."""
+    name, ask = config.annotator, heuristic
+    if name != "heuristic":
+        name, chat = config.model, Chat(name, config.model, max_tokens=32)
+        ask = lambda text: chat([dict(role="system", content=ANNOTATION), dict(role="user", content=text)])  # noqa: E731
+    replies = ask_once(texts, ask, Path(config.out) / f"annotations-{file_name(name)}.jsonl", config.workers)
+    if ask is not heuristic:
+        print(f"the annotator used {chat.cost(config.price_in, config.price_out)}")
+    return [parse_criteria(reply) for reply in replies]
+
+
+def main(argv=None):
+    """Runs one of the forms. Returns the exit status: 0; 2 after a mistake, said in one line; 130 after Ctrl-C."""
+    parser = Parser(prog="arena_hard.py", description=Config.__doc__, allow_abbrev=False)
+    add_fields(parser, Config, set())
+    parser.add_argument("--category", action="append", help="only this category; any number of times")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    categories = given.pop("category", [])
+    forms = [form for form in FORMS if given.get(form)]
+    try:
+        if len(forms) != 1:
+            raise ValueError("one of --judgments, --questions, --build is needed, and no two (see --help)")
+        strange = [name for name in [*given, *(["category"] if categories else [])]
+                   if name not in [forms[0], *FORMS[forms[0]].split()]]  # fmt: skip
+        if strange:
+            raise ValueError(f"--{strange[0]} means nothing with --{forms[0]}")
+        config = Config(**given)
+        check_version(config.version)
+        dict(judgments=replay, questions=judge_answers, build=build)[forms[0]](config, categories)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(main())
+    from experiments.arena_hard import demo
+
+    demo()

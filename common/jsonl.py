@@ -3,7 +3,10 @@
 import gzip
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 def read_jsonl(path):
@@ -57,3 +60,30 @@ def write_jsonl(path, rows):
     partial = Path(f"{path}.tmp")
     partial.write_bytes(b"".join(map(to_line, rows)))
     os.replace(partial, path)
+
+
+def ask_once(texts, ask, path, workers=4):
+    """Returns the list of ask(text), from `workers` threads. Replies are kept in `path`: a second run asks the rest.
+
+    Raises ValueError if some raised, when all others are kept.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replies = {row["text"]: row["reply"] for row in (read_jsonl(path) if path.exists() else ())}
+    write_jsonl(path, [dict(text=text, reply=reply) for text, reply in replies.items()])  # without a cut-off line
+
+    def one(text):
+        reply = ask(text)
+        append_jsonl(path, dict(text=text, reply=reply))
+        replies[text] = reply
+
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        asked = [pool.submit(one, text) for text in dict.fromkeys(texts) if text not in replies]
+        done = tqdm(as_completed(asked), "asking", len(asked), delay=1)
+        errors = [error for error in (future.exception() for future in done) if error]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(texts)} have no reply ({errors[0]}); run it again to ask for them")
+    return [replies[text] for text in texts]
