@@ -286,7 +286,7 @@ def style_solve(a, b, y, weight, features, n_models, version, baseline):
     X, outcome, weight = np.r_[X, -X], np.repeat([1, 0], len(X)), np.r_[weight, weight]  # two classes, always
     solver = LogisticRegression(C=C, fit_intercept=False, solver="newton-cg", tol=1e-9, max_iter=1000)
     coef = solver.fit(X, outcome, weight).coef_[0] if len(X) else np.zeros(X.shape[1])
-    if np.abs(coef).max() > 40:
+    if version == "v2.0" and len(X) and (X @ coef)[: len(X) // 2].min() > 0:  # no battle went against it
         raise ValueError("style decides every battle, so that no finite ratings fit; use version v0.1 or plain ratings")
     elo[free] = coef[: len(free)] * 400 / (1.0 if version == "v0.1" else np.log(10))
     elo += 1000 - elo[baseline]
@@ -384,7 +384,7 @@ def leaderboard(battles, baseline, version="v2.0", rounds=100, seed=0, styles=No
     else:
         features = style_features(*styles, version, control)
         fit = lambda weight: style_solve(a, b, y, weight, features, n, version, anchor)[0]  # noqa: E731
-        elo, rng, samples = fit(np.ones(len(y))), np.random.default_rng(seed), []
+        elo, rng, samples = fit(np.ones(len(y))), np.random.default_rng([seed, 1]), []
         for groups in (np.arange(len(y)), np.unique(uid, return_inverse=True)[1]):
             share = np.full(groups.max() + 1, 1 / (groups.max() + 1))
             drawn = tqdm(rng.multinomial(len(share), share, size=rounds), "bootstrap", leave=False, delay=2)

@@ -97,7 +97,8 @@ def maximise(wins):
         gradient = (wins - games * p).sum(2)  # [R, n]
         curvature = games * p * (1 - p)
         hessian = np.eye(n) * curvature.sum(2)[:, :, None] - curvature
-        hessian += curvature.sum((1, 2))[:, None, None] / n**2  # a constant added to theta changes nothing: fix it
+        # A constant added to theta changes nothing: fix it. (A model alone has no curvature.)
+        hessian += np.maximum(curvature.sum((1, 2)) / n**2, n == 1)[:, None, None]
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         length = np.ptp(step, axis=1)  # [R]
         theta += step * (np.log1p(length) / np.maximum(length, 1e-300))[:, None]
@@ -136,7 +137,7 @@ def bootstrap(a, b, y, n_models, rounds=100, seed=0, anchor=None, groups=None):
         names, group = np.unique(np.asarray(groups), return_inverse=True)
         table = csr_array((np.ones(len(y)), (group, kind.reshape(-1))), (len(names), len(outcome))) @ table
         counts = np.ones(len(names), dtype=int)
-    rng, samples = np.random.default_rng(seed), []
+    rng, samples = np.random.default_rng([seed, 1]), []  # not the stream that simulated battles may come from
     chunk = max(1, 500_000 // n_models**2)
     for first in tqdm(range(0, rounds, chunk), "bootstrap", leave=False, delay=2):
         drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=min(chunk, rounds - first))  # [chunk, kinds]
@@ -157,5 +158,5 @@ def interval(samples, level=0.95):
         at = q * last
         low, high = (np.take_along_axis(samples, f(at).astype(int)[None], 0)[0] for f in (np.floor, np.ceil))
         with np.errstate(invalid="ignore"):  # inf - inf
-            bounds.append(np.where(low == high, low, low + (high - low) * (at - np.floor(at))))
+            bounds.append(np.where((low == high) | (low == -np.inf), low, low + (high - low) * (at - np.floor(at))))
     return np.stack(bounds, axis=1)

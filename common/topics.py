@@ -33,8 +33,9 @@ def cluster(texts, embed=None, min_size=8, seed=0):
         return np.full(len(texts), -1)
     if embed is None:
         points = tfidf(texts)
-        points = TruncatedSVD(min(256, *(size - 1 for size in points.shape)), random_state=seed).fit_transform(points) \
-            if min(points.shape) > 2 else points.toarray()  # fmt: skip
+        rank = min(256, *(size - 1 for size in points.shape))
+        with np.errstate(invalid="ignore"):  # texts that are all the same have no variance to explain
+            points = TruncatedSVD(rank, random_state=seed).fit_transform(points) if rank > 1 else points.toarray()
     else:
         points = np.asarray(embed(texts), dtype=float)
         if points.ndim != 2 or len(points) != len(texts):

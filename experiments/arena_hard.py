@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.stats import kendalltau, pearsonr, spearmanr
+from scipy.stats import kendalltau, spearmanr
 
 from arena_hard import (
     agreement,
@@ -78,7 +78,9 @@ WORLD = dict(models=12, prompts=4000, topics=120, chosen=120)
 def make_world(rng):
     """Returns (scores [prompts], topics [prompts], skill [models]): topics of easy and of hard prompts, even skills."""
     topics = rng.integers(WORLD["topics"], size=WORLD["prompts"])
-    mean = np.where(rng.random(WORLD["topics"]) < 0.7, rng.normal(5.2, 0.6, WORLD["topics"]), 2.0)  # hard, or small talk
+    mean = np.where(
+        rng.random(WORLD["topics"]) < 0.7, rng.normal(5.2, 0.6, WORLD["topics"]), 2.0
+    )  # hard, or small talk
     scores = np.clip(np.round(rng.normal(mean[topics], 1.2)), 0, 7)
     return scores, topics, np.linspace(-1, 1, WORLD["models"])
 
@@ -182,11 +184,14 @@ def topic_mates(folder, nearest=10):
 
 
 def read_leaderboard(path):
-    """Returns {model: (score, lower, upper, tokens or nan)} of a released table."""
+    """Returns {model in lower case: (score, lower, upper, tokens or nan)} of a released table."""
     with open(path, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     low, high = ("lower", "upper") if "lower" in rows[0] else ("rating_q025", "rating_q975")
-    return {row["model"]: tuple(float(row.get(k) or "nan") for k in ("score", low, high, "avg_tokens")) for row in rows}
+    return {
+        row["model"].lower(): tuple(float(row.get(k) or "nan") for k in ("score", low, high, "avg_tokens"))
+        for row in rows
+    }
 
 
 def released_tables(folder):
@@ -200,7 +205,6 @@ def released_tables(folder):
     found["Spearman, plain and controlled"] = float(spearmanr(x, z).statistic)
     for name, values in (("plain score", x), ("controlled score", z), ("plain - controlled", x - z)):
         found[f"Spearman, {name} and tokens"] = float(spearmanr(values, tokens).statistic)
-        found[f"Pearson, {name} and tokens"] = float(pearsonr(values, tokens).statistic)
     one, two = tables["v2.0_hard_style_gemini-2.5"], tables["v2.0_hard_style_gpt-4.1"]
     pairs = np.array([(one[name][0], two[name][0]) for name in one if name in two]).T
     found["two judges, Spearman"] = float(spearmanr(*pairs).statistic)
