@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from kernels import (
+    TensorDescriptor,
     at_least_float32,
     dot_precision,
     expect,
@@ -29,11 +30,6 @@ from kernels import (
     tl,
     triton,
 )
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # no Triton: the definition works, the kernels do not
-    pass
 
 # ---- 1. definition ----------------------------------------------------------------------------------------
 
@@ -49,7 +45,7 @@ def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
         token, k = torch.where(expert_ids == expert)  # [n], the rows of this expert
         hidden = F.relu(x[token] @ up[expert].T).square()  # [n, F]
         out = hidden @ down[expert].T  # [n, C]
-        y = y.index_add(0, token, at_least_float32(out) * expert_weights[token, k, None])
+        y = y.index_add(0, token, out.to(y.dtype) * expert_weights[token, k, None].to(y.dtype))
     return y.to(x.dtype)
 
 
@@ -61,7 +57,7 @@ def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
 #       expert_ids [S, K] --count, sum, place--> order [R]      order[r] = token * K + k of sorted row r
 #                                                offsets [E+1]  expert e has the rows offsets[e] ... offsets[e+1] - 1
 #
-#       x [S, C] --gather--> | up product, relu^2, w | h [R, F] | down product |--scatter--> [S, K, C] --sum_k--> y
+#       x [S, C] --gather--> | up product, relu^2 | h [R, F] | down product |--scatter--> [S, K, C] --sum_k w_k--> y
 #
 # A program of a product owns a tile [BLOCK_M rows of one expert, BLOCK_N columns]. How many tiles each expert needs is
 # known only on the device, and the host does not wait for the answer. It launches R / BLOCK_M + E programs for each
@@ -71,20 +67,19 @@ def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
 # (10 to 30 % faster than one pointer for each element); on other cards Triton turns the descriptor into pointers.
 # A tile may extend into the rows of the next expert; the results for those rows are not stored.
 #
-# Backward. For row r of token t with weight w, h = relu(u)^2, y_t += down (w h):
+# Backward. For row r of token t with weight w, h = relu(u)^2, y_t += w down h:
 #       dh = down^T dy_t,  dw = <dh, h>,  du = w dh 2 relu(u),  dx_t = sum_k up^T du,
-#       ddown = sum_r dy_t (w h)^T,  dup = sum_r du x_t^T
-# Of the activations only w h is saved: `down` and `ddown` use it as it is (a product that first has to scale one of its
-# inputs cannot overlap copies with multiplications), h is w h / w, and relu(u) is the square root of h, as exact as a u
-# saved in the same dtype. A weight of 0 is replaced by TINY, so that h can be recovered. (Not in float16, whose
-# smallest number is 6e-8: there a weight of 0 gets no gradient, and w h below 6e-5 loses digits.) du overwrites w h
-# once w h has been read for the last time, so the activations never take more than one [R, F].
+#       ddown = sum_r (w dy_t) h^T,  dup = sum_r du x_t^T
+# The weights come in where rows are copied anyway, summed over k or gathered for ddown: no product scales its inputs,
+# which would keep it from overlapping copies with multiplications. In float16 nothing larger is stored than what the
+# definition stores: h, down h and w dy; w h may be too large for it.
+# Of the activations only h is saved, and relu(u) is its square root, as exact as a u saved in the same dtype (but in
+# float16, whose smallest number is 6e-8: h below 6e-5 loses digits). du overwrites h once h has been read for the last
+# time, so the activations never take more than one [R, F].
 #
 # FLOPs: two products of 2 R F C each forward, four backward. Bytes, forward: each weight is read once (the tiles of an
 # expert run at the same time and share it in the L2 cache), [R, F] and [R, C] are written once and read once; backward:
 # weights twice, [R, F] six times, [R, C] six times.
-
-TINY = 1e-30
 
 # ---- 3. sorting the rows by expert ------------------------------------------------------------------------
 
@@ -188,10 +183,10 @@ def _gathered_product(a_ptr, tokens, stride_a, w_desc, w_row, n, K, BLOCK_N: tl.
 
 
 @jit
-def _expert_up_kernel(x_ptr, up_desc, weights_ptr, order_ptr, tiles_ptr, h_ptr, F, C, stride_x, tiny,
+def _expert_up_kernel(x_ptr, up_desc, order_ptr, tiles_ptr, h_ptr, F, C, stride_x,
                       K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """Writes h [R, F] = w relu(x[token] up^T)^2."""
+    """Writes h [R, F] = relu(x[token] up^T)^2."""
     n_tiles = tl.cdiv(F, BLOCK_N)
     expert, first, end = _load_tile(tiles_ptr, tl.program_id(0) // n_tiles)
     if first == end:
@@ -203,10 +198,8 @@ def _expert_up_kernel(x_ptr, up_desc, weights_ptr, order_ptr, tiles_ptr, h_ptr, 
         x_ptr, flat // K, stride_x, up_desc, expert * F, n, C, BLOCK_N, BLOCK_K, True, PRECISION, EVEN
     )
     u = tl.maximum(u, 0.0)
-    weight = tl.load(weights_ptr + flat, mask=rows < end, other=0.0).to(tl.float32)
-    h = u * u * tl.where(tl.abs(weight) < tiny, tiny, weight)[:, None]
     mask = (rows < end)[:, None] & (columns < F)[None, :]
-    tl.store(h_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :], h, mask=mask)
+    tl.store(h_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :], u * u, mask=mask)
 
 
 @jit
@@ -238,10 +231,10 @@ def _expert_rows_kernel(a_desc, w_desc, order_ptr, tiles_ptr, out_ptr, F, C, fir
 
 @jit
 def _expert_hidden_bwd_kernel(dy_ptr, down_desc, weights_ptr, order_ptr, tiles_ptr, h_ptr, dweights_ptr,
-                              F, C, R, stride_dy, tiny, K: tl.constexpr,
+                              F, C, R, stride_dy, K: tl.constexpr,
                               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                               PRECISION: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """Overwrites w h [R, F] with du, and writes dweights [n_tiles, R], which the caller sums over the tiles."""
+    """Overwrites h [R, F] with du, and writes dweights [n_tiles, R], which the caller sums over the tiles."""
     n_tiles = tl.cdiv(F, BLOCK_N)
     expert, first, end = _load_tile(tiles_ptr, tl.program_id(0) // n_tiles)
     if first == end:
@@ -252,15 +245,14 @@ def _expert_hidden_bwd_kernel(dy_ptr, down_desc, weights_ptr, order_ptr, tiles_p
     dh = _gathered_product(
         dy_ptr, flat // K, stride_dy, down_desc, expert * C, n, C, BLOCK_N, BLOCK_K, False, PRECISION, EVEN
     )
-    weight = tl.load(weights_ptr + flat, mask=rows < end, other=1.0).to(tl.float32)
-    of_h = 1 / tl.where(tl.abs(weight) < tiny, tiny, weight)
+    weight = tl.load(weights_ptr + flat, mask=rows < end, other=0.0).to(tl.float32)
     halves = tl.split(tl.permute(tl.reshape(dh, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1)))  # a whole h would spill
     dweight = tl.zeros([BLOCK_M], tl.float32)
     for half in tl.static_range(2):
         columns = n + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         mask = (rows < end)[:, None] & (columns < F)[None, :]
         h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * F + columns[None, :]
-        h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32) * of_h[:, None]
+        h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
         dweight += tl.sum(halves[half] * h, 1)  # h is 0 outside
         tl.store(h_ptrs, halves[half] * tl.sqrt(h) * (2 * weight)[:, None], mask=mask)
     tl.store(dweights_ptr + tl.program_id(0) % n_tiles * R + flat, dweight, mask=rows < end)
@@ -289,26 +281,31 @@ def _expert_weight_kernel(a_desc, b_desc, offsets_ptr, out_ptr, M, N, stride_oe,
 
 
 @jit
-def _gather_kernel(x_ptr, order_ptr, out_ptr, R, N, stride_x, K: tl.constexpr,
+def _gather_kernel(x_ptr, weights_ptr, order_ptr, out_ptr, R, N, stride_x, K: tl.constexpr,
                    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Writes out [R, N] = x[token of each sorted row]."""
+    """Writes out [R, N] = x[token of each sorted row], times the row's weight unless weights_ptr is None."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    token = tl.load(order_ptr + r, mask=r < R, other=0) // K
-    row = tl.load(x_ptr + token.to(tl.int64) * stride_x + n, mask=(r < R) & (n < N), other=0.0)
+    flat = tl.load(order_ptr + r, mask=r < R, other=0)
+    row = tl.load(x_ptr + (flat // K).to(tl.int64) * stride_x + n, mask=(r < R) & (n < N), other=0.0)
+    if weights_ptr is not None:
+        row = row.to(tl.float32) * tl.load(weights_ptr + flat, mask=r < R, other=0.0).to(tl.float32)
     tl.store(out_ptr + r.to(tl.int64) * N + n, row, mask=(r < R) & (n < N))
 
 
 @jit
-def _combine_kernel(rows_ptr, y_ptr, S, N, stride_y, K: tl.constexpr,
+def _combine_kernel(rows_ptr, weights_ptr, y_ptr, S, N, stride_y, K: tl.constexpr,
                     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Writes y [S, N] = sum over k of rows [S, K, N]."""
+    """Writes y [S, N] = sum over k of rows [S, K, N], each times its weight unless weights_ptr is None."""
     s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (s < S) & (n < N)
     y = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
     for k in range(K):
-        y += tl.load(rows_ptr + (s * K + k) * N + n, mask=mask, other=0.0).to(tl.float32)
+        row = tl.load(rows_ptr + (s * K + k) * N + n, mask=mask, other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            row *= tl.load(weights_ptr + s * K + k, mask=s < S, other=0.0).to(tl.float32)
+        y += row
     tl.store(y_ptr + s * stride_y + n, y, mask=mask)
 
 
@@ -352,8 +349,11 @@ def _column_slices(R, C, workspace, like):
         yield columns, buffer[: R * n].view(R, n)
 
 
-def _rows_and_sum(a, w, transposed, routing, workspace, out):
-    """Writes sum_k a w to out [S, C], for a [R, F] and each expert's w [F, C]; transposed: w is stored as [C, F]."""
+def _rows_and_sum(a, w, transposed, weights, routing, workspace, out):
+    """Writes sum_k weights_k a w to out [S, C], for a [R, F] and each expert's w [F, C]; transposed: it is [C, F].
+
+    weights [S, K], or None for a plain sum.
+    """
     (R, width), (S, C), E = a.shape, out.shape, len(w)
     for columns, rows in _column_slices(R, C, workspace, a):
         n = rows.shape[1]
@@ -365,7 +365,7 @@ def _rows_and_sum(a, w, transposed, routing, workspace, out):
         )  # fmt: skip
         block = min(256, triton.next_power_of_2(n))
         _combine_kernel[(triton.cdiv(S, 2048 // block), triton.cdiv(n, block))](
-            rows, out[:, columns], S, n, C, K=R // S, BLOCK_S=2048 // block, BLOCK_N=block
+            rows, weights, out[:, columns], S, n, C, K=R // S, BLOCK_S=2048 // block, BLOCK_N=block
         )
 
 
@@ -381,10 +381,11 @@ def _weight_tiles(columns, dtype):
     return tiles | dict(PRECISION=dot_precision())
 
 
-def _weight_gradient(a, b, routing, workspace, out):
+def _weight_gradient(a, b, weights, routing, workspace, out):
     """Writes each expert's sum over rows of a b[token]^T to out [E, M, N] (any strides), for a [R, M] and b [S, N].
 
-    The rows of b are gathered first: a product that gathers them in its loop takes 1.5 times as long.
+    weights [S, K] of the rows, or None. The rows of b are gathered (and weighted) first: a product that gathers them in
+    its loop takes 1.5 times as long.
     """
     (R, M), (S, C), E = a.shape, b.shape, len(out)
     for columns, rows in _column_slices(R, C, workspace, a):
@@ -392,8 +393,9 @@ def _weight_gradient(a, b, routing, workspace, out):
         tiles = _weight_tiles(n, a.dtype)
         block = min(512, triton.next_power_of_2(n))
         _gather_kernel[(triton.cdiv(R, 4096 // block), triton.cdiv(n, block))](
-            b[:, columns], routing.order, rows, R, n, b.stride(0), K=R // S, BLOCK_R=4096 // block, BLOCK_N=block
-        )
+            b[:, columns], weights, routing.order, rows, R, n, b.stride(0), K=R // S,
+            BLOCK_R=4096 // block, BLOCK_N=block,
+        )  # fmt: skip
         a_desc = _tensor_blocks(a, tiles["BLOCK_K"], tiles["BLOCK_M"])
         b_desc = _tensor_blocks(rows, tiles["BLOCK_K"], tiles["BLOCK_N"])
         _expert_weight_kernel[(triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]), E)](
@@ -412,14 +414,15 @@ class _ExpertMLP(torch.autograd.Function):
         routing = _route(expert_ids, E, tiles["BLOCK_M"])
         h = torch.empty(S * K, width, dtype=x.dtype, device=x.device)
         _expert_up_kernel[(len(routing.tiles) * triton.cdiv(width, tiles["BLOCK_N"]),)](
-            x, _tensor_blocks(up, tiles["BLOCK_N"], tiles["BLOCK_K"]), weights, routing.order, routing.tiles, h,
-            width, C, x.stride(0), TINY, K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
+            x, _tensor_blocks(up, tiles["BLOCK_N"], tiles["BLOCK_K"]), routing.order, routing.tiles, h,
+            width, C, x.stride(0), K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
         )  # fmt: skip
         y = torch.empty(S, C, dtype=x.dtype, device=x.device)
         # What must be in memory at the end: x, y, up, down, their gradients, and h. The buffer for rows [R, C] may add
         # a fifth to that, and where some of these tensors do not exist yet, their size too.
         ctx.workspace = (4 * x.numel() + 4 * up.numel() + h.numel()) // 5
-        _rows_and_sum(h, down, True, routing, ctx.workspace + 2 * x.numel() + 2 * up.numel(), y)  # no gradient yet
+        workspace = ctx.workspace + 2 * x.numel() + 2 * up.numel()  # no gradient yet
+        _rows_and_sum(h, down, True, weights, routing, workspace, y)
         ctx.save_for_backward(x, up, down, weights, h, *routing)
         return y
 
@@ -427,24 +430,32 @@ class _ExpertMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, up, down, weights, h, *routing = ctx.saved_tensors
+        of_x, of_up, of_down, _, of_weights = ctx.needs_input_grad
         routing, dy = _Routing(*routing), tail_contiguous(dy)
         (S, C), (E, width, _), K = x.shape, up.shape, weights.shape[1]
-        ddown = torch.empty_like(down)
-        workspace = ctx.workspace + x.numel() + up.numel()  # no dx or dup yet
-        _weight_gradient(h, dy, routing, workspace, ddown.transpose(1, 2))
+        dx = dup = ddown = dweights = None
+        if of_down:
+            ddown = torch.empty_like(down)
+            workspace = ctx.workspace + x.numel() + up.numel()  # no dx or dup yet
+            _weight_gradient(h, dy, weights, routing, workspace, ddown.transpose(1, 2))
+        if not (of_x or of_up or of_weights):
+            return None, None, ddown, None, None
         tiles = _expert_tiles(S * K, E, x.dtype, columns=width)
         n_tiles = triton.cdiv(width, tiles["BLOCK_N"])
         dweights = torch.empty(n_tiles, S, K, dtype=torch.float32, device=x.device)
         _expert_hidden_bwd_kernel[(len(routing.tiles) * n_tiles,)](
             dy, _tensor_blocks(down, tiles["BLOCK_K"], tiles["BLOCK_N"]), weights, routing.order, routing.tiles, h,
-            dweights, width, C, S * K, dy.stride(0), TINY, K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
+            dweights, width, C, S * K, dy.stride(0), K=K, EVEN=C % tiles["BLOCK_K"] == 0, **tiles,
         )  # fmt: skip
         torch.autograd.graph.increment_version(h)  # makes a second backward an error of torch's, not a wrong result
-        du, dup = h, torch.empty_like(up)
-        _weight_gradient(du, x, routing, ctx.workspace + x.numel(), dup)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _rows_and_sum(du, up, False, routing, ctx.workspace, dx)
-        return dx, dup, ddown, None, dweights.sum(0).to(weights.dtype)
+        du, dweights = h, dweights.sum(0).to(weights.dtype) if of_weights else None
+        if of_up:
+            dup = torch.empty_like(up)
+            _weight_gradient(du, x, None, routing, ctx.workspace + x.numel(), dup)
+        if of_x:
+            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            _rows_and_sum(du, up, False, None, routing, ctx.workspace, dx)
+        return dx, dup, ddown, None, dweights
 
 
 # ---- 6. what callers use ----------------------------------------------------------------------------------

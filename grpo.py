@@ -2,7 +2,7 @@
 
 Papers   GRPO, arXiv:2402.03300; RLOO, 2402.14740; DAPO, 2503.14476; Dr. GRPO, 2503.20783; CISPO (MiniMax-M1),
          2506.13585; GSPO, 2507.18071; decoupled PPO, 2110.00641, and AReaL, 2505.24298; Nemotron 3 Nano, Super, Ultra,
-         2512.20848, 2604.12374, 2606.15007 (leave-one-out advantages, curriculum, length control, MOPD).
+         2512.20848, 2604.12374, 2606.15007 (leave-one-out advantages, curriculum, multi-teacher distillation: MOPD).
 Idea     Answer each prompt G times; let a program judge the answers; raise the log-probability of those above the mean
          of their group and lower that of those below. The rest is repair: what a group's spread, an answer's length, a
          clipped ratio, or a sampler that is not quite the policy does to that gradient, and it is a few lines for each.
@@ -24,6 +24,7 @@ Symbols  code               paper         meaning
 
 Which flags of `train.py --recipe=grpo` give which algorithm. Add --entropy_coef=0: none of the papers has that bonus.
 [Brackets]: arguments of the functions, without a flag. clip is clip_low, clip_high; sg is stop-gradient, a constant.
+TIS, truncated importance sampling, and IcePop, which masks tokens, correct a sampler that is not quite the policy.
 
     algorithm             --advantage  --surrogate  --clip_...  --aggregate  further
     GRPO                  grpo         grpo         .2, .2      sequence     --kl_coef=.04 [kl_kind=k3]
@@ -34,7 +35,7 @@ Which flags of `train.py --recipe=grpo` give which algorithm. Add --entropy_coef
     CISPO                 grpo         cispo        1, 4        token        lo = 1: no lower bound; r up to 5
     dual clip (verl)      any          grpo         .2, .2      any          [dual_clip=3]
     naive PPO             any          grpo         .2, .2      any          --correction=clip
-    decoupled PPO, AReaL  batch        grpo         .2, .2      token        --correction=tis --updates=4 [(0, 5)]
+    decoupled PPO, AReaL  batch        grpo         .2, .2      token        --correction=mask --updates=4 [(0, 5)]
     TIS                   any          any          any         any          --correction=tis
     IcePop                any          any          any         any          --correction=mask
     Nemotron 3 Nano       nemotron     grpo         .2, .28     token        --correction=sequence --overlong=filter
@@ -44,6 +45,7 @@ Which flags of `train.py --recipe=grpo` give which algorithm. Add --entropy_coef
 
     Nano, Super and Ultra update once per batch: r = 1, the clip is inert, w is all there is. Nano and Super drop rows
     that are not `rollouts.faithful`. Super and Ultra set A := -5 on tokens of malformed messages: A may be [BG, T].
+    AReaL's released code drops tokens whose ratio w is above 5, and clamps none.
 
 Read     The table above, 1, 2; then `GRPO.batch` and `GRPO.rollouts` in 4, from sampling to judging to advantages, and
          `GRPO.loss`. `python grpo.py` compares five losses, `python train.py --recipe=grpo` learns several tasks at
@@ -53,40 +55,32 @@ Files    grpo.py + decoding.py + kernels.py + nano_hybrid.py + rollouts.py + dec
          common/accounting.py + common/checkpoints.py + common/presets.py + common/sampling.py: 8,681 lines in all
 """
 
-import math
-import sys
 import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import rollouts
 from common.data import Tokenizer
+from common.fit import learn
 from common.objectives import Objective, Recipe, to_device
+from common.ranges import check_ranges
 from common.tasks import demonstration_rows, environment, sample_task, with_low_effort
 from decoding import DecodeSession
-from kernels import at_least_float32, expect
+from kernels import at_least_float32, expect, fresh_casts
 from nano_hybrid import Hybrid, HybridConfig
-from rollouts import Curricula, PolicyCopies, join_answers, judged_answers, rollout_metrics, sample_answers
+from rollouts import Curricula, PolicyCopies, informative, join_answers, judged_answers, rollout_metrics, sample_answers
 
 # ---- 1. advantages ------------------------------------------------------------------------------------------------
 #
 # Of 0/1 rewards with success rate p, a group's mean update is proportional to p (1 - p) under "dr" and "rloo", and to
 # sqrt(p (1 - p)) under "grpo", which so lifts prompts that are nearly always or nearly never solved. Both vanish at
-# p = 0 and p = 1: such a group is silent, and dynamic sampling draws another.
+# p = 0 and p = 1, where a group is not `informative`: dynamic sampling draws others instead.
 
 EPS = 1e-6  # added to standard deviations: NVIDIA's; TRL has 1e-4
 ADVANTAGES = ("grpo", "nemotron", "rloo", "dr", "batch")
-
-
-def informative(rewards):
-    """Returns bool [B]: whether the rewards [B, G] of a group differ. If not, it is silent: its advantages are all 0.
-
-    Silence is not harmless: its tokens count in the token mean, so the step shrinks as training succeeds, and with
-    kl_coef > 0 they still have a gradient. `rollouts.keep_only(mask, informative(rewards))` takes them out of both.
-    """
-    return rewards.amax(1) != rewards.amin(1)
 
 
 def leave_one_out(rewards):
@@ -110,7 +104,7 @@ def advantages(rewards, kind="grpo"):
     rloo      R - mean of the others = G / (G - 1) (R - mean)       RLOO
     nemotron  (R - mean of the others) / std of the others; where that is 0, no division. One success in 16 so gets 1
               and each failure -0.258, where "grpo" gives 3.75 and -0.25.        Nemotron 3 Nano; NeMo RL
-    batch     (R - mean) / std of all B G rewards, so prompts keep their weight; never on a micro-batch.      TRL
+    batch     (R - mean) / std of all B G rewards, so prompts keep their weight; take it of a whole batch.    TRL
 
     A group of equal rewards, and so one of a single answer, is exactly 0 in all. Only with "grpo" and "nemotron" may
     environments have rewards of different ranges. Raises ValueError for another kind or shape.
@@ -171,30 +165,34 @@ def row_mean(values, mask):
     return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def denominator(mask, aggregate="token", max_tokens=None):
-    """Returns the number, a tensor [], that the sum over the tokens of a batch is divided by. mask [B, T]: all of it.
+def batch_denominator(mask, aggregate="token", max_tokens=None, micro_batches=1, processes=1):
+    """Returns the number, a tensor [], that sums over the tokens of a batch are divided by. mask [B, T]: all of it.
 
     token     tokens in the mask: each token counts the same, so long answers count more        DAPO, section 3.3
     sequence  rows with any token; each row's tokens are averaged before                        GRPO, equation (3)
     constant  B max_tokens: a row without tokens counts, and no length of an answer does        Dr. GRPO
 
-    Take it once from the whole optimiser batch (of all GPUs: sum it) and hand it to every micro-batch; one that divides
-    by its own tokens has a gradient that depends on how the batch was cut. What is not in the mask does not count; to
-    let silent groups count, as DAPO does without dynamic sampling, take it from the mask before `rollouts.keep_only`.
+    Take it once from the whole batch of an optimiser step, and hand it to every part: divided by its own tokens, a part
+    has a gradient that depends on how the batch was cut. micro_batches, processes: how many parts there are, if their
+    gradients are averaged, not added, as in train.py, DDP and FSDP. With several processes each has the mask of its own
+    rows, and all of them make this call. What is not in the mask does not count; to let uninformative groups count, as
+    DAPO does without dynamic sampling, take it from the mask before `rollouts.keep_only`.
     """
     rollouts.check_choice("aggregate", aggregate, AGGREGATES)
     if aggregate == "constant" and not max_tokens:
-        raise ValueError('aggregate="constant" divides by B max_tokens: pass denominator(mask, "constant", max_tokens)')
-    if aggregate == "constant":
-        return torch.tensor(float(len(mask) * max_tokens), device=mask.device)
-    tokens = (mask != 0).sum(1)
-    return (tokens.sum() if aggregate == "token" else (tokens > 0).sum()).clamp(min=1).float()
+        raise ValueError('aggregate="constant" needs denominator=batch_denominator(mask, "constant", max_tokens)')
+    tokens = (mask != 0).sum(1)  # [B]
+    total = dict(token=tokens.sum(), sequence=(tokens > 0).sum(), constant=tokens.new_tensor(len(mask)))[aggregate]
+    if processes > 1:
+        dist.all_reduce(total)
+    total = total.clamp(min=1).float() * (max_tokens if aggregate == "constant" else 1)
+    return total / (micro_batches * processes)
 
 
-def aggregate_tokens(values, mask, aggregate="token", divisor=None):
-    """Returns a scalar: the sum of values [B, T] in mask [B, T] over `divisor`, None for `denominator` of this mask."""
-    divisor = denominator(mask, aggregate) if divisor is None else divisor
-    return ((row_mean(values, mask) if aggregate == "sequence" else values * mask).sum()) / divisor
+def aggregate_tokens(values, mask, aggregate="token", denominator=None):
+    """Returns a scalar: the sum of values [B, T] in mask [B, T] / denominator, None for that of this mask alone."""
+    denominator = batch_denominator(mask, aggregate) if denominator is None else denominator
+    return (row_mean(values, mask) if aggregate == "sequence" else values * mask).sum() / denominator
 
 
 def ratio_terms(logprob, old_logprob, mask, kind="grpo"):
@@ -236,8 +234,8 @@ def correction_weights(old_logprob, behaviour_logprob, mask, correction="tis", b
     """Returns (w [B, T], out [B, T] bool): the weight of each token against a sampler that is not the trainer's policy.
 
     w = pi_old / behaviour, a constant: nothing is differentiated. bounds = (lo, hi), by default those of BOUNDS.
-    tis       clip(w, lo, hi): biased, bounded. (0, math.inf) is plain importance sampling: unbiased, unbounded
-    mask      w inside the bounds, else 0 (IcePop): a token that the two disagree on is no evidence
+    tis       clip(w, lo, hi): truncated importance sampling, biased, bounded; without bounds, (0, math.inf), unbiased
+    mask      w inside the bounds, else 0 (IcePop, AReaL): a token that the two disagree on is no evidence
     sequence  w, and 0 for a whole row whose geometric mean of w leaves the bounds
 
     NaN and inf become 0 in all, and belong to `out`, as does what is outside of the bounds. The denominator of the loss
@@ -278,7 +276,7 @@ def policy_loss(
     logprob, old_logprob, behaviour_logprob, ref_logprob [B, T]: of the sampled tokens. Only logprob has a gradient, so
     `old_logprob=logprob` is right, and free, for the first update. advantages [B], an answer's, or [B, T]. mask [B, T],
     bool or 0 and 1; outside of it tensors may hold anything, NaN too. kind, clip, dual_clip: `clipped` and `cispo`.
-    aggregate, denominator: the function `denominator`. correction, bounds: `correction_weights`; None is w = 1.
+    aggregate, denominator: `batch_denominator`. correction, bounds: `correction_weights`; None is w = 1.
     kl_kind: `kl_estimate`; kl_ratio: times w pi / pi_old, for samples that are not of pi. Computed in float32 (float64
     for float64). On-policy the loss is near 0, since A has mean 0: it does not measure progress. Raises ValueError for
     unknown kinds, shapes that do not fit, and what is missing.
@@ -343,16 +341,8 @@ def loss_metrics(ratio, advantages, mask, kind, clip, logprob, old_logprob, beha
 
 # ---- 3. settings --------------------------------------------------------------------------------------------------
 
-LARGEST = sys.float_info.max
 CHOICES = dict(advantage=ADVANTAGES, surrogate=SURROGATES, aggregate=AGGREGATES, overlong=("zero", "filter"))
 CHOICES["correction"] = ("", "clip", *BOUNDS)
-LIMITS = [  # (setting, lowest, highest)
-    ("warm_start", 0, math.inf), ("group_size", 1, math.inf), ("updates", 1, math.inf), ("sampler_every", 1, math.inf),
-    ("rl_lr", 1e-12, LARGEST), ("temperature", 1e-3, LARGEST), ("eval_temperature", 0, LARGEST),
-    ("clip_low", 0, 1), ("clip_high", 0, LARGEST), ("entropy_coef", 0, LARGEST), ("kl_coef", 0, LARGEST),
-    ("cut_thoughts", 0, 1), ("no_thoughts", 0, 1), ("low_effort", 0, 1), ("low_effort_tokens", 1, math.inf),
-    ("dynamic_sampling", 0, math.inf), ("focus", 0, 1), ("curriculum", 0, math.inf), ("length_coef", 0, LARGEST),
-]  # fmt: skip
 
 
 @dataclass
@@ -360,17 +350,17 @@ class GRPOConfig:
     """Settings of --recipe=grpo. The comment is the --help text."""
 
     envs: str = "sort,countdown"  # of every batch, by commas: tasks.ENVIRONMENTS, sort:10 for size 10; twice is twice
-    warm_start: int = 70  # steps of supervised learning on the environments' demos, before the first answer
-    cut_thoughts: float = 0.0  # share of demos whose thought stops early: they teach to answer under a budget
-    no_thoughts: float = 0.0  # share of demos whose thinking is turned off
+    warm_start: int = 70  # steps of supervised learning on demonstrations of the environments, before the first answer
+    cut_thoughts: float = 0.0  # share of demonstrations whose thought stops early: they teach to answer under a budget
+    no_thoughts: float = 0.0  # share of demonstrations whose thinking is turned off
     rl_lr: float = 4e-4  # peak learning rate after the warm start
-    group_size: int = 8  # G, answers to a prompt; batch_size is prompts times G
+    group_size: int = 8  # G, answers to a prompt; batch_size, times grad_accum, is prompts times G
     updates: int = 1  # optimiser steps for a batch of answers, each on its share of them
     temperature: float = 1.0  # of sampling, and of the log-probabilities in training
     eval_temperature: float = 1.0  # of the answers to held-out prompts; 0: the likeliest tokens
     advantage: str = "grpo"  # grpo, nemotron, rloo, dr or batch: see advantages
     surrogate: str = "grpo"  # grpo, gspo or cispo: see policy_loss
-    aggregate: str = "token"  # token, sequence or constant: see denominator
+    aggregate: str = "token"  # token, sequence or constant: see batch_denominator
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
     clip_high: float = 0.28  # and up to 1 + clip_high
     entropy_coef: float = 0.02  # bonus for a nat of entropy: with less, small models settle on one answer for all
@@ -384,19 +374,16 @@ class GRPOConfig:
     length_coef: float = 0.0  # reward for thoughts and answers that are short in their group: see length_control
     low_effort: float = 0.0  # share of the prompts to think on that are marked ~, for little thought
     low_effort_tokens: int = 16  # of thought, beyond which those lose reward: see low_effort_reward
-    teachers: str = ""  # MOPD: a run's folder for each environment, by commas; they take the place of rewards
+    teachers: str = ""  # distillation (MOPD) in the place of rewards: a run's folder for each environment, by commas
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
             rollouts.check_choice(name, getattr(self, name), choices)
-        for name, low, high in LIMITS:
-            if not low <= getattr(self, name) <= high:
-                span = f"from {low} to {high}" if high < LARGEST else f"at least {low}, and finite"
-                raise ValueError(f"--{name}={getattr(self, name)} must be {span}")
+        check_ranges(self, temperature=(1e-3, 100.0))
         if self.group_size < 2 and not self.teachers.strip(", "):
             raise ValueError("--group_size=1 leaves nothing to compare an answer with; it takes --teachers")
         if self.cut_thoughts + self.no_thoughts > 1:
-            raise ValueError("--cut_thoughts and --no_thoughts are shares of the same demos: at most 1 together")
+            raise ValueError("--cut_thoughts and --no_thoughts share the demonstrations: they are at most 1 together")
         if self.teachers and (self.length_coef or self.low_effort or self.dynamic_sampling):
             raise ValueError("--teachers replace rewards: leave out length_coef, low_effort, dynamic_sampling")
 
@@ -418,6 +405,12 @@ def shaped_advantages(settings, rewards, tasks, completions, tokenizer):
     return A.flatten()
 
 
+def demonstrations(settings, model, tasks, tokenizer, rng):
+    """Returns {"ids", "targets"}, int64 [B, T] on the model's device: the `demonstration_rows` of tasks."""
+    rows = demonstration_rows(tasks, tokenizer, rng, settings.cut_thoughts, settings.no_thoughts)
+    return dict(zip(("ids", "targets"), to_device(model, *rows)))
+
+
 class GRPO(Objective):
     """Reinforcement learning from verifiable rewards, after a supervised warm start in the same run.
 
@@ -425,20 +418,20 @@ class GRPO(Objective):
     whose answers differ in reward; pass_rate, before rewards, of the tasks that curricula drew; entropy of the policy,
     nats a token (a collapse means no more exploration); tokens learnt from; rollout_tokens_per_s, of sampling.
 
-    Silent groups still get the entropy bonus, which keeps them exploring, and the KL. A mixture of experts is balanced
-    by its bias alone, as in Nemotron's RL; its router is trained, where theirs is not.
+    Uninformative groups still get the entropy bonus, which keeps them exploring, and the KL. A mixture of experts is
+    balanced by its bias alone, as in Nemotron's RL; its router is trained, where theirs is not.
     """
 
     Settings = GRPOConfig
-    fixed = ("envs", "updates", "group_size", "curriculum")
+    fixed = ("envs", "updates", "group_size", "curriculum", "grad_accum")
 
-    def __init__(self, settings, tokenizer, batch_size, seed=0, rank=0, world_size=1):
-        self.settings, self.tokenizer, self.batch_size = settings, tokenizer, batch_size
+    def __init__(self, settings, tokenizer, batch_size, seed=0, rank=0, world_size=1, grad_accum=1):
+        self.settings, self.tokenizer, self.batch_size, self.grad_accum = settings, tokenizer, batch_size, grad_accum
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.envs = [environment(spec.strip()) for spec in settings.envs.split(",")]
         self.max_new_tokens = max(env.max_new_tokens for env in self.envs)
-        rollouts.check_batch(settings, batch_size, self.envs, seed)
-        self.n_prompts = batch_size // settings.group_size
+        rollouts.check_batch(settings, batch_size, grad_accum, self.envs, seed)
+        self.n_prompts = batch_size * grad_accum // settings.group_size
         self.example = self.envs[0].sample(np.random.default_rng(seed)).prompt
         self.state = {}  # of a checkpoint: answers with updates still to come, copies of weights, pass rates
         self.session, self.generator = DecodeSession(), None
@@ -450,9 +443,9 @@ class GRPO(Objective):
     @classmethod
     def from_run(cls, run, settings):
         """Returns the objective of a run. Raises ValueError for settings that do not go together."""
-        batch_size, before = run.config.batch_size, settings.warm_start
-        objective = cls(settings, Tokenizer(run.tokenizer), batch_size, run.seed, run.rank, run.world_size)
-        rollouts.check_run(run, before, f"warm_start={before}", "--envs")
+        c, before, tokenizer = run.config, settings.warm_start, Tokenizer(run.tokenizer)
+        objective = cls(settings, tokenizer, c.batch_size, run.seed, run.rank, run.world_size, c.grad_accum)
+        rollouts.check_run(run, before, f"--warm_start={before}", "--envs")
         return objective
 
     def build(self, config):
@@ -461,8 +454,8 @@ class GRPO(Objective):
 
     def about(self):
         """Returns a line about the data."""
-        c, prompts = self.settings, self.n_prompts
-        return f"{c.envs}; {c.warm_start} steps of demos, then {prompts} prompts x {c.group_size} answers a batch"
+        c, n = self.settings, self.n_prompts
+        return f"{c.envs}; {c.warm_start} steps of demonstrations, then {n} prompts x {c.group_size} answers a batch"
 
     def lr_scale(self, step, lr, part=""):
         """Returns what the learning rate `lr` is multiplied by: supervised steps can be larger."""
@@ -479,19 +472,29 @@ class GRPO(Objective):
         if "pass_rates" in self.state:
             self.curricula.start(self.state["pass_rates"], state["left"])
 
+    @fresh_casts()
     def batch(self, model, step):
-        """Returns demonstrations to imitate, {"ids", "targets"}, or after the warm start a share of judged answers."""
-        c, device = self.settings, next(model.parameters()).device
+        """Returns a micro-batch: {"ids", "targets"} of demonstrations, or after the warm start judged answers.
+
+        step: a micro-step. An update has grad_accum of them, and "denominator" counts what all their rows hold. Answers
+        are sampled at the first one of `updates` updates, for all of them.
+        """
+        c, device, (step, micro) = self.settings, next(model.parameters()).device, divmod(step, self.grad_accum)
         if step < c.warm_start:
-            rng = np.random.default_rng((self.seed, step, 1))
-            return self.demonstrations(model, self.tasks(step, self.batch_size), rng)
-        self.begin_rewards(model)
-        update, share = (step - c.warm_start) % c.updates, self.batch_size // c.updates
-        if update == 0:
-            self.state["rollouts"], self.state["metrics"] = self.rollouts(model, step)
-        rows = slice(update * share, (update + 1) * share)
-        batch = {name: value[rows].to(device) for name, value in self.state["rollouts"].items()}
-        return batch | dict(metrics=self.state["metrics"])
+            rng, n = np.random.default_rng((self.seed, step, 1)), self.batch_size * self.grad_accum
+            whole, further = demonstrations(c, model, self.tasks(step, n), self.tokenizer, rng), {}
+            counted, aggregate = whole["targets"] >= 0, "token"
+        else:
+            self.begin_rewards(model)
+            update = (step - c.warm_start) % c.updates
+            if update == micro == 0:
+                self.state["rollouts"], self.state["metrics"] = self.rollouts(model, step)
+            answers, further = self.state["rollouts"], dict(metrics=self.state["metrics"])
+            whole = {name: value.tensor_split(c.updates)[update].to(device) for name, value in answers.items()}
+            counted, aggregate = whole["mask"], c.aggregate
+        parts = dict(micro_batches=self.grad_accum, processes=self.world_size)
+        further["denominator"] = batch_denominator(counted, aggregate, self.max_new_tokens, **parts)
+        return {name: value.tensor_split(self.grad_accum)[micro] for name, value in whole.items()} | further
 
     def rollouts(self, model, step):
         """Returns (batch, metrics): fresh answers, judged and compared; in the batch a row for each of n G answers."""
@@ -513,47 +516,43 @@ class GRPO(Objective):
             rewards = torch.tensor([reward for reward, _ in verdicts[-n * G :]]).view(-1, G)
             return range(len(tasks) // G - n, len(tasks) // G), rewards
 
-        groups, accepted = rollouts.dynamic_sampling(draw, n, c.dynamic_sampling)  # one draw, if its setting is 0
+        groups, share = rollouts.dynamic_sampling(draw, n, c.dynamic_sampling)  # one draw, if its setting is 0
         rewards = torch.tensor([reward for reward, _ in verdicts]).view(-1, G)  # [groups drawn, G]
-        silent = [i for i in range(len(rewards)) if i not in set(groups)]  # they fill up what is missing
-        groups = torch.tensor(sorted((groups + silent)[:n]))
+        uninformative = [i for i in range(len(rewards)) if i not in set(groups)]  # they fill up what is missing
+        groups = torch.tensor(sorted((groups + uninformative)[:n]))
         rows = (groups[:, None] * G + torch.arange(G)).flatten()  # [n G], of all the answers
         answers = join_answers(parts, self.tokenizer.end_of_text)
 
         metrics = rollout_metrics(self.envs, tasks, answers, verdicts)
         if self.curricula.drawn_rates:
             metrics["pass_rate"] = float(np.mean(self.curricula.drawn_rates))
-        metrics |= dict(informative=accepted, rollout_tokens_per_s=answers.mask.sum().item() / sum(seconds))
+        metrics |= dict(informative=share, rollout_tokens_per_s=answers.mask.sum().item() / sum(seconds))
         if c.focus:
-            differ = informative(rewards)
-            self.state["focus"] = rollouts.track_informative(self.state.get("focus"), self.envs, tasks[::G], differ)
+            weight, which = self.state.get("focus"), informative(rewards)
+            self.state["focus"] = rollouts.track_informative(weight, self.envs, tasks[::G], which)
 
-        tasks, completions = [tasks[i] for i in rows], [answers.completions[i] for i in rows]
-        ids, mask, logprob, finished = (
-            x[rows.to(x.device)] for x in (answers.ids, answers.mask, answers.logprob, answers.finished)
-        )
-        A = shaped_advantages(c, rewards[groups], tasks, completions, self.tokenizer).to(
-            ids.device
-        )  # 3. compare: [n G]
-        mask = rollouts.keep_only(mask, finished) if c.overlong == "filter" else mask
-        batch = dict(ids=ids, mask=mask, behaviour_logprob=logprob, advantages=A)
+        tasks, answers = [tasks[i] for i in rows], answers.select(rows)
+        A = shaped_advantages(c, rewards[groups], tasks, answers.completions, self.tokenizer)  # 3. compare: [n G]
+        mask = rollouts.keep_only(answers.mask, answers.finished) if c.overlong == "filter" else answers.mask
+        batch = dict(ids=answers.ids, mask=mask, behaviour_logprob=answers.logprob, advantages=A.to(mask.device))
         return batch | self.other_policies(model, batch, tasks), metrics  # 4. what `loss` compares them with
 
     def loss(self, model, batch):
         """Returns (loss, metrics)."""
+        c, denominator = self.settings, batch["denominator"]
         if "targets" in batch:
-            loss, metrics = model.loss(**batch)
-            return loss, metrics | dict(tokens=(batch["targets"] >= 0).sum())
-        c, mask = self.settings, batch["mask"]
+            tokens = (batch["targets"] >= 0).sum()
+            loss, metrics = model.loss(batch["ids"], batch["targets"])  # a mean over them
+            return loss * (tokens / denominator), metrics | dict(tokens=tokens)
+        mask = batch["mask"]
         logprob, entropy = model.logprobs(batch["ids"], mask, c.temperature)
-        divisor = denominator(mask, c.aggregate, self.max_new_tokens)
         loss, metrics = policy_loss(
             logprob, batch.get("old_logprob", logprob), batch["advantages"], mask, c.surrogate,
-            (c.clip_low, c.clip_high), aggregate=c.aggregate, denominator=divisor,
+            (c.clip_low, c.clip_high), aggregate=c.aggregate, denominator=denominator,
             behaviour_logprob=batch["behaviour_logprob"], correction=c.correction if c.correction in BOUNDS else None,
             ref_logprob=batch.get("ref_logprob"), kl_coef=c.kl_coef, kl_kind="k3+",
         )  # fmt: skip
-        bonus = c.entropy_coef * aggregate_tokens(entropy, mask, c.aggregate, divisor)
+        bonus = c.entropy_coef * aggregate_tokens(entropy, mask, c.aggregate, denominator)
         entropy = entropy.detach().sum() / mask.sum().clamp(min=1)
         return loss - bonus, metrics | batch["metrics"] | dict(entropy=entropy, tokens=mask.sum())
 
@@ -579,11 +578,6 @@ class GRPO(Objective):
             envs = rollouts.focused(self.envs, n, self.state.get("focus"), c.focus, rng)
             tasks = [sample_task(env, rng) for env in envs]
         return with_low_effort(tasks, rng.random(n) < c.low_effort)
-
-    def demonstrations(self, model, tasks, rng):
-        """Returns {"ids", "targets"}, int64 [B, T]: the `demonstration_rows` of tasks."""
-        rows = demonstration_rows(tasks, self.tokenizer, rng, self.settings.cut_thoughts, self.settings.no_thoughts)
-        return dict(zip(("ids", "targets"), to_device(model, *rows)))
 
     def begin_rewards(self, model):
         """Remembers the policy after its warm start: weights for the KL, pass rates for curricula. Once."""
@@ -652,24 +646,6 @@ ALGORITHMS = {  # of the table at the top, with two updates for each batch of an
     "GSPO": dict(advantage="grpo", surrogate="gspo", aggregate="sequence", clip_low=0.03, clip_high=0.04),
     "CISPO": dict(advantage="grpo", surrogate="cispo", clip_low=1.0, clip_high=4.0),
 }
-
-
-def learn(model, objective, steps, lr):
-    """Trains for `steps` steps, on a GPU in bfloat16, and returns the metrics of each: name -> float."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
-    device, rows = next(model.parameters()).device, []
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10)
-        # A context for each step: autocast caches the weights it has cast until it is left.
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, metrics = objective.loss(model, objective.batch(model, step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        values = torch.stack([torch.as_tensor(value, device=device).detach().float() for value in metrics.values()])
-        rows.append(dict(zip(metrics, values.tolist())))
-    return rows
 
 
 def demo(env="sort:5", warm_start=50, steps=25, batch_size=96):

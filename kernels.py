@@ -36,6 +36,7 @@ the gradients of the loss in its forward: Liger-Kernel, arXiv:2410.10989.
 """
 
 import os
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -43,11 +44,15 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+triton, NO_TRITON = None, "the package triton is not installed"
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: the definitions work, the kernels do not
-    triton, tl = None, SimpleNamespace(constexpr=None)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # macOS, Windows, an old Triton: the definitions work, the kernels do not
+    if triton:
+        NO_TRITON = f"triton {triton.__version__} is too old, it has no tensor descriptors: install 3.6 or newer"
+    triton, tl, TensorDescriptor = None, SimpleNamespace(constexpr=None), None
 
 # ---- 1. the backend switch --------------------------------------------------------------------------------
 
@@ -56,19 +61,20 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernel
 jit = triton.jit if triton else lambda kernel: kernel
 
 
-def pick_backend(backend="auto", device="cpu", dtype=torch.float32):
+def pick_backend(backend="auto", device="cpu", dtype=torch.float32, limit=None):
     """Returns "triton" or "torch": what an op will run on, for tensors of this device and dtype.
 
     backend: "torch", "triton", or "auto", which means what NANO_BACKEND says; if that is unset, Triton for CUDA tensors
-    (float64 excepted) and PyTorch for all others. Raises ValueError for an unknown name, and if "triton" was asked for
-    (here or by NANO_BACKEND) but cannot run; the message says why.
+    (float64 excepted) and PyTorch for all others. limit: why the op's kernels do not take these tensors, if so.
+    Raises ValueError for an unknown name, and if "triton" was asked for (here or by NANO_BACKEND) but cannot run; the
+    message says why.
     """
     choice = BACKEND if backend == "auto" else backend
     if choice not in ("auto", "torch", "triton"):
         raise ValueError(f"unknown backend {choice!r}; use 'auto', 'torch' or 'triton' (backend=, or NANO_BACKEND)")
-    device, why_not = torch.device(device).type, None
+    device, why_not = torch.device(device).type, limit
     if triton is None:
-        why_not = "the package triton is not installed"
+        why_not = NO_TRITON
     elif device != "cuda" and not INTERPRET:
         why_not = f"the tensors are on {device}, not cuda (TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"
     elif dtype == torch.float64:
@@ -83,6 +89,26 @@ def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+def no_autocast(device):
+    """Returns a context in which autocast is off, for a torch.device: the meta device has none, and refuses it."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+@contextmanager
+def fresh_casts():
+    """A context, or as `@fresh_casts()` a decorator, in which autocast casts every weight anew, and again behind it.
+
+    Until its outermost context is left, autocast keeps the weights that it has cast. If a weight changes in place, what
+    was kept is stale; and in torch 2.8, a weight that was cast under no_grad gets no gradient. Whatever samples for
+    training is therefore in here, and may share a context of autocast with what learns.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
 def expect(name, tensor, *shape, hint=""):
     """Raises ValueError unless `tensor` is None or has this shape: a kernel would read past its end."""
     if tensor is not None and tuple(tensor.shape) != shape:
@@ -90,11 +116,11 @@ def expect(name, tensor, *shape, hint=""):
 
 
 def number_documents(seq_idx):
-    """Returns seq_idx [B, T] with the documents of each row renumbered 0, 1, ...; None stays None.
+    """Returns seq_idx [B, T] with the documents of each row renumbered 0, 1, ..., int64; None stays None.
 
-    Two documents with the same number, with another between them, get different numbers.
+    A document ends where the number changes: if the number comes again later, that is another document.
     """
-    return None if seq_idx is None else F.pad(seq_idx.diff(dim=1).ne(0), (1, 0)).cumsum(1)
+    return None if seq_idx is None else F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
 
 
 # What the Triton paths share.
@@ -217,7 +243,10 @@ def _norm_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, S, C, stride_x, stride_gate
 def _norm_bwd_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr,
                      S, C, stride_x, stride_gate, stride_dy, stride_dgate, group_size, eps,
                      ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Writes dx and dgate [S, C], and dweight [programs, C], which the caller sums over the programs."""
+    """Writes dx and dgate [S, C], and dweight [programs, C], which the caller sums over the programs.
+
+    Each of the three may be None.
+    """
     eps = tl.cast(eps, tl.float32)
     in_group = tl.arange(0, BLOCK)[None, :]
     columns = tl.program_id(1) * group_size + in_group
@@ -239,12 +268,15 @@ def _norm_bwd_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dwe
         dnormed = dy * weight
         dv = (dnormed - normed * (tl.sum(dnormed * normed, 1, keep_dims=True) / group_size)) * rstd
         if gate_ptr is not None:
-            dgate = dv * x * sigmoid * (1 + gate * (1 - sigmoid))
-            tl.store(dgate_ptr + rows * stride_dgate + columns, dgate, mask=mask)
+            if dgate_ptr is not None:
+                dgate = dv * x * sigmoid * (1 + gate * (1 - sigmoid))
+                tl.store(dgate_ptr + rows * stride_dgate + columns, dgate, mask=mask)
             dv *= gate * sigmoid
-        tl.store(dx_ptr + rows * C + columns, dv, mask=mask)
-    total = tl.sum(dweight, 0, keep_dims=True)  # [1, BLOCK]
-    tl.store(dweight_ptr + tl.program_id(0) * C + columns, total, mask=in_group < group_size)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + rows * C + columns, dv, mask=mask)
+    if dweight_ptr is not None:
+        total = tl.sum(dweight, 0, keep_dims=True)  # [1, BLOCK]
+        tl.store(dweight_ptr + tl.program_id(0) * C + columns, total, mask=in_group < group_size)
 
 
 def _norm_tiles(group_size, elements):
@@ -272,10 +304,13 @@ def norm_forward(x, gate, weight, group_size, eps):
     return y
 
 
-def norm_backward(x, gate, weight, dy, group_size, eps, dgate=None):
-    """Returns (dx, dgate, dweight). If dgate is given, it is written in place; it may be a slice of wider rows."""
-    C, dx = x.shape[-1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if gate is not None and dgate is None:
+def norm_backward(x, gate, weight, dy, group_size, eps, dgate=None, wanted=(True, True, True)):
+    """Returns (dx, dgate, dweight). If dgate is given, it is written in place; it may be a slice of wider rows.
+
+    wanted: which of the three to compute; the others are None.
+    """
+    C, dx = x.shape[-1], torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
+    if gate is not None and wanted[1] and dgate is None:
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
     (xs, stride_x), (gates, stride_gate), (dys, stride_dy) = as_rows(x), as_rows(gate), as_rows(dy)
     dgates, stride_dgate = as_rows(dgate)
@@ -283,12 +318,12 @@ def norm_backward(x, gate, weight, dy, group_size, eps, dgate=None):
     tiles = _norm_tiles(group_size, 512)
     n_programs = max(1, 4224 // tiles["num_warps"] * group_size // C)  # 32 warps for each of 132 multiprocessors
     n_programs = min(n_programs, triton.cdiv(max(1, len(xs)), tiles["ROWS"]))
-    dweight = torch.empty(n_programs, C, dtype=torch.float32, device=x.device)
+    dweight = torch.empty(n_programs, C, dtype=torch.float32, device=x.device) if wanted[2] else None
     _norm_bwd_kernel[(n_programs, C // group_size)](
         xs, gates, weight.contiguous(), dys, dx, dgates, dweight, len(xs), C,
         stride_x, stride_gate, stride_dy, stride_dgate, group_size, eps, **tiles,
     )  # fmt: skip
-    return dx, dgate, dweight.sum(0).to(weight.dtype)
+    return dx, dgate, dweight.sum(0).to(weight.dtype) if wanted[2] else None
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -304,7 +339,8 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, gate, weight = ctx.saved_tensors
-        return *norm_backward(x, gate, weight, dy, ctx.group_size, ctx.eps), None, None
+        grads = norm_backward(x, gate, weight, dy, ctx.group_size, ctx.eps, wanted=ctx.needs_input_grad[:3])
+        return *grads, None, None
 
 
 def rms_norm_triton(x, weight, eps=1e-5):
@@ -354,10 +390,10 @@ def causal_conv1d_ref(
     x [B, T, C]; weight [C, W], tap W-1 is the current token; bias [C] or None; initial_state [B, C, W-1], the
     W-1 inputs before x, newest last (None: zeros); activation "silu" or None. With return_final_state, returns
     (out [B, T, C], state [B, C, W-1]): the state to continue from. seq_idx [B, T] int is for several documents packed
-    into one row: the number of each token's document. A token sees its own document only; initial_state belongs to the
-    first document.
+    into one row: the number of each token's document, which ends where the number changes. A token sees only its own;
+    initial_state belongs to the first.
     """
-    W = weight.shape[1]
+    W, seq_idx = weight.shape[1], number_documents(seq_idx)
     history = _with_history(x, initial_state, W)  # [B, W-1+T, C]
     T = x.shape[1]
     # W shifted products, not F.conv1d: a compiler fuses them into one pass over x, cuDNN's depthwise takes several.
@@ -369,7 +405,7 @@ def causal_conv1d_ref(
     if activation == "silu":
         out = F.silu(out)
     out = out.to(x.dtype)
-    return (out, history[:, T:].transpose(1, 2)) if return_final_state else out
+    return (out, _last_inputs(x, initial_state, W, seq_idx)) if return_final_state else out
 
 
 def _with_history(x, initial_state, W):
@@ -377,6 +413,16 @@ def _with_history(x, initial_state, W):
     if initial_state is None:
         return F.pad(x, (0, 0, W - 1, 0))
     return torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], dim=1)
+
+
+def _last_inputs(x, initial_state, W, seq_idx):
+    """Returns the state after x [B, C, W-1]: the last W-1 inputs, zeros for those of documents that have ended."""
+    recent = x[:, max(0, x.shape[1] - W + 1) :]  # if x is shorter, the state before it supplies the others
+    state = _with_history(recent, initial_state, W)[:, recent.shape[1] :]  # [B, W-1, C]
+    if seq_idx is not None and x.shape[1] > 0:
+        document = torch.cat([seq_idx[:, :1].expand(-1, W - 1), seq_idx], 1)[:, x.shape[1] :]  # [B, W-1]
+        state = torch.where((document == seq_idx[:, -1:])[..., None], state, 0.0)
+    return state.transpose(1, 2).contiguous()
 
 
 # The kernels. A program owns BLOCK channels and TIME steps of them. It advances STEP steps at a time and keeps the last
@@ -491,18 +537,23 @@ def _conv_bwd_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, dy_ptr, dx
                      T, C, stride_xb, stride_xt, stride_dyb, stride_dyt, stride_dxb, stride_dxt,
                      SILU: tl.constexpr, W: tl.constexpr,
                      TIME: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Writes dx, dstart, and dweight [blocks, W + 1, C] (last row: dbias), which the caller sums over the blocks."""
+    """Writes dx, dstart, and dweight [blocks, W + 1, C] (last row: dbias), which the caller sums over the blocks.
+
+    Each of the three may be None.
+    """
     first = tl.program_id(0) * TIME
     last = tl.minimum(first + TIME, T)  # one past it
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(2).to(tl.int64)
     x_ptr += batch * stride_xb
     dy_ptr += batch * stride_dyb
-    dx_ptr += batch * stride_dxb
+    if dx_ptr is not None:
+        dx_ptr += batch * stride_dxb
     stride_xt, stride_dyt = tl.cast(stride_xt, tl.int64), tl.cast(stride_dyt, tl.int64)
     stride_dxt = tl.cast(stride_dxt, tl.int64)
     if start_ptr is not None:
         start_ptr += batch * C * (W - 1)
+    if dstart_ptr is not None:
         dstart_ptr += batch * C * (W - 1)
     if seq_ptr is not None:
         seq_ptr += batch * T
@@ -530,15 +581,18 @@ def _conv_bwd_kernel(x_ptr, weight_ptr, bias_ptr, start_ptr, seq_ptr, dy_ptr, dx
                 dw = dw[:j] + (dw[j] + part,) + dw[j + 1 :]
             s = t + r - W + 1  # t + r is the last step that reads input s, so its gradient is complete
             dx = _conv_dx(dzs[r : r + W], w, seq_ptr, s, T, W)
-            tl.store(dx_ptr + s * stride_dxt + channels, dx, mask=channels < tl.where((s >= first) & (s < last), C, 0))
-            if start_ptr is not None:
+            if dx_ptr is not None:
+                mine = (s >= first) & (s < last)
+                tl.store(dx_ptr + s * stride_dxt + channels, dx, mask=channels < tl.where(mine, C, 0))
+            if dstart_ptr is not None:
                 tl.store(dstart_ptr + channels * (W - 1) + s + W - 1, dx,
                          mask=channels < tl.where((s < 0) & (s >= 1 - W), C, 0))  # fmt: skip
         xs, dzs = xs[STEP:], dzs[STEP:]
-    dweight_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * (W + 1) * C + channels
-    for j in tl.static_range(W):
-        tl.store(dweight_ptr + j * C, dw[j], mask=channels < C)
-    tl.store(dweight_ptr + W * C, dbias, mask=channels < C)
+    if dweight_ptr is not None:
+        dweight_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * (W + 1) * C + channels
+        for j in tl.static_range(W):
+            tl.store(dweight_ptr + j * C, dw[j], mask=channels < C)
+        tl.store(dweight_ptr + W * C, dbias, mask=channels < C)
 
 
 def _conv_tiles(T, TIME):
@@ -561,22 +615,30 @@ def conv_forward(x, weight, bias, start, seq_idx, silu):
     return y
 
 
-def conv_backward(x, weight, bias, start, seq_idx, silu, dy, dx=None):
-    """Returns (dx, dweight, dbias, dstart). If dx is given, it is written in place; it may be a slice of wider rows."""
+def conv_backward(x, weight, bias, start, seq_idx, silu, dy, dx=None, wanted=(True, True, True, True)):
+    """Returns (dx, dweight, dbias, dstart). If dx is given, it is written in place; it may be a slice of wider rows.
+
+    wanted: which of the four to compute; the others are None.
+    """
     (B, T, C), W = x.shape, weight.shape[1]
     x, weight, dy = tail_contiguous(x), weight.contiguous(), tail_contiguous(dy)
     bias, start, seq_idx = (None if v is None else v.contiguous() for v in (bias, start, seq_idx))
-    dx = torch.empty(B, T, C, dtype=x.dtype, device=x.device) if dx is None else dx
-    dstart = None if start is None else torch.empty_like(start)
+    dx = torch.empty(B, T, C, dtype=x.dtype, device=x.device) if dx is None and wanted[0] else dx
+    dstart = torch.empty_like(start) if start is not None and wanted[3] else None
     tiles = _conv_tiles(T, 256)
     blocks = triton.cdiv(T, tiles["TIME"])
-    dweight = torch.empty(B * blocks, W + 1, C, dtype=torch.float32, device=x.device)
+    dweight = None
+    if wanted[1] or (wanted[2] and bias is not None):
+        dweight = torch.empty(B * blocks, W + 1, C, dtype=torch.float32, device=x.device)
     _conv_bwd_kernel[(blocks, triton.cdiv(C, tiles["BLOCK"]), B)](
         x, weight, bias, start, seq_idx, dy, dx, dstart, dweight, T, C, x.stride(0), x.stride(1),
-        dy.stride(0), dy.stride(1), dx.stride(0), dx.stride(1), silu, W, **tiles,
+        dy.stride(0), dy.stride(1), *((0, 0) if dx is None else dx.stride()[:2]), silu, W, **tiles,
     )  # fmt: skip
+    if dweight is None:
+        return dx, None, None, dstart
     dweight = dweight.sum(0)  # [W+1, C]
-    return dx, dweight[:W].t().to(weight.dtype), None if bias is None else dweight[W].to(bias.dtype), dstart
+    dbias = dweight[W].to(bias.dtype) if bias is not None and wanted[2] else None
+    return dx, dweight[:W].t().to(weight.dtype) if wanted[1] else None, dbias, dstart
 
 
 class _CausalConv(torch.autograd.Function):
@@ -591,21 +653,17 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx, dweight, dbias, dstart = conv_backward(*ctx.saved_tensors, ctx.silu, dy)
-        return dx, dweight, dbias, dstart, None, None
+        return *conv_backward(*ctx.saved_tensors, ctx.silu, dy, wanted=ctx.needs_input_grad[:4]), None, None
 
 
 def causal_conv1d_triton(
     x, weight, bias=None, initial_state=None, activation="silu", return_final_state=False, seq_idx=None
 ):
     """Returns `causal_conv1d_ref(...)`, computed by one kernel forward and one backward."""
-    T, W = x.shape[1], weight.shape[1]
+    W, seq_idx = weight.shape[1], number_documents(seq_idx)
     start = None if initial_state is None or W == 1 else initial_state.to(x.dtype)
     out = _CausalConv.apply(x, weight, bias, start, seq_idx, activation == "silu")
-    if not return_final_state:
-        return out
-    recent = x[:, max(0, T - W + 1) :]  # at most W-1 inputs; if x is shorter, the state supplies the others
-    return out, _with_history(recent, initial_state, W)[:, recent.shape[1] :].transpose(1, 2)
+    return (out, _last_inputs(x, initial_state, W, seq_idx)) if return_final_state else out
 
 
 def causal_conv1d(
@@ -622,7 +680,6 @@ def causal_conv1d(
     expect("bias", bias, C)
     expect("initial_state", initial_state, B, C, W - 1, hint=" (mamba_ssm keeps W inputs: leave out the oldest)")
     expect("seq_idx", seq_idx, B, T)
-    seq_idx = number_documents(seq_idx)
     op = causal_conv1d_triton if pick_backend(backend, x.device, x.dtype) == "triton" else causal_conv1d_ref
     return op(x, weight, bias, initial_state, activation, return_final_state, seq_idx)
 
@@ -635,6 +692,13 @@ def causal_conv1d(
 
 MAX_LOGITS = 1 << 24  # logits of one block: 64 MB in float32
 MAX_BLOCKS = 16  # beyond this number, blocks grow instead: torch.compile unrolls the loop over them
+
+
+def _logprob_of(targets, logits):
+    """Returns log softmax(logits) at the targets [rows]; nan, without a gradient, for a target outside of [0, V)."""
+    known = (targets >= 0) & (targets < logits.shape[1])
+    logp = torch.log_softmax(logits, dim=-1)  # [rows, V]
+    return torch.where(known, logp.gather(-1, torch.where(known, targets, 0)[:, None]).squeeze(-1), torch.nan), logp
 
 
 def _by_rows(of_logits, hidden, weight, targets, outputs=1):
@@ -657,11 +721,12 @@ def linear_cross_entropy_ref(hidden, weight, targets, ignore_index=-100, reducti
     """Returns the cross-entropy in nats of softmax(hidden @ weight.T) against targets.
 
     hidden [S, C]; weight [V, C]; targets [S] int64, ignore_index for rows that do not count. reduction "mean" (over the
-    rows that count; nan if there are none, as in PyTorch), "sum", or "none" -> [S].
+    rows that count; nan, with gradients of 0, if there are none, as in PyTorch), "sum", or "none" -> [S]. A target that
+    is neither ignore_index nor in [0, V) gives nan, and its row no gradient.
     """
 
     def nll(logits, targets):
-        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+        return torch.where(targets != ignore_index, -_logprob_of(targets, logits)[0], 0.0)
 
     losses = _by_rows(nll, hidden, weight, targets)  # [S]
     if reduction == "none":
@@ -672,12 +737,12 @@ def linear_cross_entropy_ref(hidden, weight, targets, ignore_index=-100, reducti
 def linear_logprob_ref(hidden, weight, targets, temperature=1.0):
     """Returns (logprob [S] of the targets, entropy [S]) in nats, of softmax(hidden @ weight.T / temperature).
 
-    hidden [S, C]; weight [V, C]; targets [S] int64, all valid.
+    hidden [S, C]; weight [V, C]; targets [S] int64; one outside of [0, V) has logprob nan, without a gradient.
     """
 
     def both(logits, targets):
-        logp = torch.log_softmax(logits / temperature, dim=-1)  # [rows, V]
-        return logp.gather(-1, targets[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+        logprob, logp = _logprob_of(targets, logits / temperature)
+        return logprob, -(logp.exp() * logp).sum(-1)
 
     return _by_rows(both, hidden, weight, targets, outputs=2)
 
@@ -727,7 +792,7 @@ def _softmax_kernel(logits_ptr, targets_ptr, logprob_ptr, entropy_ptr, dlogprob_
         tl.store(entropy_ptr + row, entropy)
     if dlogprob_ptr is not None:
         tl.debug_barrier()  # every thread has read of_target before it is overwritten
-        dlogprob = tl.load(dlogprob_ptr + row).to(tl.float32)
+        dlogprob = tl.where(known, tl.load(dlogprob_ptr + row).to(tl.float32), 0.0)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             logp = tl.load(logits_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32) / temperature - lse
@@ -777,36 +842,39 @@ def _sum_dtype(weight):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The summed or mean loss, whose gradients are computed in the forward."""
+    """The summed or mean loss, whose gradients are computed in the forward: those of what is not frozen."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, mean, dtype, needs_grad):
         (S, C), V = hidden.shape, weight.shape[0]
         h, w = hidden.to(dtype), weight.to(dtype)
+        of_hidden, of_weight = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
         counts = targets != ignore_index
         n = counts.sum() if mean else torch.ones((), device=h.device)
-        scale = 1 / n if dtype != torch.float16 else torch.ones((), device=h.device)  # 1/n would underflow in float16
+        one = torch.ones((), device=h.device)
+        scale = 1 / n.clamp(min=1) if dtype != torch.float16 else one  # 1/n would underflow in float16
         slope = torch.where(counts, -scale, 0.0)  # [S] d loss / d logprob, up to a factor that the backward applies
-        dhidden = torch.empty(S, C, dtype=hidden.dtype, device=h.device) if needs_grad else None
-        dweight = torch.zeros(V, C, dtype=_sum_dtype(weight), device=h.device) if needs_grad else None
+        dhidden = torch.empty(S, C, dtype=hidden.dtype, device=h.device) if of_hidden else None
+        dweight = torch.zeros(V, C, dtype=_sum_dtype(weight), device=h.device) if of_weight else None
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         for rows in _row_blocks(S, V, dtype):
             logits = h[rows] @ w.t()  # [rows, V]
-            logprob, _ = _softmax_rows(logits, targets[rows], dlogprob=slope[rows] if needs_grad else None)
+            logprob, _ = _softmax_rows(logits, targets[rows], dlogprob=slope[rows] if of_hidden or of_weight else None)
             total -= torch.where(counts[rows], logprob, 0.0).sum()
-            if needs_grad:
+            if of_hidden:
                 dhidden[rows] = logits @ w
+            if of_weight:
                 _add_product(dweight, logits.t(), h[rows])
             del logits  # frees the memory before the next block
-        ctx.save_for_backward(dhidden, dweight, (1 / n) / scale)
+        ctx.save_for_backward(dhidden, dweight, 1 / n.clamp(min=1) / scale)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total / n
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        dhidden, dweight, rest = ctx.saved_tensors
-        grads = ((d * (dloss * rest)).to(dtype) for d, dtype in zip((dhidden, dweight), ctx.dtypes))
+        *grads, rest = ctx.saved_tensors
+        grads = (None if d is None else (d * (dloss * rest)).to(dtype) for d, dtype in zip(grads, ctx.dtypes))
         return *grads, None, None, None, None, None
 
 
@@ -827,23 +895,26 @@ class _Logprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogprob, dentropy):
         hidden, weight, targets = ctx.saved_tensors
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
         dlogprob, dentropy = dlogprob.contiguous(), dentropy.contiguous()  # a plain sum passes one number, expanded
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device)
-        dweight = torch.zeros(weight.shape, dtype=_sum_dtype(weight), device=h.device)
+        dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=h.device) if of_hidden else None
+        dweight = torch.zeros(weight.shape, dtype=_sum_dtype(weight), device=h.device) if of_weight else None
         for rows in _row_blocks(len(h), len(w), ctx.dtype):
             logits = h[rows] @ w.t()  # [rows, V]
             _softmax_rows(logits, targets[rows], ctx.temperature, dlogprob[rows], dentropy[rows])
-            dhidden[rows] = logits @ w
-            _add_product(dweight, logits.t(), h[rows])
+            if of_hidden:
+                dhidden[rows] = logits @ w
+            if of_weight:
+                _add_product(dweight, logits.t(), h[rows])
             del logits  # frees the memory before the next block
-        return dhidden, dweight.to(weight.dtype), None, None, None
+        return dhidden, dweight.to(weight.dtype) if of_weight else None, None, None, None
 
 
 def _product_dtype(hidden, weight):
     """Returns the dtype of hidden @ weight.T: that of autocast where it is on, as for any torch product."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or use torch.autocast")
@@ -858,9 +929,9 @@ def linear_cross_entropy_triton(hidden, weight, targets, ignore_index=-100, redu
         logprob, _ = linear_logprob_triton(hidden, weight, torch.where(counts, targets, 0))
         return torch.where(counts, -logprob, 0.0)
     dtype = _product_dtype(hidden, weight)
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    mean, needs_grad = reduction == "mean", torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
-        return _CrossEntropy.apply(hidden, weight, targets, ignore_index, reduction == "mean", dtype, needs_grad)
+        return _CrossEntropy.apply(hidden, weight, targets, ignore_index, mean, dtype, needs_grad)
 
 
 @torch.compiler.disable
@@ -885,8 +956,8 @@ def _expect_projection(hidden, weight, targets):
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="mean", backend="auto"):
     """Returns `linear_cross_entropy_ref(...)` on the backend asked for, float32.
 
-    A target outside [0, V) that is not ignore_index gives nan, not an error: a check would wait for the device. Under
-    autocast the products run in its dtype. Raises ValueError for an unknown reduction, or if shapes or dtypes do not
+    A target outside of [0, V) gives nan, not an error: a check would wait for the device. Under autocast the products
+    run in its dtype. Raises ValueError for an unknown reduction, or if shapes or dtypes do not
     match.
     """
     if reduction not in ("mean", "sum", "none"):

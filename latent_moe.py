@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from expert_kernels import expert_mlp
-from kernels import at_least_float32
+from kernels import at_least_float32, no_autocast
 
 # ---- 1. configuration -------------------------------------------------------------------------------------
 
@@ -121,20 +121,35 @@ def update_bias(bias, counts, rate=1e-3):
     bias.add_(torch.sign(counts.sum() - len(counts) * counts) * rate)  # both sides times E: exact in integers
 
 
-def sequence_balance_loss(scores, top_k):
+def sequence_balance_loss(scores, top_k, counted):
     """Returns E sum_i f_i p_i, averaged over the sequences; 1 if every expert has an equal share. scores [..., T, E].
 
     f_i = the fraction of the sequence's top-k choices that are expert i (by scores without bias; no gradient);
     p_i = the mean over the sequence of expert i's share of a token's scores.
-    Source: DeepSeek-V3, equations (17) to (20); the top-k by scores without bias is Megatron-LM's.
+    counted bool [..., T]: the tokens that the sequence consists of, False on padding. A sequence without any is left
+    out. Source: DeepSeek-V3, equations (17) to (20); the top-k by scores without bias is Megatron-LM's.
     """
-    if scores.numel() == 0:
-        return scores.sum()
-    T, E = scores.shape[-2:]
+    n = counted.sum(-1, keepdim=True)  # [B, 1], tokens of each sequence
+    weights = (counted / n.clamp(min=1)).to(scores.dtype)[..., None]  # [B, T, 1], 1 / n or 0
     shares = scores / scores.sum(-1, keepdim=True)  # [B, T, E]
     chosen = torch.zeros_like(scores).scatter(-1, scores.topk(top_k).indices, 1.0)  # [B, T, E]
-    f, p = chosen.sum(-2) / (top_k * T), shares.mean(-2)  # [B, E]
-    return E * (f.detach() * p).sum(-1).mean()
+    f, p = (chosen * weights).sum(-2) / top_k, (shares * weights).sum(-2)  # [B, E]
+    return scores.shape[-1] * (f.detach() * p).sum() / (n > 0).sum().clamp(min=1)
+
+
+def expert_load(scores, ids, counted):
+    """Returns (balance loss [], counts [E] int64, entropy []) of a forward: how even its load is.
+
+    scores [B, T, E]; ids [B * T, K], the experts chosen; counted bool [B, T], False on padding. balance:
+    `sequence_balance_loss`, with its gradient; counts: tokens of each expert; entropy: the sum over the tokens of the
+    entropy of their normalised scores, in nats.
+    """
+    times = counted.reshape(-1, 1).expand_as(ids).flatten().long()  # [B * T * K]: each choice counts once, or not
+    counts = torch.zeros(scores.shape[-1], dtype=torch.int64, device=ids.device)
+    counts = counts.scatter_add(0, ids.flatten(), times)  # bincount would wait for the device
+    shares = scores.detach() / scores.detach().sum(-1, keepdim=True)
+    entropy = (torch.special.entr(shares).sum(-1) * counted).sum()
+    return sequence_balance_loss(scores, ids.shape[-1], counted), counts, entropy
 
 
 def load_metrics(counts, entropy):
@@ -174,8 +189,14 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, width, size = config.n_routed_experts, config.moe_intermediate_size, config.expert_size
-        self.up_proj = nn.Parameter(0.02 * torch.randn(E, width, size))
-        self.down_proj = nn.Parameter(0.02 * torch.randn(E, size, width))
+        self.up_proj = nn.Parameter(torch.empty(E, width, size))
+        self.down_proj = nn.Parameter(torch.empty(E, size, width))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draws the weights."""
+        nn.init.normal_(self.up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
 
 
 class Router(nn.Module):
@@ -183,19 +204,38 @@ class Router(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(0.02 * torch.randn(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        E = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(E, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", at_least_float32(torch.empty(E)))
         self.register_buffer("counts", None, persistent=False)  # [E] int64, tokens of each expert since the last reset
         self.register_buffer("entropy", None, persistent=False)  # sum over those tokens of the entropy of their scores
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draws the weight, and sets bias and counts to zero."""
+        nn.init.normal_(self.weight, std=0.02)
+        self.reset_bias()
+
+    def reset_bias(self):
+        """Sets bias and counts to zero."""
+        self.e_score_correction_bias.zero_()
         self.reset_counts()
 
     def _apply(self, fn, recurse=True):
         """Applies fn to parameters and buffers, as .to() does, but keeps the bias in float32 if fn casts to 16 bits."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        if self.e_score_correction_bias.dtype in (torch.float16, torch.bfloat16) and not bias.is_meta:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        cast = self.e_score_correction_bias
+        if cast.dtype in (torch.float16, torch.bfloat16):
+            self.e_score_correction_bias = (
+                torch.empty_like(cast, dtype=bias.dtype) if bias.is_meta else bias.to(cast.device)
+            )
         return self
+
+    def _load_from_state_dict(self, *args):
+        """Takes the weights of a state_dict; what was counted until now, or never was set, is not in it."""
+        super()._load_from_state_dict(*args)
+        self.reset_counts()
 
     def reset_counts(self):
         """Sets counts and entropy to zero."""
@@ -204,15 +244,15 @@ class Router(nn.Module):
 
     def forward(self, x):
         """Returns scores [..., E] in (0, 1), float32, for x [..., C]."""
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             return F.linear(at_least_float32(x), at_least_float32(self.weight)).sigmoid()
 
 
 class MoE(nn.Module):
     """A mixture of experts; with config.latent_size, a LatentMoE. Parameter names: those of `transformers`' NemotronH.
 
-    In training each forward adds to `gate.counts` and `gate.entropy` and stores its `sequence_balance_loss`, which the
-    training loop fetches with `pop_balance_loss` and adds to its loss. After the optimizer's step it calls `balance`.
+    A forward changes nothing in the layer, so that it may be computed again (activation checkpointing) and the layer be
+    copied. In training it returns its load beside y, which a `Load` takes; after the optimizer's step comes `balance`.
     """
 
     def __init__(self, config):
@@ -225,33 +265,26 @@ class MoE(nn.Module):
         if config.latent_size is not None:
             self.fc1_latent_proj = nn.Linear(C, config.latent_size, bias)
             self.fc2_latent_proj = nn.Linear(config.latent_size, C, bias)
-        self.balance_loss = None
 
-    def forward(self, x):
-        """Returns y [..., T, C] of x [..., T, C]."""
+    def reset_parameters(self):
+        """Draws all weights anew, as a new layer does: after `to_empty`, if the layer was made on the meta device."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def forward(self, x, counted=None):
+        """Returns y [..., T, C] of x [..., T, C].
+
+        counted bool [..., T] or None: the tokens whose load is wanted, False on padding. With it, returns (y, balance,
+        counts, entropy), see `expert_load`; flat, as a checkpoint with use_reentrant=True loses nested gradients.
+        """
         scores = self.gate(x)  # [B, T, E]
         ids, weights = choose_experts(scores.flatten(0, -2), self.gate.e_score_correction_bias, self.config)  # [S, K]
-        if self.training and torch.is_grad_enabled():
-            self.record_load(scores, ids)
         latent = self.config.latent_size is not None
         u = self.fc1_latent_proj(x) if latent else x  # [B, T, l]
         o = expert_mlp(u.flatten(0, -2), self.experts.up_proj, self.experts.down_proj, ids, weights).view(u.shape)
-        return (self.fc2_latent_proj(o) if latent else o) + self.shared_experts(x)
-
-    def record_load(self, scores, ids):
-        """Adds a batch to counts and entropy, and stores its balance loss. scores [B, T, E], ids [S, K]."""
-        ids = ids.flatten()
-        counts = torch.zeros_like(self.gate.counts)  # [E]
-        counts.scatter_add_(0, ids, torch.ones_like(ids))  # bincount would wait for the device
-        self.gate.counts += counts
-        shares = scores.detach() / scores.detach().sum(-1, keepdim=True)
-        self.gate.entropy += torch.special.entr(shares).sum()
-        self.balance_loss = sequence_balance_loss(scores, self.config.num_experts_per_tok)
-
-    def pop_balance_loss(self):
-        """Returns the stored balance loss, or 0.0 if there is none, and drops it: it keeps the autograd graph alive."""
-        loss, self.balance_loss = self.balance_loss, None
-        return 0.0 if loss is None else loss
+        y = (self.fc2_latent_proj(o) if latent else o) + self.shared_experts(x)
+        return y if counted is None else (y, *expert_load(scores, ids, counted))
 
     def balance(self, rate=1e-3):
         """Returns the `load_metrics` since the last call, after moving the bias by the counts and resetting them."""
@@ -260,6 +293,39 @@ class MoE(nn.Module):
         update_bias(gate.e_score_correction_bias, gate.counts, rate)
         gate.reset_counts()
         return metrics
+
+
+class Load:
+    """Takes the load of mixtures of experts in one forward of a model, where the layers are called: see `new_load`."""
+
+    def __init__(self, counted):
+        self.counted = counted  # bool [B, T]: the tokens whose load is wanted, False on padding
+        self.taken = []  # (MoE, balance [], counts [E], entropy []) of each call
+
+    def add(self, moe, y, *numbers):
+        """Returns y, and takes the numbers: (y, *numbers) is what `moe`, or a layer around it, returned."""
+        self.taken.append((moe, *numbers))
+        return y
+
+    def finish(self):
+        """Returns the sum of the balance losses, [] or 0.0, and adds the tokens to those that each MoE has counted."""
+        for moe, _, counts, entropy in self.taken:
+            moe.gate.counts += counts
+            moe.gate.entropy += entropy.detach()
+        return sum((balance for _, balance, _, _ in self.taken), start=0.0)
+
+
+def new_load(model, counted):
+    """Returns a Load for a forward of a model in training with gradients; None for any other, which is not counted.
+
+    counted bool [B, T]: the tokens whose load is wanted, False on padding.
+    """
+    return Load(counted) if model.training and torch.is_grad_enabled() else None
+
+
+def before_padding(wanted):
+    """Returns bool [B, T]: False behind the last position of each row that is wanted [B, T], where only padding is."""
+    return wanted.flip(1).cumsum(1).flip(1) > 0
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ Symbols  code    paper      meaning
          scale   1/h        of the logits, 1 / bandwidth; default 1 / sqrt(D)
          s       w / omega  softmax weights [T, S]
          kbar               mean of the keys under s          C   their covariance + ridge I
-         x                  C^-1 (q - kbar), = - rho / (1 - mu.rho) of the paper's system around the query: `paper_fit`
+         x                  C^-1 (q - kbar), = - rho / (1 - mu.rho) of the paper's system around the query
          y                  y_j = x.(k_j - kbar): the weights become s_j (1 + y_j)
          T, S               queries, keys: the queries are the last T of S positions
          iters, tol         conjugate gradients: maximum number of steps; relative residual at which a row stops
@@ -33,8 +33,7 @@ Differs  The paper adds lambda to unnormalised weights; here, as in the authors'
          are multiplied as float16; a decode step solves from moments; the layer learns its ridge, and queries and keys
          share a norm. Parallax (arXiv:2605.29157), which replaces the solve by a projection: experiments/parallax.py.
 Files    lla.py + kernels.py: 1,908 lines in all.
-Read     1, the comment that opens 2, 3, `_solve_kernel`, 4. `python lla.py` shows the claim; at length, with trained
-         models and pictures: `python -m experiments.lla`.
+Read     1, the comment that opens 2, 3, `_solve_kernel`, 4. Then `python lla.py`, and `python -m experiments.lla`.
 """
 
 import math
@@ -47,12 +46,14 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from kernels import (
+    TensorDescriptor,
     at_least_float32,
     block_of,
     dot_precision,
     early_launch,
     expect,
     jit,
+    no_autocast,
     pick_backend,
     rms_norm,
     shared_memory,
@@ -61,9 +62,6 @@ from kernels import (
     triton,
     wait_for_the_kernel_before,
 )
-
-if triton:
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ---- 1. the definition --------------------------------------------------------------------------------------------
 
@@ -75,6 +73,17 @@ def softmax_weights(q, k, scale=None, causal=True):
     if causal:
         logits = logits.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1), -math.inf)
     return logits.softmax(-1)
+
+
+def solve(C, c):
+    """Returns C^-1 c [..., D] for symmetric positive C [..., D, D], by Cholesky; nan where rounding left C indefinite.
+
+    One step of refinement follows, and carries the gradient, a first one: d(C^-1 c) = C^-1 (dc - dC x).
+    """
+    U, info = torch.linalg.cholesky_ex(C.detach(), upper=True)
+    x = torch.cholesky_solve(c.detach()[..., None], U, upper=True)  # [..., D, 1]
+    x = x.masked_fill((info > 0)[..., None, None], math.nan)
+    return (x + torch.cholesky_solve(c[..., None] - C @ x, U, upper=True))[..., 0]
 
 
 def conjugate_gradients(C, c, steps):
@@ -90,44 +99,40 @@ def conjugate_gradients(C, c, steps):
     return x
 
 
+def _expect_digits(k, ridge):
+    """Raises ValueError where all of the result would be rounding errors; not on a GPU, where the check would wait."""
+    if k.device.type == "cpu" and k.numel() and not torch.compiler.is_compiling():
+        apart, given = float(k.detach().norm(dim=-1).max()), float(ridge.detach().min())
+        least = torch.finfo(k.dtype).eps * apart**2
+        if given < least < math.inf:
+            raise ValueError(f"ridge={given:.3g} is lost in {k.dtype}: keys {apart:.3g} apart need {least:.3g}")
+
+
 def local_fit(s, q, k, v, ridge, iters=None):
     """Returns o [B, H, T, Dv], the intercepts at q of ridge regressions of v on k with weights s [B, H, T, S].
 
     Equation by equation, the centred form. q [B, H, T, D]; k [B, H, S, D]; v [B, H, S, Dv]; ridge [H or 1, 1, 1].
-    iters: steps of conjugate gradients in place of an exact solve.
+    iters: steps of conjugate gradients in place of an exact solve. The paper's form is worse conditioned: with z_j =
+    k_j - q, mu = sum_j s_j z_j and rho = (sum_j s_j z_j z_j^T + ridge I)^-1 mu, o = sum_j s_j (1 - z_j.rho) v_j /
+    (1 - mu.rho). tests/test_lla.py finds the two to agree.
     """
     D, origin = k.shape[-1], k[:, :, :1]
     q, k = q - origin, k - origin  # changes nothing, but C is a difference of moments: the smaller the more exact
+    _expect_digits(k, ridge)
     kbar = s @ k  # [B, H, T, D]
     kk = (k[..., :, None] * k[..., None, :]).flatten(-2)  # [B, H, S, D D]
     C = (s @ kk).unflatten(-1, (D, D)) - kbar[..., :, None] * kbar[..., None, :]  # [B, H, T, D, D]
     C = C + ridge[..., None] * torch.eye(D, dtype=k.dtype, device=k.device)
     c = q - kbar
-    x = torch.linalg.solve(C, c) if iters is None else conjugate_gradients(C, c, iters)  # [B, H, T, D]
+    x = solve(C, c) if iters is None else conjugate_gradients(C, c, iters)  # [B, H, T, D]
     y = x @ k.mT - (x * kbar).sum(-1, keepdim=True)  # [B, H, T, S]
     return (s * (1 + y)) @ v
-
-
-def paper_fit(s, q, k, v, ridge):
-    """Returns what `local_fit` returns, by the formula of the paper for weights that sum to one: worse conditioned.
-
-    With z_j = k_j - q:  Sigma = sum_j s_j z_j z_j^T + ridge I,  mu = sum_j s_j z_j,  rho = Sigma^-1 mu,
-    o = sum_j s_j (1 - z_j.rho) v_j / (1 - mu.rho).
-    """
-    z = k[:, :, None] - q[..., None, :]  # [B, H, T, S, D]
-    mu = (s[..., None] * z).sum(-2)  # [B, H, T, D]
-    Sigma = torch.einsum("bhts,bhtsd,bhtse->bhtde", s, z, z)
-    Sigma = Sigma + ridge[..., None] * torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    rho = torch.linalg.solve(Sigma, mu)
-    a = s * (1 - (z @ rho[..., None])[..., 0]) / (1 - (mu * rho).sum(-1, keepdim=True))  # [B, H, T, S]
-    return a @ v
 
 
 def _each_head(q, k, v, ridge):
     """Returns q, k, v, ridge in float32 or float64, k and v once for each query head, ridge [1 or H, 1, 1]."""
     group = q.shape[1] // k.shape[1]
-    q, k, v = (at_least_float32(t) for t in (q, k, v))
-    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    q, k, v = (at_least_float32(t) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
     return q, k, v, torch.as_tensor(ridge, device=q.device, dtype=q.dtype).view(-1, 1, 1)
 
 
@@ -137,10 +142,11 @@ def lla_ref(q, k, v, ridge, scale=None, iters=None, causal=True):
     q [B, H, T, D]; k [B, Hkv, S, D]; v [B, Hkv, S, Dv]; H a multiple of Hkv, a key head for each group of query heads.
     ridge > 0: a number, or a tensor [] or [H]. scale: 1 / sqrt(D) if None. causal: the T queries are the last of the S
     positions, and each sees its own and those before. iters: steps of conjugate gradients; None solves exactly.
-    Source: the paper's closed form, centred (`paper_fit` is tested to agree). Memory T S + (T + S) D^2 for each head.
+    Source: the paper's closed form, centred. Memory T S + (T + S) D^2 for each head. In float32 rows err by up to
+    1e-7 |k - k_1|^2 / ridge, in a whole text by a tenth of that; raises ValueError where this would be 1 (on a CPU).
     """
     dtype = q.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         q, k, v, ridge = _each_head(q, k, v, ridge)
         return local_fit(softmax_weights(q, k, scale, causal), q, k, v, ridge, iters).to(dtype)
 
@@ -480,9 +486,8 @@ def _tile(name, D, itemsize, held, streamed):
     """Returns M, N, warps and stages of a kernel: of `held` tensors one tile stays, `streamed` ones pass by."""
     M, N, warps, stages = TILES[D][name] if itemsize == 2 else (32, 32, 8, 1)
     mine, theirs = (N, M) if name == "dkv" else (M, N)
-    while itemsize * D * (held * mine + streamed * theirs * stages) > 0.95 * shared_memory() and (
-        mine > 16 or stages > 1
-    ):
+    room = 0.95 * shared_memory() / (itemsize * D)
+    while held * mine + streamed * theirs * stages > room and (mine > 16 or stages > 1):
         stages, mine, theirs = (stages - 1, mine, theirs) if stages > 1 else (1, mine // 2, max(16, theirs // 2))
     return *((theirs, mine) if name == "dkv" else (mine, theirs)), warps, stages
 
@@ -520,8 +525,7 @@ class _Sweeps:
     """The kernels above, for given q [B, H, T, D], k and v [B, Hkv, S, D]: one method each, which makes its results."""
 
     def __init__(self, q, k, v, scale, causal):
-        if q.dtype == torch.float64:
-            raise ValueError("the kernels compute in float32 and the tensors are float64; use backend='torch'")
+        pick_backend("triton", q.device, q.dtype)  # raises, for float64 say
         dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
         self.given, self.v = (_copyable(q), _copyable(k)), _copyable(v)
         self.q, self.k = (x.to(dtype) for x in self.given)
@@ -572,14 +576,16 @@ class _Sweeps:
         self.run(_rhs_kernel, "rhs", [self.q, g], [self.k, self.v], *stats, vmax, t, gnorm, gbar, *self.sizes)
         return t, gnorm, gbar
 
-    def gradients(self, stats, x, u, g, gnorm, gbar):
-        """Returns dq, dk, dv and u.x [B, H, T], for u and gbar in units of gnorm."""
+    def gradients(self, stats, x, u, g, gnorm, gbar, keys=True):
+        """Returns dq, dk, dv (None, None without `keys`) and u.x [B, H, T], for u and gbar in units of gnorm."""
         (q, k), v = self.given, self.v
         dq, ux, rows = self.vector(q.dtype), self.row(), self.row(5)
         self.run(
             _dq_kernel, "dq", [self.q, g, x.unit, u.unit], [self.k, v], *stats, *x[1:], *u[1:], gnorm, gbar,
             dq, ux, rows, *self.sizes, self.scale,
         )  # fmt: skip
+        if not keys:
+            return dq, None, None, ux
         dk, dv = (torch.empty(self.B, self.Hkv, self.S, self.D, dtype=t.dtype, device=t.device) for t in (k, v))
         vectors = [q, g, x.unit.to(q.dtype), u.unit.to(q.dtype), x.unit, u.unit]
         self.run(_dkv_kernel, "dkv", vectors, [k, self.k, v], x.norm, rows, dk, dv, *self.sizes, self.scale)
@@ -614,8 +620,10 @@ class _FlashLLA(torch.autograd.Function):
         t, gnorm, gbar = sweeps.rhs(stats, g)
         u = sweeps.solve(stats, ridge, t, iters, tol, None if used is None else used[1])
         del t
-        dq, dk, dv, ux = (d if size is None else d * size for d in sweeps.gradients(stats, x, u, g, gnorm, gbar))
-        return dq, dk, dv, -ux.sum((0, 2)), None, None, None, None, None
+        of_q, of_k, of_v, of_ridge = ctx.needs_input_grad[:4]
+        *grads, ux = sweeps.gradients(stats, x, u, g, gnorm, gbar, of_k or of_v)
+        grads = [d if want else None for d, want in zip((*grads, -ux.sum((0, 2))), (of_q, of_k, of_v, of_ridge))]
+        return *(d if d is None or size is None else d * size for d in grads), *[None] * 5
 
 
 # ---- 3. the functions to call -------------------------------------------------------------------------------------
@@ -670,13 +678,10 @@ def _check_ridge(ridge, H):
 
 
 def _in_triton(backend, q, *wide):
-    """Returns whether the kernels run: "auto" leaves heads that are too wide for them to the definition."""
-    too_wide = max(t.shape[-1] for t in wide) > WIDTHS[-1]
-    if pick_backend(backend, q.device, q.dtype) == "torch" or (too_wide and backend == "auto"):
-        return False
-    if too_wide:
-        raise ValueError(f"the kernels take heads of up to {WIDTHS[-1]} channels; use backend='torch'")
-    return q.numel() > 0 and all(t.numel() > 0 for t in wide)
+    """Returns whether the kernels run: not on heads that are too wide for them, nor where there is nothing to do."""
+    widest, most = max(t.shape[-1] for t in wide), WIDTHS[-1]
+    limit = f"its kernels take heads of up to {most} channels, not {widest}" if widest > most else None
+    return pick_backend(backend, q.device, q.dtype, limit) == "triton" and min(t.numel() for t in (q, *wide)) > 0
 
 
 def lla(q, k, v, ridge, scale=None, iters=None, causal=True, backend="auto"):
@@ -709,7 +714,7 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
         seen = seen & (at >= pad[:, None, None, None])  # [B, 1, 1, capacity]
     column = seen.mT if seen.dim() > 1 else seen[:, None]
     k, v = (torch.where(column, t, 0.0) for t in (k, v))  # unseen positions may hold NaN
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
         return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
 
@@ -889,7 +894,6 @@ def lla_step(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None, back
 
 # ---- 5. the layer -------------------------------------------------------------------------------------------------
 
-
 MIN_RIDGE = 0.01  # a head may not learn a smaller one: more steps, and more of the rounding error
 
 
@@ -907,14 +911,19 @@ class LocalLinearAttention(nn.Module):
             raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}")
         if not MIN_RIDGE < ridge < math.inf:
             raise ValueError(f"ridge={ridge} must be above {MIN_RIDGE}, the least that a head may learn, and finite")
-        self.head_dim, self.eps = head_dim, eps
+        self.head_dim, self.eps, self.above = head_dim, eps, ridge - MIN_RIDGE
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.qk_norm = nn.Parameter(torch.ones(head_dim))
-        above = ridge - MIN_RIDGE
-        self.raw_ridge = nn.Parameter(torch.full((num_heads,), above + math.log(-math.expm1(-above))))
+        self.qk_norm, self.raw_ridge = nn.Parameter(torch.empty(head_dim)), nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters(children=False)
+
+    def reset_parameters(self, children=True):
+        """Sets norm and ridges to where they begin. children: draws the projections, too, as after `to_empty`."""
+        for projection in self.children() if children else ():
+            projection.reset_parameters()
+        nn.init.ones_(self.qk_norm)
+        nn.init.constant_(self.raw_ridge, self.above + math.log(-math.expm1(-self.above)))  # softplus gives `above`
 
     @property
     def ridge(self):
@@ -954,10 +963,9 @@ def mesa_ref(q, k, v, ridge):
     One linear map per position, fitted to all pairs so far. q, k [B, H, T, D]; ridge > 0: a number, or a tensor [H].
     """
     dtype = q.dtype
-    q, k, v = (at_least_float32(t) for t in (q, k, v))
-    ridge = torch.as_tensor(ridge, device=q.device, dtype=q.dtype).view(-1, 1, 1, 1)
+    q, k, v, ridge = _each_head(q, k, v, ridge)
     kk = (k[..., :, None] * k[..., None, :]).cumsum(2)  # [B, H, T, D, D]
-    x = torch.linalg.solve(kk + ridge * torch.eye(k.shape[-1], dtype=q.dtype, device=q.device), q)  # [B, H, T, D]
+    x = solve(kk + ridge[..., None] * torch.eye(k.shape[-1], dtype=q.dtype, device=q.device), q)  # [B, H, T, D]
     return ((x @ k.mT).tril() @ v).to(dtype)  # linear attention, queried with x
 
 
@@ -967,8 +975,7 @@ MIXERS = {"softmax": softmax_attention, "linear": mesa_ref, "LLA": lla}  # each 
 def piecewise_linear(generator, B, T, S, d):
     """Returns x [B, T, d] of length 1 and y = A x [B, T, d]: each segment of S has its own A and mean of x."""
     n, normal = T // S, partial(torch.randn, generator=generator, device=generator.device)
-    x = F.normalize(normal(B, n, 1, d), dim=-1) + normal(B, n, S, d) / d**0.5
-    x = F.normalize(x, dim=-1)
+    x = F.normalize(F.normalize(normal(B, n, 1, d), dim=-1) + normal(B, n, S, d) / d**0.5, dim=-1)
     return x.flatten(1, 2), (x @ normal(B, n, d, d) / d**0.5).flatten(1, 2)
 
 
@@ -976,12 +983,10 @@ def fit_errors(seed, d, S, n, device, T=1024):
     """Returns name -> squared error of each prediction / mean y^2 [T - 1], over n sequences of segments of S pairs."""
     fits = partial(softmax_attention, scale=16.0), partial(mesa_ref, ridge=1.0), partial(lla, ridge=1e-3, scale=16.0)
     x, y = (t[:, None] for t in piecewise_linear(torch.Generator(device).manual_seed(seed), n, T, S, d))
-    inputs, y = (x[:, :, 1:], x[:, :, :-1], y[:, :, :-1]), y[:, :, 1:]  # q, k, v [n, 1, T - 1, d], and the targets
-    errors = {}
-    for name, fit in zip(MIXERS, fits):  # one sequence at a time: the definition of LLA needs T d^2 numbers for each
-        o = torch.cat([fit(*parts) for parts in zip(*(t.split(1) for t in inputs))])
-        errors[name] = ((o - y).square().sum(-1).mean((0, 1)) / y.square().sum(-1).mean()).cpu()
-    return errors
+    q, k, v, y = x[:, :, 1:], x[:, :, :-1], y[:, :, :-1], y[:, :, 1:]  # [n, 1, T - 1, d]; y are the targets
+    texts = list(zip(*(t.split(1) for t in (q, k, v))))  # one by one: the definition of LLA needs T d^2 numbers each
+    errors = [(torch.cat([fit(*text) for text in texts]) - y).square().sum(-1).mean((0, 1)) for fit in fits]
+    return {name: (error / y.square().sum(-1).mean()).cpu() for name, error in zip(MIXERS, errors)}
 
 
 def demo(T=1024, S=256):

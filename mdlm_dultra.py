@@ -40,7 +40,6 @@ Files    mdlm_dultra.py + grpo.py + kernels.py + nano_hybrid.py + unmasking.py +
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,15 +49,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.canvas import canvas_of, completion_logprob, completions
-from common.checkpoints import config_fields, read_config, read_weights
+from common.checkpoints import read_config, read_model, without_memory
 from common.data import Tokenizer
 from common.fit import fit
 from common.objectives import NextToken, Objective, Recipe
+from common.ranges import check_ranges
 from common.tasks import ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
-from grpo import advantages, policy_loss
-from kernels import at_least_float32, linear_logprob
+from grpo import advantages, batch_denominator, policy_loss
+from kernels import at_least_float32, fresh_casts, linear_logprob
+from latent_moe import new_load
 from nano_hybrid import PRESETS as HYBRIDS
 from nano_hybrid import TEXT_CPU, TEXT_GPU, Attention, Block, Hybrid, HybridConfig, apply_rope
+from rollouts import check_dropout, check_run
 from unmasking import DETERMINISTIC, apply_rule, current_block, decode, planner_logprob, planner_rule, predict, rule_of
 
 # ---- 1. the model ---------------------------------------------------------------------------------------------------
@@ -119,8 +121,7 @@ class MaskedDiffusionLM(Hybrid):
     softmax, and loss and decoder only touch masked positions. The model takes no time t, which the share of masks says.
     positions: the largest length. The model has an embedding for each position unless they are rotary
     (config.rotary_base), the planner wherever `positions` is given. planner: whether it has an UnmaskPlanner. Parameter
-    names are those of `Hybrid`, plus `positions` and `planner`.
-    Raises ValueError for layers that are causal, and for a model without positions of any kind.
+    names are those of `Hybrid`, plus `positions` and `planner`. Raises ValueError for causal layers, or no positions.
     """
 
     parts = ("planner",)  # submodules with a learning rate of their own: see common.objectives
@@ -139,16 +140,19 @@ class MaskedDiffusionLM(Hybrid):
         self.model.layers = bidirectional_blocks(config, config.hybrid_override_pattern)
         self.positions = None if config.rotary_base else nn.Embedding(positions, config.hidden_size)
         self.planner = UnmaskPlanner(config, positions) if planner else None
-        if self.lm_head.weight.device.type != "meta":
-            self.init_weights()
-            if planner:
-                self.planner.init_weights()
+        self.reset_parameters()
 
-    def encode(self, ids, keys=None, kv=None, start=0):
+    def reset_parameters(self):
+        """Draws the initial weights: those of `Hybrid`, then the planner's own."""
+        super().reset_parameters()
+        if getattr(self, "planner", None):
+            self.planner.reset_parameters()
+
+    def encode(self, ids, keys=None, kv=None, start=0, load=None):
         """Returns hidden states [B, T, C] after the final norm. ids [B, T] are positions start ... start + T.
 
         keys bool [B, L], False on padding, which must be on the left. kv: a dict that a call with the whole sequence
-        fills; later calls, with some positions, update it there and attend to what it holds of the others.
+        fills; later calls, with some positions, update it and attend to what it holds of the others. load: a Load.
         """
         x = self.model.embeddings(ids)  # [B, T, C]
         if self.positions is not None:
@@ -157,7 +161,10 @@ class MaskedDiffusionLM(Hybrid):
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         view = View(keys, start, kv)
         for layer in self.model.layers:
-            x = layer(x, view if layer.stateful else None)
+            if load and layer.routes:
+                x = load.add(layer.mixer, *layer(x, None, None, load.counted))
+            else:
+                x = layer(x, view if layer.stateful else None)
         return self.model.norm_f(x)
 
     def logits(self, hidden):
@@ -168,17 +175,18 @@ class MaskedDiffusionLM(Hybrid):
         """Returns float32 logits [B, T, V] of ids [B, T] int64, -inf for M."""
         return F.pad(at_least_float32(self.logits(self.encode(ids, keys))), (0, 1), value=-math.inf)
 
-    def logprobs(self, ids, masked, keys=None, temperature=1.0):
+    def logprobs(self, ids, masked, keys=None, temperature=1.0, load=None):
         """Returns float32 [B, T]: log p of the tokens ids [B, T] that are masked [B, T], given the others; else 0."""
-        hidden = self.encode(ids.masked_fill(masked, self.mask_id), keys)
+        hidden = self.encode(ids.masked_fill(masked, self.mask_id), keys, load=load)
         weight, targets = self.lm_head.weight[: self.mask_id], ids[masked]
         logprob, _ = linear_logprob(hidden[masked], weight, targets, temperature)  # [n]
         return at_least_float32(hidden[..., 0]).new_zeros(ids.shape).masked_scatter(masked, logprob)
 
     def loss(self, ids, maskable=None, keys=None, generator=None):
         """Returns `mdlm_loss(self, ...)`; in training, mixtures of experts add their balance loss, as in `Hybrid`."""
-        loss, metrics = mdlm_loss(self, ids, maskable, generator, keys)
-        return loss + self.config.router_aux_loss_coef * self.pop_balance_losses(), metrics
+        load = new_load(self, torch.ones_like(ids, dtype=torch.bool) if keys is None else keys)
+        loss, metrics = mdlm_loss(self, ids, maskable, generator, keys, load=load)
+        return loss + self.config.router_aux_loss_coef * (load.finish() if load else 0.0), metrics
 
     def generate(self, *_, **__):
         """Raises TypeError: a masked diffusion model is decoded, not continued."""
@@ -191,13 +199,9 @@ class MaskedDiffusionLM(Hybrid):
     @classmethod
     def from_pretrained(cls, directory, **overrides):
         """Returns the model that `save_pretrained` wrote. Raises FileNotFoundError or ValueError."""
-        read = read_config(directory)
-        if read.get("architectures") != ["MaskedDiffusionLM"]:
-            raise ValueError(f"{directory} is no masked diffusion model, but {read.get('architectures')}")
-        config = HybridConfig(**(config_fields(read, HybridConfig) | overrides))
-        weights = read_weights(directory, config.n_routed_experts)
+        config, weights = read_model(directory, HybridConfig, overrides, masked_diffusion=True)
         embeddings = [weights[name] for name in ("positions.weight", "planner.positions.weight") if name in weights]
-        with torch.device("meta"):
+        with without_memory(directory):
             model = cls(config, len(embeddings[0]) if embeddings else None, planner="planner.out.weight" in weights)
         model.load_weights(weights, directory)
         return model
@@ -220,26 +224,27 @@ def noise_levels(B, generator=None, device=None):
     return EPS + (1 - EPS) * (1 - u)
 
 
-def mdlm_loss(model, ids, maskable=None, generator=None, keys=None):
+def mdlm_loss(model, ids, maskable=None, generator=None, keys=None, **options):
     """Returns (loss, metrics): the NELBO in nats per maskable token, mean over rows, by the integral over t.
 
     ids [B, T] int64, without masks; maskable bool [B, T], None for all. A prompt is not maskable, and each row is
     divided by its number of maskable tokens. Ends of text behind an answer are maskable: that is how the model learns
-    to stop. generator: on the device of ids. keys: `MaskedDiffusionLM.encode`. Dividing by the number of *masked*
-    tokens would give BERT's loss, which is no bound. Source: MDLM, section 3.4; LLaDA, Algorithms 1 and 2 (prompts).
+    to stop. generator: on the device of ids. keys: `MaskedDiffusionLM.encode`; options: of `logprobs`. Dividing by the
+    number of *masked* tokens would give BERT's loss: no bound. Source: MDLM, section 3.4; LLaDA, Algorithms 1 and 2.
 
     metrics: loss; masked_loss, the plain cross-entropy of a masked token; mask_rate.
     """
     maskable = torch.ones_like(ids, dtype=torch.bool) if maskable is None else maskable
     t = noise_levels(len(ids), generator, ids.device)  # [B]
     masked = maskable & (torch.rand(ids.shape, generator=generator, device=ids.device) < t[:, None])
-    logprob = model.logprobs(ids, masked, keys)  # [B, T]
+    logprob = model.logprobs(ids, masked, keys, **options)  # [B, T]
     loss = (-logprob.sum(1) / t / maskable.sum(1).clamp(min=1)).mean()
     masked_loss = -logprob.detach().sum() / masked.sum().clamp(min=1)
     return loss, dict(loss=loss.detach(), masked_loss=masked_loss, mask_rate=masked.sum() / maskable.sum())
 
 
 @torch.no_grad()
+@fresh_casts()
 def nelbo(model, ids, maskable=None, samples=16, generator=None, keys=None):
     """Returns (mean [B], standard error [B]) of the bound on -log p(maskable | the rest), in nats for the whole row.
 
@@ -291,8 +296,8 @@ class UnmaskPlanner(nn.Module):
         self.out = nn.Linear(C, 1)
 
     @torch.no_grad()
-    def init_weights(self):
-        """Draws the weights: all probabilities begin near one half."""
+    def reset_parameters(self):
+        """Draws the weights, where they are not drawn as those of `Hybrid`: all probabilities begin near one half."""
         for module in (*self.time, self.before, self.after):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -396,25 +401,12 @@ class DUltraConfig:
             raise ValueError(
                 "--joint learns from the tokens that were drawn: it needs --temperature of at least 0.001 (1 is usual)"
             )
-        for name, low, high in DULTRA_LIMITS:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                span = f"from {low} to {high}" if high < LARGEST else f"at least {low}, and finite"
-                raise ValueError(f"--{name}={value} must be {span}")
+        check_ranges(self, group_size=(2, 10**15))
         if self.imitated.partition(":")[0] not in DETERMINISTIC:
             raise ValueError(f"--imitated={self.imitated}: take a rule that decides by the probabilities, say factor:1")
         rule_of(self.imitated, None)
         if bool(self.distill_coef) != bool(self.teacher):
             raise ValueError("--distill_coef and --teacher go together")
-
-
-LARGEST = sys.float_info.max
-DULTRA_LIMITS = [  # bounds included
-    ("pretrain", 0, math.inf), ("imitate", 0, math.inf), ("group_size", 2, math.inf), ("replay_rows", 1, math.inf),
-    ("smoothing", 0, 0.49), ("temperature", 0, 100), ("efficiency", 0, LARGEST), ("distill_coef", 0, LARGEST),
-    ("imitate_lr", 0, LARGEST), ("planner_lr", 0, LARGEST), ("backbone_lr", 1e-12, LARGEST),
-    ("advantage_floor", -LARGEST, LARGEST), ("block_size", 1, math.inf),
-]  # fmt: skip
 
 
 class DUltra(Objective):
@@ -455,23 +447,18 @@ class DUltra(Objective):
     def from_run(cls, run, settings):
         """Returns the objective of a run (RunInfo). Raises ValueError, in one line, for settings that cannot be."""
         c, before = run.config, settings.pretrain + settings.imitate
-        if c.grad_accum > 1 or run.world_size > 1:
-            raise ValueError(
-                f"--recipe={c.recipe} runs in one process, without --grad_accum; make --batch_size larger instead"
-            )
-        if before >= c.steps:
-            raise ValueError(
-                f"--pretrain and --imitate, {before} steps together, leaves none of --steps={c.steps} for rewards"
-            )
         objective = cls(settings, Tokenizer(run.tokenizer), c.batch_size, run.seed, run.rank, run.world_size)
-        if unused := {"data", "context"} & set(run.given):
-            raise ValueError(f"--{min(unused)} has no meaning with --recipe={c.recipe}: its tasks come from --task")
+        if c.grad_accum > 1:
+            raise ValueError(
+                f"--grad_accum={c.grad_accum} has no meaning with --recipe={c.recipe}: make --batch_size larger; "
+                "--replay_rows bounds the memory"
+            )
+        check_run(run, before, f"--pretrain and --imitate, {before} steps together,", "--task")
         return objective
 
     def build(self, config):
         """Returns the model to train. Raises ValueError for a config with dropout."""
-        if config.hidden_dropout:
-            raise ValueError("--hidden_dropout: the sampler and the trainer must be one policy; leave it 0")
+        check_dropout(config)
         return MaskedDiffusionLM(config, self.length, planner=True)
 
     def about(self):
@@ -502,6 +489,7 @@ class DUltra(Objective):
         texts = completions(tasks, ids, self.tokenizer, self.env.max_new_tokens)
         return torch.tensor([score for score, _ in score_all(tasks, texts)], device=ids.device)
 
+    @fresh_casts()
     def batch(self, model, step):
         """Returns solved tasks (phases 1 and 2), or decodings of the model with their advantages (phase 3)."""
         c, G, self.step = self.settings, self.settings.group_size, step
@@ -528,13 +516,15 @@ class DUltra(Objective):
 
         metrics = dict(train_reward=R.mean(), accuracy=(score == 1).float().mean(), nfe=decoded.nfe.float().mean())
         metrics |= dict(learnt_from=(A != 0).float().mean(), tokens=(decoded.order > 0).sum())
-        return dict(ids=decoded.ids, order=decoded.order, keys=canvas.keys, advantages=A, metrics=metrics)
+        batch = dict(ids=decoded.ids, order=decoded.order, keys=canvas.keys, advantages=A)
+        return batch | dict(metrics=metrics, denominator=batch_denominator(decoded.order > 0))
 
     def loss(self, model, batch):
         """Returns (loss, metrics): of masked diffusion, of imitation, or dUltra's surrogate.
 
-        The surrogate's ratio is that of a whole step, and its sum is divided by B times length. There is one update for
-        each batch, here and in the paper: the ratio is one, and its clip, (.2, 1), has no effect.
+        The surrogate's ratio is that of a whole step, and its sum is divided by B times length: by the "denominator" of
+        the whole batch, even where its rows are learnt from in parts. There is one update for each batch, here and in
+        the paper: the ratio is one, and its clip, (.2, 1), has no effect.
         """
         if "canvas" in batch:
             canvas, maskable = batch["canvas"], batch["canvas"].maskable(model.mask_id)
@@ -547,9 +537,8 @@ class DUltra(Objective):
         step = torch.arange(1, int(order.max()) + 1, device=order.device)  # [S]
         live = (step <= order.amax(1, keepdim=True)) & (A != 0)[:, None]  # [B, S]: the others have no gradient
         logprob = replay(model, batch, live, self.settings)  # [B, S]
-        length = (order > 0).sum().float()  # of all rows together
         loss, metrics = policy_loss(
-            logprob, logprob, A, live, clip=(0.2, 1.0), aggregate="constant", denominator=length
+            logprob, logprob, A, live, clip=(0.2, 1.0), aggregate="constant", denominator=batch["denominator"]
         )
         no_gradient = 0 * sum(p.sum() for p in model.planner.out.parameters())  # for a batch whose A are all 0
         return loss + no_gradient, metrics | batch["metrics"]
@@ -601,7 +590,6 @@ def step_logprob(model, batch, rows, steps, settings):
     keys = None if batch["keys"] is None else batch["keys"][rows]
     with torch.set_grad_enabled(torch.is_grad_enabled() and settings.joint):
         hidden = model.encode(solved.masked_fill(masked, model.mask_id), keys)
-    model.pop_balance_losses()  # rewards do not balance experts
     eligible = current_block(masked, settings.block_size)
     logprob = planner_logprob(model.planner(hidden, eligible, masked, keys), eligible, action)
     if settings.joint:

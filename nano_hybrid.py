@@ -23,7 +23,8 @@ Picture  One letter of the pattern string is one residual layer with one mixer, 
                                      '------------------------ gate ----> gated RMSNorm -> out_proj
 
          No position embedding, as released: the Mamba layers, which read left to right, supply the order.
-Symbols  code               paper  meaning
+Symbols  B texts of T tokens; C hidden_size; V vocab_size; W conv_kernel; D head_dim, or Mamba's skip (+ D x)
+         code               paper  meaning
          mamba_num_heads    H      heads of a Mamba layer            mamba_head_dim  P  channels of one
          ssm_state_size     N      state per channel                 n_groups        G  heads of a group share B and C
          chunk_size         Q      tokens the scan takes at once: speed only, the result is the same
@@ -47,6 +48,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -54,12 +56,13 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from common import accounting
-from common.checkpoints import config_fields, expect_weights, read_config, read_weights, save_weights
+from common.checkpoints import expect_weights, read_model, save_weights, without_memory
 from common.objectives import NextToken, Recipe
 from common.presets import SHAPES
+from common.ranges import check_ranges
 from common.sampling import check_sampling, draw, pad_left, token_probs
 from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
-from latent_moe import MLP, MoE, MoEConfig, Router, balance_routers
+from latent_moe import MLP, MoE, MoEConfig, Router, balance_routers, before_padding, new_load
 from lla import MIN_RIDGE, LocalLinearAttention, lla
 from ssd import Mamba2
 
@@ -112,6 +115,7 @@ class HybridConfig:
     mtp_loss_weight: float = 0.3  # weight of their mean loss
 
     def __post_init__(self):
+        check_ranges(self, prefix="")
         unknown = sorted(set(self.hybrid_override_pattern) - set(MIXERS))
         if unknown or not self.hybrid_override_pattern:
             raise ValueError(
@@ -119,24 +123,16 @@ class HybridConfig:
                 f"write one letter per layer, of {' '.join(MIXERS)}: M (Mamba-2), * (attention), - (MLP), "
                 "E (mixture of experts), L (local linear attention)"
             )
-        for name in (f.name for f in fields(self) if f.type in (int, "int") and f.name != "num_nextn_predict_layers"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
         pattern = self.mtp_hybrid_override_pattern
-        if self.num_nextn_predict_layers not in (0, 1) or not pattern or set(pattern) - set("*E-"):
-            raise ValueError(
-                f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1 (one block, applied to its "
-                f"own output), and mtp_hybrid_override_pattern={pattern!r} made of *, E and -"
-            )
+        if not pattern or set(pattern) - set("*E-"):
+            raise ValueError(f"mtp_hybrid_override_pattern={pattern!r} must be made of *, E and -")
         for many, few in (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups")):
             if getattr(self, many) % getattr(self, few):
                 raise ValueError(f"{many}={getattr(self, many)} is not a multiple of {few}={getattr(self, few)}")
-        if self.rotary_base is not None and (self.rotary_base <= 0 or self.head_dim % 2):
-            raise ValueError(f"rotary_base={self.rotary_base} must be positive, and head_dim={self.head_dim} even")
-        if not MIN_RIDGE < self.lla_ridge < math.inf:
-            raise ValueError(f"lla_ridge={self.lla_ridge} must be above {MIN_RIDGE}, and finite")
-        if not 0 <= self.hidden_dropout < 1:
-            raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
+        if self.rotary_base is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary_base={self.rotary_base}")
+        if self.lla_ridge <= MIN_RIDGE:
+            raise ValueError(f"lla_ridge={self.lla_ridge} must be above {MIN_RIDGE}")
         if "E" in self.hybrid_override_pattern or (self.num_nextn_predict_layers and "E" in pattern):
             self.moe()  # raises ValueError for a mixture that cannot be built
 
@@ -149,11 +145,6 @@ class HybridConfig:
         """Returns the MoEConfig of the mixtures of experts."""
         same = {f.name: getattr(self, f.name) for f in fields(MoEConfig) if f.name != "latent_size"}
         return MoEConfig(**same, latent_size=self.moe_latent_size)
-
-    @property
-    def conv_size(self):
-        """Channels of the convolution: x, B and C go through it together."""
-        return self.mamba_size + 2 * self.n_groups * self.ssm_state_size
 
 
 # ---- 2. what the layers remember ------------------------------------------------------------------------------
@@ -213,9 +204,9 @@ class KVState:
         return 0 if self.k is None else sum(t.numel() * t.element_size() for t in self.filled())
 
     def expand(self, rows, capacity=0, into=None):
-        """Returns a state whose row i is a copy of row rows[i], int64 [n], with room for `capacity` positions.
+        """Returns a state whose row i is a copy of row rows[i], int64 [n].
 
-        into: such a state, to be written over.
+        capacity: positions to allocate, at least those that are filled. into: such a state, to be written over.
         """
         if into is None:
             shape = (len(rows), self.k.shape[1], max(capacity, self.length), self.k.shape[3])
@@ -264,13 +255,8 @@ class Cache:
 # `Mamba2` in ssd.py: in_proj, convolution, scan, gate and out_proj, step by step. MLP and experts: latent_moe.py.
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight: the norm in front of every layer."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, x):
         """Returns x [..., size] normalised over its last dimension."""
@@ -305,7 +291,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(Hq * D, C, bias=False)
 
     def new_state(self, capacity=0):
-        """Returns the state before the first token. capacity: positions that keys and values get room for at once."""
+        """Returns the state before the first token. capacity: positions to allocate keys and values for at once."""
         return KVState(capacity=capacity)
 
     def forward(self, x, state=None, attention_mask=None):
@@ -322,10 +308,8 @@ class Attention(nn.Module):
 
     def qkv(self, x):
         """Returns q, k, v, each [B, heads, T, D], of x [B, T, C]."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return q, k, v
+        products = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return tuple(p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in products)
 
     def attend(self, q, k, v, pad=None):
         """Returns [B, Hq, T, D]: attention of the last T positions on k, v [B, Hkv, past + T, D]. pad [B] or None."""
@@ -401,20 +385,30 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = MIXERS[letter](config)
         self.stateful = hasattr(self.mixer, "new_state")
+        self.routes = isinstance(self.mixer, MoE)
         self.dropout = config.hidden_dropout
 
-    def forward(self, x, state=None, attention_mask=None):
-        """Returns x [B, T, C] with the mixer's part added. state: that of the mixer, which goes on from it."""
+    def forward(self, x, state=None, attention_mask=None, counted=None):
+        """Returns x [B, T, C] with the mixer's part added. state: that of the mixer, which goes on from it.
+
+        counted bool [B, T], for a mixture of experts only: returns (x, *numbers), its load, as `MoE.forward` does.
+        """
         h = self.norm(x)
+        if counted is not None:
+            h, *numbers = self.mixer(h, counted)
+            return x + F.dropout(h, self.dropout, self.training), *numbers
         h = self.mixer(h) if state is None else self.mixer(h, state, attention_mask)
         return x + F.dropout(h, self.dropout, self.training)
 
 
-def through(layers, x, cache=None):
-    """Returns x [B, T, C] after the layers, and brings `cache`, if there is one, up to date."""
+def through(layers, x, cache=None, load=None):
+    """Returns x [B, T, C] after the layers; brings `cache`, if there is one, up to date, and adds to `load`, a Load."""
     attention_mask = cache.attention_mask(x.shape[1]) if cache else None
     for layer, state in zip(layers, cache.states if cache else [None] * len(layers)):
-        x = layer(x, state, attention_mask)
+        if load and layer.routes:
+            x = load.add(layer.mixer, *layer(x, None, None, load.counted[:, -x.shape[1] :]))
+        else:
+            x = layer(x, state, attention_mask)
     if cache:
         cache.length += x.shape[1]
     return x
@@ -430,10 +424,13 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.dropout = config.hidden_dropout
 
-    def forward(self, ids, cache=None):
-        """Returns hidden states [B, T, C] after the final norm; with a cache, of the tokens after what it holds."""
+    def forward(self, ids, cache=None, load=None):
+        """Returns hidden states [B, T, C] after the final norm; with a cache, of the tokens after what it holds.
+
+        load: a `latent_moe.Load`, which takes what mixtures of experts tell of these tokens.
+        """
         x = F.dropout(self.embeddings(ids), self.dropout, self.training)
-        return self.norm_f(through(self.layers, x, cache))
+        return self.norm_f(through(self.layers, x, cache, load))
 
 
 class MultiTokenPredictor(nn.Module):
@@ -476,19 +473,18 @@ class Hybrid(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MultiTokenPredictor(config) if config.num_nextn_predict_layers else None
         self.cross_entropy = linear_cross_entropy  # `compile` swaps in a compiled one
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embeddings.weight
-        if self.lm_head.weight.device.type != "meta":
-            self.init_weights()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def init_weights(self):
+    def reset_parameters(self):
         """Draws the initial weights as Megatron-LM does for these models, from torch's global generator.
 
         Matrices normal(0, initializer_range), those that write to the residual stream divided by sqrt(number of
-        layers) so that its variance does not grow with depth; the rest of a Mamba-2 layer by its own `init_weights`.
-        Norms and the ridges of local linear attention stay as their layers made them.
+        layers) so that its variance does not grow with depth; whatever else a layer has, as that layer draws it.
+        A model built on the meta device, without memory, gets both by `model.to_empty(device=...)` and this.
         """
+        if self.config.tie_word_embeddings:  # again: `to_empty` has made two matrices of it
+            self.lm_head.weight = self.model.embeddings.weight
         std = self.config.initializer_range
         for name, module in self.named_modules():
             output_std = std / math.sqrt(len(self.model.layers))
@@ -500,8 +496,11 @@ class Hybrid(nn.Module):
                 wider = math.sqrt(self.config.hidden_size / module.config.expert_size)
                 module.experts.up_proj.normal_(0, std * wider)
                 module.experts.down_proj.normal_(0, output_std if module.config.latent_size is None else std)
-            elif isinstance(module, Mamba2):
-                module.init_weights()
+                module.gate.reset_bias()
+            elif isinstance(module, Mamba2 | LocalLinearAttention):
+                module.reset_parameters(children=False)  # its projections are Linear
+            elif isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
 
     def compile(self, **options):
         """Compiles the layers one by one, and the loss, with `torch.compile`.
@@ -520,7 +519,7 @@ class Hybrid(nn.Module):
     def new_cache(self, pad=None, capacity=0):
         """Returns an empty Cache. pad [B] int64 or None: how many positions at the start of each row are padding.
 
-        capacity: positions that keys and values get room for at once; more is allocated as it is needed.
+        capacity: positions to allocate keys and values for at once; more are allocated as they are needed.
         """
         return Cache(self.model.layers, pad, capacity)
 
@@ -534,23 +533,18 @@ class Hybrid(nn.Module):
         The loss is the mean next-token cross-entropy in nats (metrics["loss"]); in training, mixtures of experts add
         router_aux_loss_coef times their `sequence_balance_loss`, and multi-token prediction `mtp_loss`.
         """
-        hidden = self.model(ids)  # [B, T, C]
+        load = new_load(self, before_padding(targets != -100))
+        hidden = self.model(ids, load=load)  # [B, T, C]
         loss = self.cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
         metrics = {"loss": loss.detach()}
-        if not self.training or not torch.is_grad_enabled():
+        if not load:
             return loss, metrics
-        balance = self.pop_balance_losses()
         if self.mtp:
-            further, mtp_metrics = self.mtp_loss(ids, targets, hidden)
+            further, mtp_metrics = self.mtp_loss(ids, targets, hidden, load)
             loss, metrics = loss + self.config.mtp_loss_weight * further, metrics | mtp_metrics
-            balance = balance + self.pop_balance_losses()
-        return loss + self.config.router_aux_loss_coef * balance, metrics
+        return loss + self.config.router_aux_loss_coef * load.finish(), metrics
 
-    def pop_balance_losses(self):
-        """Returns the sum of the mixtures' balance losses since they were last taken."""
-        return sum(moe.pop_balance_loss() for moe in self.moe_layers())
-
-    def mtp_loss(self, ids, targets, hidden):
+    def mtp_loss(self, ids, targets, hidden, load=None):
         """Returns (mean cross-entropy over the depths of multi-token prediction, metrics). hidden [B, T, C].
 
         Depth j predicts, at token t, token t + j + 1, and is given all tokens up to t + j. Metrics, for each depth: its
@@ -559,7 +553,7 @@ class Hybrid(nn.Module):
         losses, metrics = [], {}
         for depth in range(1, min(self.config.mtp_depths, ids.shape[1] - 1) + 1):
             embedded = self.model.embeddings(ids[:, depth:])  # [B, T - depth, C]
-            hidden = self.mtp(embedded, hidden[:, :-1])  # [B, T - depth, C]
+            hidden = self.mtp(embedded, hidden[:, :-1], through=partial(through, load=load))  # [B, T - depth, C]
             flat, wanted = hidden.flatten(0, 1), targets[:, depth:].flatten()
             losses.append(self.cross_entropy(flat, self.lm_head.weight, wanted))
             with torch.no_grad():
@@ -569,8 +563,8 @@ class Hybrid(nn.Module):
         return sum(losses) / max(1, len(losses)), metrics
 
     def moe_layers(self):
-        """Returns the MoE layers."""
-        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, MoE)]
+        """Returns the mixtures of experts, each once."""
+        return list(dict.fromkeys(layer.mixer for layer in self.layers if layer.routes))
 
     def balance_routers(self, finite=True):
         """Moves each router's bias towards an even load, if the optimiser's step was made (finite); returns metrics."""
@@ -581,10 +575,12 @@ class Hybrid(nn.Module):
 
         mask bool [B, T-1] or None: positions that are not wanted are 0 in both, and cost no projection.
         """
-        hidden = self.model(ids[:, :-1])  # [B, T-1, C]
-        self.pop_balance_losses()  # forgotten here: `loss` is not called after this forward, and they hold its graph
         targets = ids[:, 1:]
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
+        load = new_load(self, before_padding(mask))
+        hidden = self.model(ids[:, :-1], load=load)  # [B, T-1, C]
+        if load:
+            load.finish()  # the balance loss is left out: rewards come without it
         outputs = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
         return tuple(v.new_zeros(mask.shape).masked_scatter(mask, v) for v in outputs)
 
@@ -632,13 +628,11 @@ class Hybrid(nn.Module):
         """Returns the model saved in `directory`: by `save_pretrained`, by `transformers`, or one of NVIDIA's releases.
 
         overrides: config fields to change (chunk_size, hidden_dropout). Weights keep the dtype they were saved in.
-        Raises FileNotFoundError or ValueError, saying which file is missing, damaged, quantised or does not fit.
+        Where weights and flags of the config disagree, the weights are right: see `read_model`. Raises
+        FileNotFoundError or ValueError, saying which file is missing, damaged, quantised or does not fit.
         """
-        config = HybridConfig(**(config_fields(read_config(directory), HybridConfig) | overrides))
-        weights = read_weights(directory, config.n_routed_experts)
-        if not any(name.startswith("mtp.") for name in weights):
-            config = replace(config, num_nextn_predict_layers=0)  # transformers leaves the predictor out when it saves
-        with torch.device("meta"):
+        config, weights = read_model(directory, HybridConfig, overrides)
+        with without_memory(directory):
             model = cls(config)
         model.load_weights(weights, directory)
         return model
@@ -647,8 +641,6 @@ class Hybrid(nn.Module):
         """Takes `tensors` (name -> tensor) as the weights. Raises ValueError naming `source` unless all fit exactly."""
         expect_weights(tensors, self.state_dict(), source)
         self.load_state_dict(tensors, assign=True)
-        for moe in self.moe_layers():
-            moe.gate.reset_counts()  # not in the file
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight
 

@@ -1,7 +1,8 @@
 """Rollouts: what a step of reinforcement learning needs around its loss. grpo.py calls each part in one place.
 
 Papers   Nemotron 3 Nano, arXiv:2512.20848, sections 3.2 and 3.3 (curriculum, length control, circular comparisons);
-         Nemotron 3 Ultra, 2606.15007 (low effort, MOPD); DAPO, 2503.14476 (overlong penalty); DPO, 2305.18290.
+         Nemotron 3 Ultra, 2606.15007 (low effort; multi-teacher on-policy distillation, MOPD); DAPO, 2503.14476
+         (overlong penalty, dynamic sampling); DPO, 2305.18290.
 Idea     Answers are sampled with the log-probabilities that training compares itself with. A curriculum keeps prompts
          on which answers differ, from easy to hard. Length control and low effort pay for short thoughts where that
          costs no accuracy. A teacher's log-probability gives every token an advantage of its own, without groups.
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 
 from common.tasks import LOW_EFFORT, sample_task, score_all
 from decoding import generate
-from kernels import at_least_float32, expect
+from kernels import at_least_float32, expect, fresh_casts
 from nano_hybrid import Hybrid
 
 # ---- 1. answers: sampled, then judged -------------------------------------------------------------------------------
@@ -50,8 +51,15 @@ class Answers:
     completions: list  # N texts, without the end of text
     finished: torch.Tensor  # bool [N]: whether it wrote an end of text before max_new_tokens
 
+    def select(self, rows):
+        """Returns the Answers of these rows, int64 [n]."""
+        tensors = {name: getattr(self, name) for name in ("ids", "mask", "logprob", "finished")}
+        tensors = {name: value[rows.to(value.device)] for name, value in tensors.items()}
+        return Answers(completions=[self.completions[i] for i in rows.tolist()], **tensors)
+
 
 @torch.no_grad()
+@fresh_casts()
 def sample_answers(
     model, tokenizer, prompts, max_new_tokens, temperature=1.0, generator=None, budget=None, session=None
 ):
@@ -230,20 +238,30 @@ class Curricula:
         return [task for row in zip(*columns) for task in row][:n]
 
 
+def informative(rewards):
+    """Returns bool [B]: whether the rewards [B, G] of a group differ. Where they do not, all its advantages are 0.
+
+    That alone does not take an uninformative group out of the loss: its tokens still count in the denominator, so steps
+    become smaller as more prompts are always or never solved, and the KL and entropy terms still have a gradient there.
+    `keep_only(mask, informative(rewards))` takes it out.
+    """
+    return rewards.amax(1) != rewards.amin(1)
+
+
 def dynamic_sampling(draw, n, refills=4):
-    """Returns (groups, acceptance): the first n informative groups, and the share of the drawn ones that were.
+    """Returns (groups, share): the first n informative groups, and the share of the groups drawn that were informative.
 
     draw(n) returns (a list of n groups, their rewards [n, G]). Fewer than n come back when 1 + refills draws did not
     yield them: on a task too hard or too easy there is no end to it. Source: DAPO, "Dynamic Sampling".
     """
-    chosen, drawn = [], 0
+    groups, drawn = [], 0
     for _ in range(1 + refills):
-        groups, rewards = draw(n)
-        chosen += [group for group, keep in zip(groups, (rewards.amax(1) != rewards.amin(1)).tolist()) if keep]
-        drawn += len(groups)
-        if len(chosen) >= n:
+        new, rewards = draw(n)
+        groups += [group for group, is_informative in zip(new, informative(rewards).tolist()) if is_informative]
+        drawn += len(new)
+        if len(groups) >= n:
             break
-    return chosen[:n], len(chosen) / max(1, drawn)
+    return groups[:n], len(groups) / max(1, drawn)
 
 
 def keep_only(mask, keep):
@@ -271,15 +289,15 @@ def focused(envs, n, weight, share, rng):
     return turns
 
 
-def track_informative(weight, envs, tasks, differ):
+def track_informative(weight, envs, tasks, is_informative):
     """Returns weight [len(envs)] moved towards each environment's share of informative groups, over some twenty steps.
 
-    tasks: one for each group; differ: bool, whether the answers of the group differ in reward; weight: None at first.
+    tasks: one for each group; is_informative: bool, what `informative` says of each; weight: None at first.
     """
     weight = torch.ones(len(envs), dtype=torch.float64) if weight is None else weight
     for i, env in enumerate(envs):
         groups = torch.tensor([task.env == env.name for task in tasks])
-        weight[i] += 0.05 * (differ[groups].double().mean() - weight[i])
+        weight[i] += 0.05 * (is_informative[groups].double().mean() - weight[i])
     return weight.clamp_(min=1e-3)  # weights that are all 0 cannot be drawn by
 
 
@@ -343,6 +361,7 @@ def load_teachers(folders, envs):
 
 
 @torch.no_grad()
+@fresh_casts()
 def teacher_logprobs(teachers, tasks, ids, mask, temperature):
     """Returns float32 [B, T-1]: log-probabilities of each row's tokens, by the teacher of its task's environment."""
     logprob = torch.zeros(mask.shape, device=ids.device)
@@ -454,15 +473,13 @@ def check_choice(name, value, choices):
 def check_run(run, before, flags, source):
     """Raises ValueError for a run (RunInfo) that rewards cannot be learnt in, after `before` steps without them.
 
-    flags: those that say so many steps; source: the flag that says what the tasks are.
+    flags: those that say so many steps, for the message; source: the flag that says what the tasks are.
     """
     c = run.config
-    if c.grad_accum > 1 or run.world_size > 1:
-        raise ValueError(
-            f"--recipe={c.recipe} runs in one process, without --grad_accum; make --batch_size larger instead"
-        )
+    if run.world_size > 1:
+        raise ValueError(f"--recipe={c.recipe} runs in one process, without torchrun; make --batch_size larger instead")
     if before >= c.steps:
-        raise ValueError(f"--{flags} leaves none of --steps={c.steps} for rewards")
+        raise ValueError(f"{flags} leaves none of --steps={c.steps} for rewards")
     if unused := {"data", "context"} & run.given:
         raise ValueError(f"--{min(unused)} has no meaning with --recipe={c.recipe}: its tasks come from {source}")
 
@@ -473,14 +490,16 @@ def check_dropout(config):
         raise ValueError("--hidden_dropout: with rewards the sampler and the trainer must be one policy; leave it 0")
 
 
-def check_batch(settings, batch_size, envs, seed):
-    """Raises ValueError unless batches of `batch_size` answers can be made of these environments."""
-    rows = len(envs) * settings.group_size * settings.updates
-    if batch_size % rows:
+def check_batch(settings, batch_size, grad_accum, envs, seed):
+    """Raises ValueError unless grad_accum times `batch_size` answers can be drawn from, and shared out, as set."""
+    rows, times = len(envs) * settings.group_size * settings.updates, f" times grad_accum={grad_accum}"
+    if batch_size * grad_accum % rows:
         raise ValueError(
-            f"batch_size={batch_size} must be a multiple of {rows}: {len(envs)} environments times "
-            f"group_size={settings.group_size} times updates={settings.updates}"
+            f"batch_size={batch_size}{times if grad_accum > 1 else ''} must be a multiple of {rows}: {len(envs)} "
+            f"environments times group_size={settings.group_size} times updates={settings.updates}"
         )
+    if batch_size < settings.updates:
+        raise ValueError(f"batch_size={batch_size} must be at least updates={settings.updates}, or some have no answer")
     if settings.cut_thoughts or settings.no_thoughts or settings.low_effort:
         if not any(env.sample(np.random.default_rng(seed)).thinks for env in envs):
             raise ValueError(f"--envs={settings.envs} has none that thinks, as chain or add:5:on does")

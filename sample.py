@@ -6,6 +6,7 @@
     python sample.py --run=super3 --draft=3           speculative decoding: the same distribution, fewer forward passes
     python sample.py --run=path/to/Nemotron           a released checkpoint, with its tokenizer.json
     python sample.py --run=mdlm --rule=threshold:0.7  masked diffusion: many tokens a forward pass, in any order
+    python sample.py --run=mdlm --block_size=32 --cache=dual      block after block, the others' keys and values kept
     python sample.py --run=dultra --prompt=__13______24____     fills in the blanks, by the model's planner
 
 One sample on a terminal (or with --stream) appears as it is made; that of a masked diffusion model in colours that say
@@ -13,6 +14,7 @@ when a token was unmasked (early ones blue, late ones red), and as a picture in 
 """
 
 import itertools
+import os
 import shutil
 import sys
 import time
@@ -21,9 +23,10 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoints import read_config, replacing
+from common.checkpoints import read_config, replacing, text_ends
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import ReleasedTokenizer, Tokenizer
+from common.files import NotText, read_document
 from common.sampling import draw, token_probs
 from common.tasks import BLANK, THINK_END
 from decoding import DraftStats, ThinkingBudget, generate
@@ -32,7 +35,7 @@ from nano_hybrid import Hybrid
 
 OUT = Path("out")
 NOT_OF_DIFFUSION = ("top_k", "top_p", "draft", "think")
-ONLY_OF_DIFFUSION = ("rule", "block_size")
+ONLY_OF_DIFFUSION = ("rule", "block_size", "cache")
 
 # ---- 1. settings ----------------------------------------------------------------------------------------------------
 
@@ -54,6 +57,7 @@ class SampleConfig:
     think: int | None = None  # tokens of thinking, at most: </think> is inserted at the end of the line after that
     rule: str | None = None  # of masked diffusion: planner, threshold:0.9, top_k:2, ...; default: planner, or top_k
     block_size: int | None = None  # of masked diffusion: tokens to finish before the next; default: any order
+    cache: str | None = None  # of masked diffusion, with --block_size: prefix or dual, a little less exact, and faster
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
@@ -89,11 +93,11 @@ def thinking_budget(config, tokenizer):
 def find_checkpoint(run):
     """Returns the folder of the checkpoint asked for. Raises FileNotFoundError if there is none."""
     if run is None:
-        newest = max(OUT.glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime, default=None)
+        newest = max(OUT.rglob("model.safetensors"), key=lambda p: p.stat().st_mtime, default=None)
         if newest is None:
             raise FileNotFoundError(f"there is no trained model in {OUT}/; run python train.py first, or give --run")
         return newest.parent
-    folder = next((f for f in (OUT / run, Path(run)) if f.is_dir()), None)
+    folder = next((f for f in (OUT / run, Path(run), Path(os.path.expanduser(run))) if f.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"--run={run}: neither {OUT / run} nor {run} is a folder")
     return folder
@@ -139,9 +143,10 @@ def read_prompt(config):
     if config.prompt_file is None:
         return config.prompt or ""
     try:
-        return Path(config.prompt_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompt_file={config.prompt_file} is not UTF-8 text") from None
+        document = read_document(config.prompt_file, config.prompt_file)
+    except NotText as error:
+        raise ValueError(f"--prompt_file={config.prompt_file} is {': '.join(error.args)}") from None
+    return "".join(document.pieces(0, document.length))
 
 
 def load_tokenizer(folder):
@@ -153,9 +158,10 @@ def load_tokenizer(folder):
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} names no tokenizer: it was not written by train.py, and has no tokenizer.json")
-    stop = config.get("eos_token_id", 2)
-    stop = stop if isinstance(stop, list) else [stop]  # chat models have several
-    return ReleasedTokenizer(path, stop[0]), config.get("bos_token_id", 1), stop
+    tokenizer = ReleasedTokenizer(path)
+    start, ends = text_ends(folder, tokenizer.tokenizer.token_to_id)
+    tokenizer.end_of_text = ends[0] if ends else None
+    return tokenizer, start, ends
 
 
 # ---- 3. next-token models -------------------------------------------------------------------------------------------
@@ -278,7 +284,7 @@ def fill(config, model, tokenizer, prompt):
 
     shown.layers = getattr(rule, "layers", 0)
     generator, began = torch.Generator(ids.device).manual_seed(config.seed), time.perf_counter()
-    decoded = decode(model, ids, shown, config.temperature, config.block_size, generator=generator)
+    decoded = decode(model, ids, shown, config.temperature, config.block_size, config.cache, generator=generator)
     seconds = time.perf_counter() - began
     if screen:
         screen.show(visible(decoded.ids[0]))

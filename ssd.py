@@ -74,12 +74,11 @@ def ssd_step_ref(state, x, dt, A, Bmat, Cmat, D=None):
     """Returns (y [B, H, P], new state [B, H, P, N]) after one token: the two equations above, once.
 
     state [B, H, P, N] float32; x [B, H, P]; dt [B, H], already softplus-ed; A [H] < 0; Bmat, Cmat [B, G, N];
-    D [H] or None. Head h reads group h // (H/G).
+    D [H] or None. Head h reads group h // (H/G). All is computed in float32, in float64 if x is float64.
     """
-    heads_per_group = x.shape[1] // Bmat.shape[1]
-    Bh = at_least_float32(Bmat).repeat_interleave(heads_per_group, dim=1)  # [B, H, N]
-    Ch = at_least_float32(Cmat).repeat_interleave(heads_per_group, dim=1)  # [B, H, N]
-    dt, xf = at_least_float32(dt), at_least_float32(x)
+    xf, heads_per_group = at_least_float32(x), x.shape[1] // Bmat.shape[1]
+    state, dt, A, Bmat, Cmat = (v.to(xf.dtype) for v in (state, dt, A, Bmat, Cmat))
+    Bh, Ch = (v.repeat_interleave(heads_per_group, dim=1) for v in (Bmat, Cmat))  # [B, H, N]
     decay = torch.exp(dt * A)  # [B, H]
     update = (dt[..., None] * xf)[..., :, None] * Bh[..., None, :]  # [B, H, P, N]
     state = decay[..., None, None] * state + update
@@ -92,9 +91,7 @@ def ssd_step_ref(state, x, dt, A, Bmat, Cmat, D=None):
 def ssd_recurrent_ref(x, dt, A, Bmat, Cmat, D=None, initial_state=None, return_final_state=False, seq_idx=None):
     """Returns what `ssd` returns, by stepping through time: the definition. Slow, T steps of Python."""
     B, T, H, P = x.shape
-    state = initial_state
-    if state is None:
-        state = at_least_float32(x).new_zeros(B, H, P, Bmat.shape[-1])
+    state = at_least_float32(x).new_zeros(B, H, P, Bmat.shape[-1]) if initial_state is None else initial_state
     ys = []
     for t in range(T):
         if seq_idx is not None and t > 0:  # a new document starts from nothing
@@ -108,81 +105,75 @@ def ssd_recurrent_ref(x, dt, A, Bmat, Cmat, D=None, initial_state=None, return_f
 # ---- 2. the same in chunks ------------------------------------------------------------------------------------
 
 
-def _decay_between(a, seq_idx=None):
-    """Returns L[..., i, j] = exp(a_{j+1} + ... + a_i) for i >= j, and 0 above the diagonal. a [..., Q], a <= 0.
+def _decay_between(a, documents=None):
+    """Returns L[..., j, i] = exp(a_{j+1} + ... + a_i) for i >= j, and 0 below the diagonal. a [..., Q], a <= 0.
 
-    The exponential of a difference of running sums, never a quotient of exponentials: exp(sum) alone underflows.
-    The mask comes before exp, because the differences above the diagonal are positive and would overflow.
-    seq_idx [..., Q], where given, keeps i and j of one document only.
+    Each sum is taken by itself (Listing 1's segment sum): a difference of two running sums would keep the rounding
+    errors of all that was forgotten before j, a quotient of two exponentials would underflow.
+    documents [..., Q], where given, keeps i and j of one document only.
     """
-    s = a.cumsum(-1)
-    difference = s[..., :, None] - s[..., None, :]  # [..., Q, Q]
     Q = a.shape[-1]
-    hidden = torch.ones(Q, Q, dtype=torch.bool, device=a.device).triu(1)
-    if seq_idx is not None:
-        hidden = hidden | (seq_idx[..., :, None] != seq_idx[..., None, :])
-    return torch.exp(difference.masked_fill(hidden, -torch.inf))
+    later = torch.ones(Q, Q, dtype=torch.bool, device=a.device).triu(1)  # [j, i]: i > j
+    sums = torch.where(later, a[..., None, :], 0.0).cumsum(-1)  # [..., Q, Q]
+    seen = later.T.logical_not()
+    if documents is not None:
+        seen = seen & (documents[..., :, None] == documents[..., None, :])
+    return torch.where(seen, sums.exp(), 0.0)
 
 
 def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, seq_idx=None):
     """Returns y [B, T, H, P] (and the last state [B, H, P, N]), chunk by chunk: SSD, arXiv:2405.21060 section 6.
 
     x [B, T, H, P]; dt [B, T, H] > 0, already softplus-ed; A [H] < 0; Bmat, Cmat [B, T, G, N]; D [H] or None.
-    seq_idx [B, T] int, for several documents packed in one row: the number of each token's document. The state starts
-    from zero in each; initial_state belongs to the first document, the returned state to the last.
+    seq_idx [B, T] int, for several documents packed in one row: the number of each token's document; a document ends
+    where the number changes. The state starts from zero in each; initial_state belongs to the first document, the
+    returned state to the last. Products run in x's dtype, decays and states in float32 (float64 for float64).
     Unrolled, the recurrence is y_i = sum_{j<=i} (C_i . B_j) exp(a_{j+1} + ... + a_i) dt_j x_j with a = dt A:
     attention without softmax, with a decay for a mask. Inside a chunk of Q tokens that Q x Q matrix is formed and
-    multiplied; between chunks only the state travels. Q is a matter of speed: it changes the result by rounding only.
+    multiplied; between chunks only the state travels.
     """
-    B, T, H, P = x.shape
-    G, N = Bmat.shape[2:]
+    (B, T, H, P), (G, N) = x.shape, Bmat.shape[2:]
     Q = min(chunk_size, T)
-    pad = -T % Q
+    wide, doc, pad = at_least_float32(x).dtype, number_documents(seq_idx), -T % Q
+    dt, A, Bmat, Cmat = dt.to(wide), A.to(wide), Bmat.to(x.dtype), Cmat.to(x.dtype)
     if pad:  # dt = 0: a padded token neither writes to the state nor lets it decay
         x, dt, Bmat, Cmat = (F.pad(v, (0, 0) * (v.dim() - 2) + (0, pad)) for v in (x, dt, Bmat, Cmat))
     n_chunks, R = (T + pad) // Q, H // G  # R: heads per group
-    dt = at_least_float32(dt)
     a = (dt * A).view(B, n_chunks, Q, G, R).permute(0, 1, 3, 4, 2)  # [B, c, G, R, Q]
-    s = a.cumsum(-1)  # [B, c, G, R, Q]
     X = (x * dt[..., None]).to(x.dtype).view(B, n_chunks, Q, G, R, P)
-    Bc = Bmat.view(B, n_chunks, Q, G, N)
-    Cc = Cmat.view(B, n_chunks, Q, G, N)
-    decay_to_end = torch.exp(s[..., -1:] - s)  # [B, c, G, R, Q]
-    decay_from_start = torch.exp(s)  # [B, c, G, R, Q]
-    doc = doc_at_ends = None
-    if seq_idx is not None:  # what would cross from one document into the next is cut
-        doc = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1).view(B, n_chunks, 1, 1, Q)
-        doc_at_ends = torch.cat([doc[:, :1, ..., 0], doc[..., -1]], 1)  # [B, c+1, 1, 1]: before chunk 0, after each
-        decay_to_end = decay_to_end * (doc == doc_at_ends[:, 1:, ..., None])
-        decay_from_start = decay_from_start * (doc == doc_at_ends[:, :-1, ..., None])
+    Bc, Cc = (v.view(B, n_chunks, Q, G, N) for v in (Bmat, Cmat))
+    decay_from_start = torch.exp(a.cumsum(-1))  # [B, c, G, R, Q]
+    if doc is not None:  # what would cross from one document into the next is cut
+        doc = torch.cat([doc, doc[:, -1:].expand(-1, pad)], 1).view(B, n_chunks, 1, 1, Q)
+        before = torch.cat([doc[:, :1, ..., :1], doc[:, :-1, ..., -1:]], 1)  # [B, c, 1, 1, 1]: the one open before it
+        decay_from_start = decay_from_start * (doc == before)
+    decay = _decay_between(a, doc)  # [B, c, G, R, Q, Q], from the first index to the second
 
     # 1. Inside a chunk: the masked attention matrix. C_i . B_j once per group, the decay per head.
-    scores = torch.einsum("bcign,bcjgn->bcgij", Cc, Bc)  # [B, c, G, Q, Q]
-    M = (scores[:, :, :, None] * _decay_between(a, doc)).to(x.dtype)  # [B, c, G, R, Q, Q]
-    y = torch.einsum("bcgrij,bcjgrp->bcigrp", M, X)
+    scores = torch.einsum("bcjgn,bcign->bcgji", Bc, Cc)  # [B, c, G, Q, Q]
+    M = (scores[:, :, :, None] * decay).to(x.dtype)  # [B, c, G, R, Q, Q]
+    y = torch.einsum("bcgrji,bcjgrp->bcigrp", M, X)
 
     # 2. What each chunk adds to the state by its end, as if it had started from zero.
-    weighted = (X * decay_to_end.permute(0, 1, 4, 2, 3)[..., None]).to(x.dtype)
-    added = torch.einsum("bcjgrp,bcjgn->bcgrpn", weighted, Bc)
+    weighted = (X * decay[..., -1].permute(0, 1, 4, 2, 3)[..., None]).to(x.dtype)
+    added = torch.einsum("bcjgrp,bcjgn->bcgrpn", weighted, Bc).to(wide)
 
-    # 3. From chunk to chunk: the recurrence again, one step per chunk, in float32. The initial state counts as the
-    #    state added by a chunk before the first; row c of the decay matrix gives the state entering chunk c.
-    first = torch.zeros_like(added[:, :1]) if initial_state is None else initial_state.view(B, 1, G, R, P, N)
-    added = at_least_float32(torch.cat([first, added], dim=1))  # [B, c+1, G, R, P, N]
-    ends = None if doc_at_ends is None else doc_at_ends.permute(0, 2, 3, 1)  # [B, 1, 1, c+1]
-    decay = _decay_between(F.pad(s[..., -1].permute(0, 2, 3, 1), (1, 0)), ends)  # [B, G, R, c+1, c+1]
-    with torch.autocast(x.device.type, enabled=False):
-        states = torch.einsum("bgrzc,bcgrpn->bzgrpn", decay, added)  # [B, c+1, G, R, P, N]
+    # 3. From chunk to chunk: the recurrence again, one step per chunk, in float32.
+    state = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state.to(wide).view_as(added[:, 0])
+    entering = []
+    for through, new in zip(decay_from_start[..., -1].unbind(1), added.unbind(1)):
+        entering.append(state)  # [B, G, R, P, N]
+        state = through[..., None, None] * state + new
 
     # 4. What a chunk's tokens read from the state that enters it.
-    read = torch.einsum("bcign,bcgrpn->bcigrp", Cc, states[:, :-1].to(x.dtype))
+    read = torch.einsum("bcign,bcgrpn->bcigrp", Cc, torch.stack(entering, 1).to(x.dtype))
     y = y + read * decay_from_start.permute(0, 1, 4, 2, 3)[..., None]  # [B, c, Q, G, R, P]
 
     y = y.reshape(B, T + pad, H, P)
     if D is not None:
         y = y + D[:, None] * x
     y = y[:, :T].to(x.dtype)
-    return (y, states[:, -1].reshape(B, H, P, N)) if return_final_state else y
+    return (y, state.reshape(B, H, P, N)) if return_final_state else y
 
 
 # ---- 3. the kernels: forward ------------------------------------------------------------------------------------
@@ -197,33 +188,36 @@ def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, re
 # Bytes per token and head in bf16: x read twice and y written once 6P, states written and read 4PN/Q, B and C a little.
 # With P 64, N 128, Q 64 that is 0.9 KB: 0.45 ms for 8 x 4096 tokens of 64 heads at 4.25 TB/s. The FLOPs, 4PN + 2PQ a
 # token and head on matrix units, take a quarter of that. A longer chunk would move less, but its Q x Q tile does not
-# fit in registers: Q = 128 measured 1.6 times slower.
+# fit in registers: Q = 128 took 1.6 times as long (measured once, on an H200; no command of ours repeats it).
 #
 # The loop of kernel 1 takes T / Q steps, and each waits for memory. A small batch of long sequences would leave most of
 # the GPU idle. Then time is cut into segments: a first launch starts each segment from a zero state and stores its last
 # state (`ends`) and total decay (`decays`); a second starts each where the previous one ended. The backward recomputes
 # the states and reuses `ends` and `decays`.
+#
+# In 16 bits a decay inside a chunk is exp(s_i - s_j), s = cumsum(dt A). Fast tokens leave rounding errors in s that
+# float32 must not have (4e-4 where dt A is -100 and then -0.001): there each sum is taken by itself (EXACT).
 
 
 @jit
-def _chunk_decay(dt_ptr, seq_ptr, A, t0, T, stride_dtt, Q: tl.constexpr):
-    """Returns of chunk [t0, t0 + Q): dt [Q], s = cumsum(dt A) [Q], the sum of dt A, exp of it, and two masks [Q].
-
-    The masks: 1 for tokens of the document in which the chunk ends, and for tokens of the document that was open before
-    the chunk. Where these two differ, no state passes through, and exp of the sum is returned as 0.
+def _chunk_decay(dt_ptr, seq_ptr, A, chunk, T, stride_dtt, Q: tl.constexpr, EXACT: tl.constexpr):
+    """Returns of a chunk: dt, a = dt A, s = cumsum(a), each [Q]; the decay through all of it; those from each token to
+    the end and from the start to each token [Q]. No decay crosses into another document: there they are 0.
     """
-    t = t0 + tl.arange(0, Q)
+    q = tl.arange(0, Q)
+    t = chunk * Q + q
     dt = tl.load(dt_ptr + t * stride_dtt, mask=t < T, other=0.0).to(tl.float32)  # 0 past T: no decay and no writing
-    s = tl.cumsum(dt * A, 0)
-    total = tl.sum(tl.where(tl.arange(0, Q) == Q - 1, s, 0.0), 0)  # the last of s exactly: differences to it are small
-    through = tl.exp(total)
-    to_end, from_start = tl.full([Q], 1.0, tl.float32), tl.full([Q], 1.0, tl.float32)
+    a = dt * A
+    s = tl.cumsum(a, 0)
+    total = tl.sum(tl.where(q == Q - 1, s, 0.0), 0)  # the last of s exactly: differences to it are small
+    left = tl.sum(tl.where(q[:, None] > q[None, :], a[:, None], 0.0), 0) if EXACT else total - s
+    through, to_end, from_start = tl.exp(total), tl.exp(left), tl.exp(s)
     if seq_ptr is not None:
         doc = tl.load(seq_ptr + t, mask=t < T, other=-1)
-        first, last = document_of(seq_ptr, t0 - 1, T), document_of(seq_ptr, t0 + Q - 1, T)
-        to_end, from_start = (doc == last).to(tl.float32), (doc == first).to(tl.float32)
+        first, last = document_of(seq_ptr, chunk * Q - 1, T), document_of(seq_ptr, chunk * Q + Q - 1, T)
+        to_end, from_start = to_end * (doc == last).to(tl.float32), from_start * (doc == first).to(tl.float32)
         through *= (first == last).to(tl.float32)
-    return dt, s, total, through, to_end, from_start
+    return dt, a, s, through, to_end, from_start
 
 
 @jit
@@ -233,6 +227,17 @@ def _visible(seq_ptr, i, j, T):
     if seq_ptr is not None:
         seen &= tl.load(seq_ptr + i, mask=i < T, other=-1) == tl.load(seq_ptr + j, mask=j < T, other=-2)
     return seen
+
+
+@jit
+def _decay_tile(a, s, seen, READERS: tl.constexpr, EXACT: tl.constexpr):
+    """Returns exp(a_{j+1} + ... + a_i) [Q, Q] where token i sees token j, else 0. READERS: the axis of i."""
+    sums = tl.expand_dims(s, 1 - READERS) - tl.expand_dims(s, READERS)
+    if EXACT:
+        q = tl.arange(0, a.shape[0])
+        later = tl.expand_dims(q, 1 - READERS) > tl.expand_dims(q, READERS)
+        sums = tl.cumsum(tl.where(later, tl.expand_dims(a, 1 - READERS), 0.0), READERS)
+    return tl.exp(tl.where(seen, sums, -float("inf")))
 
 
 @jit
@@ -248,7 +253,7 @@ def _own_chunk(T, P, N, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.cons
 @jit
 def _ssd_states_kernel(x_ptr, b_ptr, dt_ptr, A_ptr, seq_ptr, start_ptr, ends_ptr, decays_ptr, states_ptr, end_ptr,
                        T, H, R, P, N, SEGMENT, stride_xb, stride_xt, stride_bb, stride_bt, stride_dtb, stride_dtt,
-                       REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+                       REVERSE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
                        Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     n_blocks = tl.cdiv(N, BLOCK_N)
     n_tiles = tl.cdiv(P, BLOCK_P) * n_blocks
@@ -284,8 +289,8 @@ def _ssd_states_kernel(x_ptr, b_ptr, dt_ptr, A_ptr, seq_ptr, start_ptr, ends_ptr
         if states_ptr is not None:
             entering = states_ptr + ((batch * n_chunks + chunk) * H + head) * P * N
             tl.store(entering + here, state, mask=inside)
-        dt, s, total, through, to_end, from_start = _chunk_decay(dt_ptr, seq_ptr, A, chunk * Q, T, stride_dtt, Q)
-        weights = tl.exp(s) * from_start if REVERSE else tl.exp(total - s) * dt * to_end  # [Q]
+        dt, a, s, through, to_end, from_start = _chunk_decay(dt_ptr, seq_ptr, A, chunk, T, stride_dtt, Q, EXACT)
+        weights = from_start if REVERSE else to_end * dt  # [Q]
         t = chunk * Q + tl.arange(0, Q)
         xT = tl.load(x_ptr + t[None, :] * stride_xt + p[:, None], mask=(t[None, :] < T) & (p[:, None] < P), other=0.0)
         b = tl.load(b_ptr + t[:, None] * stride_bt + n[None, :], mask=(t[:, None] < T) & (n[None, :] < N), other=0.0)
@@ -305,11 +310,12 @@ def _ssd_states_kernel(x_ptr, b_ptr, dt_ptr, A_ptr, seq_ptr, start_ptr, ends_ptr
 def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_ptr, y_ptr,
                      T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                      stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct, stride_dtb, stride_dtt,
-                     HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                     HEADS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
                      Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     chunk, batch, t, p, n, in_p, in_n = _own_chunk(T, P, N, Q, BLOCK_P, BLOCK_N)
     rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)  # offsets in a tile are int32, to the tile int64
-    first_head, n_chunks = tl.program_id(1) * HEADS, tl.cdiv(T, Q)
+    first_head, n_chunks, stride_dtt = tl.program_id(1) * HEADS, tl.cdiv(T, Q), tl.cast(stride_dtt, tl.int64)
+    dt_ptr += batch * stride_dtb
     x_ptr += batch * stride_xb + t0 * stride_xt
     b_ptr += batch * stride_bb + t0 * stride_bt + (first_head // R) * N
     c_ptr += batch * stride_cb + t0 * stride_ct + (first_head // R) * N
@@ -326,16 +332,14 @@ def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_
 
     for head in range(first_head, first_head + HEADS):
         A = tl.load(A_ptr + head).to(tl.float32)
-        dt, s, total, through, to_end, from_start = _chunk_decay(
-            dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
-        )
+        dt, a, s, through, to_end, from_start = _chunk_decay(dt_ptr + head, seq_ptr, A, chunk, T, stride_dtt, Q, EXACT)
         x = tl.load(x_ptr + rows * stride_xt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
         state = tl.load(states_ptr + head * P * N + p[:, None] * N + n[None, :],
                         mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)  # [P, N]  # fmt: skip
         # 4. from the state that enters
-        y = tl.dot(c, tl.trans(state), input_precision=PRECISION) * (tl.exp(s) * from_start)[:, None]  # [Q, P]
+        y = tl.dot(c, tl.trans(state), input_precision=PRECISION) * from_start[:, None]  # [Q, P]
         # 1. from the chunk itself; dt goes into the matrix, so that x is used as it is
-        decay = tl.exp(tl.where(seen, s[:, None] - s[None, :], -float("inf")))
+        decay = _decay_tile(a, s, seen, 0, EXACT)
         M = (scores * decay * dt[None, :]).to(x.dtype)
         y = tl.dot(M, x, acc=y, input_precision=PRECISION)
         if D_ptr is not None:
@@ -349,11 +353,8 @@ MAX_STATE_BYTES = 64 << 10  # of one head, in x's dtype: a larger one does not f
 
 
 def _head_tile(P):
-    """Returns the side of the tile that holds the P channels of a head.
-
-    Not 16: beside a state of N > 16, Triton 3.6 makes wrong code of 16-bit products that narrow (seen on an H200).
-    """
-    return max(32, block_of(P))
+    """Returns the side of the tile that holds the P channels of a head."""
+    return max(32, block_of(P))  # 16 beside a state of N > 16: Triton 3.6 makes wrong code of such products in 16 bits
 
 
 def _ssd_tiles(x, N, R):
@@ -362,20 +363,19 @@ def _ssd_tiles(x, N, R):
     BLOCK_P, BLOCK_N = _head_tile(P), block_of(N)
     state_bytes = BLOCK_P * BLOCK_N * x.element_size()
     # Shared memory and registers: 64 tokens beside a 16 KB state (64 x 128 in bfloat16), fewer beside a larger one.
-    # 128 took 1.6 times as long as 64 at P 64, N 128 (measured once, on an H200; no command of ours repeats it).
     Q = 64 if state_bytes <= 16 << 10 and x.dtype != torch.float32 and not small_card() else 32
     Q = min(16 if state_bytes >= MAX_STATE_BYTES else Q, block_of(T))
     enough = [d for d in range(min(R, 8), 0, -1) if R % d == 0 and triton.cdiv(T, Q) * B * H // d >= FULL_GPU]
-    tiles = dict(Q=Q, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2 if small_card() else 3)
-    if state_bytes >= MAX_STATE_BYTES:
-        tiles["num_stages"] = 1
-    return tiles | dict(HEADS=enough[0] if enough else 1)
+    stages = 1 if state_bytes >= MAX_STATE_BYTES else 2 if small_card() else 3
+    tiles = dict(Q=Q, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, num_warps=4, num_stages=stages)
+    return tiles | dict(EXACT=x.dtype == torch.float32, HEADS=enough[0] if enough else 1)
 
 
 def _state_tiles(x, N, Q):
     """Returns tile and warps of the states kernel, and the chunks of a segment: work is split until the GPU is full."""
     B, T, H, P = x.shape
     tiles = dict(Q=Q, BLOCK_P=_head_tile(P), BLOCK_N=block_of(N), num_warps=4, num_stages=2 if small_card() else 3)
+    tiles["EXACT"] = x.dtype == torch.float32
     n_chunks = triton.cdiv(T, Q)
     n_segments = min(n_chunks // MIN_SEGMENT, 2 * FULL_GPU // max(1, B * H))
     n_segments = n_segments if n_segments > 3 else 1  # two walks of a half or a third gain nothing
@@ -391,8 +391,7 @@ def _states(x, Bmat, dt, A, seq_idx, start, Q, reverse, segments=None):
 
     reverse: gradients of the states leaving each chunk, last chunk first; then x is dy, Bmat is Cmat.
     """
-    B, T, H, P = x.shape
-    G, N = Bmat.shape[2:]
+    (B, T, H, P), (G, N) = x.shape, Bmat.shape[2:]
     n_chunks = triton.cdiv(T, Q)
     tiles, segment = _state_tiles(x, N, Q)
     n_segments = triton.cdiv(n_chunks, segment)
@@ -403,7 +402,7 @@ def _states(x, Bmat, dt, A, seq_idx, start, Q, reverse, segments=None):
         _ssd_states_kernel[(n_tiles * n_segments, H, B)](
             x, Bmat, dt, A, seq_idx, start, ends, decays, states, end, T, H, H // G, P, N, segment,
             x.stride(0), x.stride(1), Bmat.stride(0), Bmat.stride(1), dt.stride(0), dt.stride(1),
-            reverse, dot_precision(), **tiles,
+            reverse, PRECISION=dot_precision(), **tiles,
         )  # fmt: skip
 
     if segments is None and n_segments > 1:
@@ -416,11 +415,9 @@ def _states(x, Bmat, dt, A, seq_idx, start, Q, reverse, segments=None):
 
 def _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx):
     """Returns (y [B, T, H, P], the last state [B, H, P, N] float32, segments of time for `_backward`)."""
-    B, T, H, P = x.shape
-    G, N = Bmat.shape[2:]
+    (B, T, H, P), (G, N) = x.shape, Bmat.shape[2:]
     x, Bmat, Cmat, dt = (tail_contiguous(v, d) for v, d in ((x, 2), (Bmat, 2), (Cmat, 2), (dt, 1)))
-    A = A.contiguous()
-    D, start, seq_idx = (None if v is None else v.contiguous() for v in (D, start, seq_idx))
+    A, D, start, seq_idx = (None if v is None else v.contiguous() for v in (A, D, start, seq_idx))
     tiles = _ssd_tiles(x, N, H // G)
     states, end, segments = _states(x, Bmat, dt, A, seq_idx, start, tiles["Q"], False)
     y = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device)
@@ -448,10 +445,10 @@ def _forward(x, dt, A, Bmat, Cmat, D, start, seq_idx):
 #              state that leaves, t <= i from the state that enters to inside, and all that passes from state to state
 #       ddt_t = x_t . du_t + A da_t                 dA = sum_t dt_t da_t
 #
-# da is four running sums over the chunk. The textbook form, a running sum over the sequence of <dy, y> - <du, u>,
-# needs less, but its rounding errors grow with the length: terms that cancel on paper do not cancel in bf16.
-# Three launches, each small enough for registers: one for dC; the same kernel with readers and writers exchanged for
-# dB (both sum over the heads of a group in registers); and one for dx and ddt.
+# da is four running sums over the chunk (EXACT: sums of what does not cancel). The textbook form, one over the sequence
+# of <dy, y> - <du, u>, needs less, but its rounding errors grow with the length: terms that cancel on paper do not
+# cancel in bf16. Three launches, each small enough for registers: one for dC; the same kernel with readers and writers
+# exchanged for dB (both sum over the heads of a group in registers); and one for dx and ddt.
 
 
 # out = (L * (u v^T)) other + (weights u) state, summed over heads:
@@ -465,11 +462,12 @@ def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_p
                           T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                           stride_ub, stride_ut, stride_vb, stride_vt, stride_ownb, stride_ownt,
                           stride_otherb, stride_othert, stride_dtb, stride_dtt,
-                          REVERSE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                          REVERSE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
                           Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     chunk, batch, t, p, n, in_p, in_n = _own_chunk(T, P, N, Q, BLOCK_P, BLOCK_N)
     rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)
-    first_head, n_chunks = tl.program_id(1) * HEADS, tl.cdiv(T, Q)
+    first_head, n_chunks, stride_dtt = tl.program_id(1) * HEADS, tl.cdiv(T, Q), tl.cast(stride_dtt, tl.int64)
+    dt_ptr += batch * stride_dtb
     u_ptr += batch * stride_ub + t0 * stride_ut
     v_ptr += batch * stride_vb + t0 * stride_vt
     own_ptr += batch * stride_ownb + t0 * stride_ownt + (first_head // R) * N
@@ -492,20 +490,18 @@ def _ssd_pairs_bwd_kernel(u_ptr, v_ptr, own_ptr, other_ptr, dt_ptr, A_ptr, seq_p
 
     for head in range(first_head, first_head + HEADS):
         A = tl.load(A_ptr + head).to(tl.float32)
-        dt, s, total, through, to_end, from_start = _chunk_decay(
-            dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
-        )
+        dt, a, s, through, to_end, from_start = _chunk_decay(dt_ptr + head, seq_ptr, A, chunk, T, stride_dtt, Q, EXACT)
         u = tl.load(u_ptr + rows * stride_ut + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
         v = tl.load(v_ptr + rows * stride_vt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
         here = head * P * N + p[:, None] * N + n[None, :]
         state = tl.load(states_ptr + here, mask=in_state, other=0.0)  # [P, N]
         pairs = tl.dot(u, tl.trans(v), input_precision=PRECISION)  # [Q, Q]
         if REVERSE:
-            weights = to_end * tl.exp(total - s) * dt
-            pairs *= tl.exp(tl.where(seen, s[None, :] - s[:, None], -float("inf"))) * dt[:, None]
+            weights = to_end * dt
+            pairs *= _decay_tile(a, s, seen, 1, EXACT) * dt[:, None]
         else:
-            weights = from_start * tl.exp(s)
-            pairs *= tl.exp(tl.where(seen, s[:, None] - s[None, :], -float("inf"))) * dt[None, :]
+            weights = from_start
+            pairs *= _decay_tile(a, s, seen, 0, EXACT) * dt[None, :]
             by_state = tl.dot(own, tl.trans(state), input_precision=PRECISION)  # [Q, P]
             read = weights * tl.sum(u.to(tl.float32) * by_state, 1)  # [Q]
             # what passes from state to state decays through every step: as if the last token had read it
@@ -524,11 +520,12 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
                            T, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                            stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct,
                            stride_dtb, stride_dtt, stride_dyb, stride_dyt,
-                           HEADS: tl.constexpr, PRECISION: tl.constexpr,
+                           HEADS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
                            Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     chunk, batch, t, p, n, in_p, in_n = _own_chunk(T, P, N, Q, BLOCK_P, BLOCK_N)
     rows, t0 = tl.arange(0, Q)[:, None], (chunk * Q).to(tl.int64)
-    first_head, n_chunks = tl.program_id(1) * HEADS, tl.cdiv(T, Q)
+    first_head, n_chunks, stride_dtt = tl.program_id(1) * HEADS, tl.cdiv(T, Q), tl.cast(stride_dtt, tl.int64)
+    dt_ptr += batch * stride_dtb
     x_ptr += batch * stride_xb + t0 * stride_xt
     b_ptr += batch * stride_bb + t0 * stride_bt + (first_head // R) * N
     c_ptr += batch * stride_cb + t0 * stride_ct + (first_head // R) * N
@@ -548,17 +545,14 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
 
     for head in range(first_head, first_head + HEADS):
         A = tl.load(A_ptr + head).to(tl.float32)
-        dt, s, total, through, to_end, from_start = _chunk_decay(
-            dt_ptr + batch * stride_dtb + head, seq_ptr, A, chunk * Q, T, tl.cast(stride_dtt, tl.int64), Q
-        )
-        to_end *= tl.exp(total - s)
+        dt, a, s, through, to_end, from_start = _chunk_decay(dt_ptr + head, seq_ptr, A, chunk, T, stride_dtt, Q, EXACT)
         x = tl.load(x_ptr + rows * stride_xt + head * P + p[None, :], mask=in_p, other=0.0)  # [Q, P]
         dy = tl.load(dy_ptr + rows * stride_dyt + head * P + p[None, :], mask=in_p, other=0.0)
         g = tl.load(g_ptr + head * P * N + p[:, None] * N + n[None, :],
                     mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)  # [P, N]  # fmt: skip
         read = tl.load(read_ptr + tl.arange(0, Q) * H + head, mask=t < T, other=0.0)  # [i]
         # inside the chunk
-        decay = tl.exp(tl.where(seen, s[None, :] - s[:, None], -float("inf")))  # [j, i]
+        decay = _decay_tile(a, s, seen, 1, EXACT)  # [j, i]
         pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay  # [j, i]
         pairs *= scores
         by_reader, by_writer = tl.sum(pairs * dt[:, None], 0), tl.sum(pairs, 1)  # [i]; [j], without dt
@@ -569,24 +563,28 @@ def _ssd_inputs_bwd_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, d
         # da_t = sum_{i>=t} (by_reader_i - by_writer_i dt_i)   inside: readers from t on, of writers before t
         #      + sum_{i>=t} read_i                             from the state that enters, and through
         #      + sum_{j<t} written_j dt_j                      to the state that leaves
-        written_before = tl.cumsum(written * dt, 0) - written * dt
-        da = tl.cumsum(by_reader - by_writer * dt + read, 0, reverse=True) + written_before
+        if EXACT:
+            between = tl.where(t[:, None] < t[None, :], tl.cumsum(pairs, 1, reverse=True) + written[:, None], 0.0)
+            da = tl.cumsum(read, 0, reverse=True) + tl.sum(between * dt[:, None], 0)
+        else:
+            written_before = tl.cumsum(written * dt, 0) - written * dt
+            da = tl.cumsum(by_reader - by_writer * dt + read, 0, reverse=True) + written_before
+            da = tl.where(a < -20.0, 0.0, da)  # what decays by less than 2^-28 is lost in what cancels here
         tl.store(ddt_ptr + tl.arange(0, Q) * H + head, by_writer + written + A * da, mask=t < T)
         tl.store(dA_ptr + tl.program_id(0) * H + head, tl.sum(da * dt, 0))
         du *= dt[:, None]  # now dx
         if D_ptr is not None:
             du += tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
+        if dD_ptr is not None:
             tl.store(dD_ptr + tl.program_id(0) * H + head, tl.sum(x.to(tl.float32) * dy.to(tl.float32)))
         tl.store(dx_ptr + (rows * H + head) * P + p[None, :], du, mask=in_p)
 
 
-def _backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, ends, decays, dy, dend=None):
-    """Returns (dx, ddt, dA, dB, dC, dD, dstart). ends, decays: of the segments of time, as `_forward` found them."""
-    B, T, H, P = x.shape
-    G, N = Bmat.shape[2:]
-    x, Bmat, Cmat, dy = (tail_contiguous(v, 2) for v in (x, Bmat, Cmat, dy))
-    dt, A = tail_contiguous(dt), A.contiguous()
-    D, start, seq_idx, dend = (None if v is None else v.contiguous() for v in (D, start, seq_idx, dend))
+def _backward(wanted, x, dt, A, Bmat, Cmat, D, start, seq_idx, ends, decays, dy, dend=None):
+    """Returns (dx, ddt, dA, dB, dC, dD, dstart), None for those not `wanted` (bools); ends, decays: `_forward`'s."""
+    (B, T, H, P), (G, N) = x.shape, Bmat.shape[2:]
+    x, Bmat, Cmat, dt, dy = (tail_contiguous(v, d) for v, d in ((x, 2), (Bmat, 2), (Cmat, 2), (dt, 1), (dy, 2)))
+    A, D, start, seq_idx, dend = (None if v is None else v.contiguous() for v in (A, D, start, seq_idx, dend))
     tiles = _ssd_tiles(x, N, H // G)
     Q, parts = tiles["Q"], H // tiles["HEADS"]  # parts: of dB and dC, one or more to a group
     grid = B * triton.cdiv(T, Q), parts
@@ -602,19 +600,21 @@ def _backward(x, dt, A, Bmat, Cmat, D, start, seq_idx, ends, decays, dy, dend=No
         dy, x, Cmat, Bmat, dt, A, seq_idx, states, g, dC, read, *shape, *dys, *xs, *cs, *bs, *dts, False, **options
     )
     del states  # the largest tensor here: before the next is made
-    dB = empty(B, T, parts, N, dtype=part_dtype)
-    _ssd_pairs_bwd_kernel[grid](
-        x, dy, Bmat, Cmat, dt, A, seq_idx, g, None, dB, None, *shape, *xs, *dys, *bs, *cs, *dts, True, **options
-    )
+    dB = empty(B, T, parts, N, dtype=part_dtype) if wanted[3] else None
+    if wanted[3]:
+        _ssd_pairs_bwd_kernel[grid](
+            x, dy, Bmat, Cmat, dt, A, seq_idx, g, None, dB, None, *shape, *xs, *dys, *bs, *cs, *dts, True, **options
+        )
     dx, ddt = empty(B, T, H, P, dtype=x.dtype), empty(B, T, H)
-    dA, dD = empty(grid[0], H), None if D is None else empty(grid[0], H)
+    dA, dD = empty(grid[0], H), empty(grid[0], H) if D is not None and wanted[5] else None
     _ssd_inputs_bwd_kernel[grid](
         x, Bmat, Cmat, dt, A, D, seq_idx, dy, g, read, dx, ddt, dA, dD, *shape, *xs, *bs, *cs, *dts, *dys, **options
     )
     if parts != G:
-        dB, dC = (part.unflatten(2, (G, -1)).sum(3).to(Bmat.dtype) for part in (dB, dC))
-    dD = None if D is None else dD.sum(0).to(D.dtype)
-    return dx, ddt.to(dt.dtype), dA.sum(0).to(A.dtype), dB, dC, dD, None if start is None else dstart
+        dB, dC = (None if d is None else d.unflatten(2, (G, -1)).sum(3).to(Bmat.dtype) for d in (dB, dC))
+    dA, dD = dA.sum(0).to(A.dtype) if wanted[2] else None, None if dD is None else dD.sum(0).to(D.dtype)
+    grads = dx, ddt.to(dt.dtype), dA, dB, dC, dD, None if start is None else dstart
+    return tuple(grad if want else None for grad, want in zip(grads, wanted))
 
 
 class _SSD(torch.autograd.Function):
@@ -627,7 +627,7 @@ class _SSD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dend):
-        return *_backward(*ctx.saved_tensors, dy, dend), None
+        return *_backward(ctx.needs_input_grad[:7], *ctx.saved_tensors, dy, dend), None
 
 
 def ssd_triton(
@@ -640,10 +640,27 @@ def ssd_triton(
     if extra_p or extra_n:  # Triton 3.6 reads beyond shared memory in 16-bit products of odd sizes; zeros are harmless
         x, Bmat, Cmat = F.pad(x, (0, extra_p)), F.pad(Bmat, (0, extra_n)), F.pad(Cmat, (0, extra_n))
         start = None if start is None else F.pad(start, (0, extra_n, 0, extra_p))
-    y, end = _SSD.apply(x, dt, A, Bmat.to(x.dtype), Cmat.to(x.dtype), D, start, seq_idx)
+    y, end = _SSD.apply(x, dt, A, Bmat.to(x.dtype), Cmat.to(x.dtype), D, start, number_documents(seq_idx))
     if extra_p or extra_n:
         y, end = y[..., :P], end[:, :, :P, :N]
     return (y, end) if return_final_state else y
+
+
+def _check(x, dt, A, Bmat, Cmat, D, state, seq_idx=None):
+    """Returns why the kernels of the scan cannot take these tensors, or None if they can.
+
+    Raises ValueError unless x [B, T, H, P], or [B, H, P] of a single step, and the others belong together.
+    """
+    (*rows, H, P), (G, N) = x.shape, Bmat.shape[-2:]
+    if H % G:
+        raise ValueError(f"{H} heads do not divide into {G} groups")
+    for name, tensor, shape in (
+        ("dt", dt, (*rows, H)), ("A", A, (H,)), ("D", D, (H,)), ("Bmat", Bmat, (*rows, G, N)),
+        ("Cmat", Cmat, (*rows, G, N)), ("the state", state, (rows[0], H, P, N)), ("seq_idx", seq_idx, rows),
+    ):  # fmt: skip
+        expect(name, tensor, *shape)
+    if _head_tile(P) * block_of(N) * x.element_size() > MAX_STATE_BYTES:
+        return f"a state of P={P} x N={N} in {x.dtype} does not fit a kernel"
 
 
 def ssd(
@@ -655,23 +672,11 @@ def ssd(
     Any T >= 1; chunk_size never has to divide it, and Triton chooses its own. Raises ValueError if shapes do not match,
     the heads do not divide into groups, or one head's state is too large for Triton and that was asked for by name.
     """
-    (B, T, H, P), (G, N) = x.shape, Bmat.shape[2:]
-    if T == 0 or chunk_size < 1:
-        raise ValueError(f"ssd needs at least one token and chunk_size >= 1; got T={T}, {chunk_size=}")
-    if H % G:
-        raise ValueError(f"{H} heads do not divide into {G} groups")
-    for name, tensor, shape in (
-        ("dt", dt, (B, T, H)), ("A", A, (H,)), ("D", D, (H,)),
-        ("Bmat", Bmat, (B, T, G, N)), ("Cmat", Cmat, (B, T, G, N)),
-        ("initial_state", initial_state, (B, H, P, N)), ("seq_idx", seq_idx, (B, T)),
-    ):  # fmt: skip
-        expect(name, tensor, *shape)
-    if _head_tile(P) * block_of(N) * x.element_size() > MAX_STATE_BYTES:
-        if backend == "triton":
-            raise ValueError(f"a state of P={P} x N={N} in {x.dtype} does not fit a kernel; use backend='torch'")
-        backend = "torch"
-    op = ssd_triton if pick_backend(backend, x.device, x.dtype) == "triton" else ssd_ref
-    return op(x, dt, A, Bmat, Cmat, D, chunk_size, initial_state, return_final_state, number_documents(seq_idx))
+    if x.shape[1] == 0 or chunk_size < 1:
+        raise ValueError(f"ssd needs at least one token and chunk_size >= 1; got T={x.shape[1]}, {chunk_size=}")
+    limit = _check(x, dt, A, Bmat, Cmat, D, initial_state, seq_idx)
+    op = ssd_triton if pick_backend(backend, x.device, x.dtype, limit) == "triton" else ssd_ref
+    return op(x, dt, A, Bmat, Cmat, D, chunk_size, initial_state, return_final_state, seq_idx)
 
 
 # ---- 5. one step of the recurrence -------------------------------------------------------------------------------
@@ -703,8 +708,7 @@ def _ssd_step_kernel(state_ptr, x_ptr, dt_ptr, A_ptr, b_ptr, c_ptr, D_ptr, y_ptr
 
 def ssd_step_triton(state, x, dt, A, Bmat, Cmat, D=None):
     """Returns `ssd_step_ref(...)`, computed by one kernel. It has no backward: decoding does not train."""
-    B, H, P = x.shape
-    G, N = Bmat.shape[1:]
+    (B, H, P), (G, N) = x.shape, Bmat.shape[1:]
     x, Bmat, Cmat, dt = (tail_contiguous(v, d) for v, d in ((x, 2), (Bmat, 2), (Cmat, 2), (dt, 1)))
     state, A, D = state.float().contiguous(), A.contiguous(), None if D is None else D.contiguous()
     y, new = torch.empty(B, H, P, dtype=x.dtype, device=x.device), torch.empty_like(state)
@@ -718,22 +722,13 @@ def ssd_step_triton(state, x, dt, A, Bmat, Cmat, D=None):
 def ssd_step(state, x, dt, A, Bmat, Cmat, D=None, backend="auto"):
     """Returns `ssd_step_ref(...)` on the backend asked for; where a gradient is wanted, "auto" takes the definition.
 
-    Raises ValueError if shapes do not match, or for "triton" by name where a gradient is wanted.
+    Raises ValueError if shapes do not match, or where a gradient is wanted and Triton was asked for by name.
     """
-    (B, H, P), (G, N) = x.shape, Bmat.shape[1:]
-    if H % G:
-        raise ValueError(f"{H} heads do not divide into {G} groups")
-    for name, tensor, shape in (
-        ("state", state, (B, H, P, N)), ("dt", dt, (B, H)), ("A", A, (H,)), ("Bmat", Bmat, (B, G, N)),
-        ("Cmat", Cmat, (B, G, N)), ("D", D, (H,)),
-    ):  # fmt: skip
-        expect(name, tensor, *shape)
-    tensors = (state, x, dt, A, Bmat, Cmat, D)
+    _check(x, dt, A, Bmat, Cmat, D, state)
+    tensors, limit = (state, x, dt, A, Bmat, Cmat, D), None
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors):
-        if backend == "triton":
-            raise ValueError("ssd_step has no backward in Triton; use torch.no_grad(), or backend='torch'")
-        backend = "torch"
-    op = ssd_step_triton if pick_backend(backend, x.device, x.dtype) == "triton" else ssd_step_ref
+        limit = "a gradient is wanted and ssd_step has no backward in Triton (torch.no_grad() wants none)"
+    op = ssd_step_triton if pick_backend(backend, x.device, x.dtype, limit) == "triton" else ssd_step_ref
     return op(state, x, dt, A, Bmat, Cmat, D)
 
 
@@ -758,20 +753,33 @@ def by_heads(xBC, di, n_heads, n_groups):
 
 
 def mamba2_inner_ref(
-    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128, backend="torch"
-):
+    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128, seq_idx=None,
+    backend="torch", state=None, attention_mask=None,
+):  # fmt: skip
     """Returns [B, T, di]: what a Mamba-2 layer makes of projected [B, T, 2 di + 2 G N + H], up to its out_proj.
 
-    conv_weight [di + 2 G N, W], conv_bias; dt_bias, A < 0 and D [H]; norm_weight [di], normalised in n_groups groups.
-    backend: that of its operations.
+    conv_weight [di + 2 G N, W], conv_bias; dt_bias, A < 0 and D [H]; norm_weight [di], normalised in n_groups groups;
+    seq_idx [B, T] as in `ssd_ref`; backend: that of its operations. With a state, a MambaState, it goes on from it and
+    brings it up to date. attention_mask bool [B, T]: False on padding, which stands on the left and leaves no trace.
     """
-    di, H = norm_weight.shape[0], A.shape[0]
-    z, xBC, dt = split_projected(projected, di, conv_weight.shape[0])
-    dt = F.softplus(at_least_float32(dt) + dt_bias)  # [B, T, H]
-    xBC = causal_conv1d(xBC, conv_weight, conv_bias, backend=backend)  # [B, T, di + 2 G N]
+    state, di, H = state or MambaState(), norm_weight.shape[0], A.shape[0]
+    # 1. Split: gate z, what goes through the convolution, the step size of each head.
+    z, xBC, dt = split_projected(projected, di, conv_weight.shape[0])  # [B, T, di], [.., di + 2 G N], [.., H]
+    dt = F.softplus(at_least_float32(dt) + dt_bias)  # [B, T, H], > 0
+    if attention_mask is not None:  # nothing enters the convolution, and dt = 0 leaves the state as it is
+        xBC, dt = xBC * attention_mask[..., None], dt * attention_mask[..., None]
+    # 2. A causal convolution of width W, then silu.
+    convolve = partial(causal_conv1d, return_final_state=True, seq_idx=seq_idx, backend=backend)
+    xBC, state.conv = convolve(xBC, conv_weight, conv_bias, state.conv)
+    # 3. By heads: x [B, T, H, P]; where each token writes and reads, Bmat and Cmat [B, T, G, N].
     x, Bmat, Cmat = by_heads(xBC, di, H, n_groups)
-    y = ssd(x, dt, A, Bmat, Cmat, D, chunk_size, backend=backend)  # [B, T, H, P]
-    return gated_rms_norm(y.flatten(2), z, norm_weight, di // n_groups, eps, backend)
+    # 4. The recurrence: one step of it, or the chunked scan. D x goes straight to y.
+    if state.ssm is not None and x.shape[1] == 1:
+        y, state.ssm = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, Bmat[:, 0], Cmat[:, 0], D, backend)  # [B, H, P]
+    else:
+        y, state.ssm = ssd(x, dt, A, Bmat, Cmat, D, chunk_size, state.ssm, True, seq_idx, backend)  # [B, T, H, P]
+    # 5. Gate and norm: norm(y * silu(z)) in n_groups groups.
+    return gated_rms_norm(y.reshape(z.shape), z, norm_weight, di // n_groups, eps, backend)
 
 
 # The same as one autograd function, for training. Operation by operation, autograd would keep both `projected` and the
@@ -781,67 +789,82 @@ def mamba2_inner_ref(
 
 class _Mamba2Inner(torch.autograd.Function):
     @staticmethod
-    def inputs(projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups):
+    def inputs(projected, conv_weight, conv_bias, dt_bias, A, norm_weight, seq_idx, n_groups):
         """Returns z, xBC, raw dt; x, Bmat, Cmat after the convolution, and dt > 0: made once in each direction."""
         z, xBC, raw = split_projected(projected, norm_weight.shape[0], conv_weight.shape[0])
-        convolved = conv_forward(xBC, conv_weight, conv_bias, None, None, True)
+        convolved = conv_forward(xBC, conv_weight, conv_bias, None, seq_idx, True)
         dt = F.softplus(raw.float() + dt_bias)  # [B, T, H]
         return z, xBC, raw, *by_heads(convolved, norm_weight.shape[0], A.shape[0], n_groups), dt
 
     @staticmethod
-    def forward(ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps):
+    def forward(ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, seq_idx, n_groups, eps):
         z, _, _, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
-            projected, conv_weight, conv_bias, dt_bias, A, norm_weight, n_groups
+            projected, conv_weight, conv_bias, dt_bias, A, norm_weight, seq_idx, n_groups
         )
-        y, _, segments = _forward(x, dt, A, Bmat, Cmat, D, None, None)
+        y, _, segments = _forward(x, dt, A, Bmat, Cmat, D, None, seq_idx)
         y = y.flatten(2)  # [B, T, di]
-        ctx.save_for_backward(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y, *segments)
+        ctx.save_for_backward(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, seq_idx, y, *segments)
         ctx.n_groups, ctx.eps = n_groups, eps
         return norm_forward(y, z, norm_weight, y.shape[-1] // n_groups, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, y, *segments = ctx.saved_tensors
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, seq_idx, y, *segments = ctx.saved_tensors
+        of_projected, of_weight, of_bias, of_dt_bias, of_A, of_D, of_norm = ctx.needs_input_grad[:7]
         G, di = ctx.n_groups, y.shape[-1]
         z, xBC, raw, x, Bmat, Cmat, dt = _Mamba2Inner.inputs(
-            projected, conv_weight, conv_bias, dt_bias, A, norm_weight, G
+            projected, conv_weight, conv_bias, dt_bias, A, norm_weight, seq_idx, G
         )
         dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)  # contiguous
         dz, dxBC, draw = split_projected(dprojected, di, conv_weight.shape[0])
-        dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // G, ctx.eps, dgate=dz)
-        dx, ddt, dA, dB, dC, dD, _ = _backward(x, dt, A, Bmat, Cmat, D, None, None, *segments, dy.view(x.shape))
+        wanted = True, True, of_norm
+        dy, _, dnorm_weight = norm_backward(y, z, norm_weight, dout, di // G, ctx.eps, dgate=dz, wanted=wanted)
+        wanted, dy = (True, True, of_A, True, True, of_D, False), dy.view(x.shape)
+        dx, ddt, dA, dB, dC, dD, _ = _backward(wanted, x, dt, A, Bmat, Cmat, D, None, seq_idx, *segments, dy)
         sizes = [di, (xBC.shape[-1] - di) // 2, (xBC.shape[-1] - di) // 2]  # channels do not mix: x, B, C apart
-        dweights, dbiases = [], []
+        dweights = []
         for part, weight, bias, dpart, where in zip(
             xBC.split(sizes, -1), conv_weight.split(sizes), conv_bias.split(sizes), (dx, dB, dC), dxBC.split(sizes, -1)
         ):
-            _, dweight, dbias, _ = conv_backward(part, weight, bias, None, None, True, dpart.flatten(2), dx=where)
-            dweights.append(dweight)
-            dbiases.append(dbias)
+            wanted, dpart = (True, of_weight, of_bias, False), dpart.flatten(2)
+            dweights.append(conv_backward(part, weight, bias, None, seq_idx, True, dpart, where, wanted)[1:3])
+        dweight, dbias = (torch.cat(ds) if of else None for ds, of in zip(zip(*dweights), (of_weight, of_bias)))
         ddt *= torch.sigmoid(raw.float() + dt_bias)  # softplus' = sigmoid
         draw.copy_(ddt)
-        ddt_bias = ddt.sum((0, 1)).to(dt_bias.dtype)
-        return dprojected, torch.cat(dweights), torch.cat(dbiases), ddt_bias, dA, dD, dnorm_weight, None, None
+        ddt_bias = ddt.sum((0, 1)).to(dt_bias.dtype) if of_dt_bias else None
+        dprojected = dprojected if of_projected else None
+        return dprojected, dweight, dbias, ddt_bias, dA, dD, dnorm_weight, None, None, None
 
 
 @torch.compiler.disable  # it stands between two matrix products: nothing for a compiler to gain, and copies to lose
-def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5):
+def mamba2_inner_triton(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps, seq_idx=None):
     """Returns `mamba2_inner_ref(...)` of whole sequences, without states: one fused operation, for training."""
-    return _Mamba2Inner.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps)
+    weights = conv_weight, conv_bias, dt_bias, A, D, norm_weight
+    return _Mamba2Inner.apply(projected, *weights, number_documents(seq_idx), n_groups, eps)
 
 
 def mamba2_inner(
-    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128, backend="auto"
-):
-    """Returns `mamba2_inner_ref(...)` on the backend asked for: in Triton fused, where gradients are wanted."""
+    projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps=1e-5, chunk_size=128, seq_idx=None,
+    backend="auto",
+):  # fmt: skip
+    """Returns `mamba2_inner_ref(...)` on the backend asked for: in Triton fused, where gradients are wanted.
+
+    Raises ValueError if shapes do not match, and as `ssd` does.
+    """
     weights = conv_weight, conv_bias, dt_bias, A, D, norm_weight, n_groups, eps
-    P, N = norm_weight.shape[0] // A.shape[0], (conv_weight.shape[0] - norm_weight.shape[0]) // (2 * n_groups)
-    fusible = conv_bias is not None and projected.shape[1] > 0 and P % 8 == 0 and N % 8 == 0
-    in_triton = pick_backend(backend, projected.device, projected.dtype) == "triton"
+    di, conv_size, H, (*rows, _) = len(norm_weight), len(conv_weight), len(A), projected.shape
+    expect("projected", projected, *rows, di + conv_size + H)
+    expect("conv_bias", conv_bias, conv_size)
+    expect("dt_bias", dt_bias, H)
+    _, xBC, dt = split_projected(projected, di, conv_size)
+    x, Bmat, Cmat = by_heads(xBC, di, H, n_groups)  # views, of the shapes that `ssd` will see
+    limit = _check(x, dt, A, Bmat, Cmat, D, None, seq_idx)
+    in_triton = pick_backend(backend, x.device, x.dtype, limit) == "triton"
+    fusible = conv_bias is not None and rows[1] > 0 and x.shape[-1] % 8 == 0 and Bmat.shape[-1] % 8 == 0
     if fusible and torch.is_grad_enabled() and in_triton:
-        return mamba2_inner_triton(projected, *weights)
-    return mamba2_inner_ref(projected, *weights, chunk_size, backend)
+        return mamba2_inner_triton(projected, *weights, seq_idx)
+    return mamba2_inner_ref(projected, *weights, chunk_size, seq_idx, backend)
 
 
 # ---- 7. the layer ---------------------------------------------------------------------------------------------------
@@ -910,20 +933,21 @@ class Mamba2(nn.Module):
         channels = di + 2 * n_groups * state_size  # x, B and C go through the convolution together
         self.in_proj = nn.Linear(hidden_size, di + channels + num_heads, bias=use_bias)  # z | x B C | dt
         self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels, bias=use_conv_bias)
-        self.A_log = nn.Parameter(torch.linspace(1, 16, num_heads).log())
-        self.D = nn.Parameter(torch.ones(num_heads))
-        dt = torch.logspace(-3, -1, num_heads)
+        evenly = torch.arange(num_heads) / max(1, num_heads - 1)  # transformers takes linspace off the meta device
+        self.A_log, self.D = nn.Parameter((1 + 15 * evenly).log()), nn.Parameter(torch.ones(num_heads))
+        dt = 10 ** (2 * evenly - 3)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.norm = nn.RMSNorm(di, eps)  # holds the gated norm's weight
         self.out_proj = nn.Linear(di, hidden_size, bias=use_bias)
 
     @torch.no_grad()
-    def init_weights(self):
-        """Draws A uniform in [1, 16] and dt log-uniform in [1e-3, 1e-1], where a new layer has both spread evenly."""
-        bound = 1 / math.sqrt(self.conv1d.weight.shape[-1])
-        self.conv1d.weight.uniform_(-bound, bound)
-        if self.conv1d.bias is not None:
-            self.conv1d.bias.uniform_(-bound, bound)
+    def reset_parameters(self, children=True):
+        """Draws A uniform in [1, 16] and dt log-uniform in [1e-3, 1e-1], where a new layer has both spread evenly.
+
+        children: draws the projections, too. For a layer that was made on the meta device, after `to_empty`.
+        """
+        for part in self.children() if children else [self.conv1d]:
+            part.reset_parameters()
         self.A_log.uniform_(1, 16).log_()
         self.D.fill_(1)
         dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
@@ -933,36 +957,19 @@ class Mamba2(nn.Module):
         """Returns the state before the first token."""
         return MambaState()
 
-    def forward(self, u, state=None, attention_mask=None):
+    def forward(self, u, state=None, attention_mask=None, seq_idx=None):
         """Returns [B, T, C] of u [B, T, C]. With a state it goes on from it and brings it up to date.
 
         attention_mask bool [B, T] or None: False on padding, which stands on the left and leaves no trace.
+        seq_idx int [B, T] or None: the number of each token's document, where a row holds several; see `ssd_ref`.
         """
-        di, H, conv_weight = self.out_proj.in_features, self.num_heads, self.conv1d.weight.squeeze(1)
         A = -torch.exp(at_least_float32(self.A_log))  # [H], negative
+        weights = self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight
+        settings = self.n_groups, self.eps, self.chunk_size, seq_idx
         projected = self.in_proj(u)  # [B, T, 2 di + 2 G N + H]
-        if state is None and attention_mask is None:  # steps 1 to 5 below as one op, fused in training
-            weights = conv_weight, self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight
-            return self.out_proj(mamba2_inner(projected, *weights, self.n_groups, self.eps, self.chunk_size))
-        state = state or MambaState()
-        # 1. Split: gate z, what goes through the convolution, the step size of each head.
-        z, xBC, dt = split_projected(projected, di, self.conv1d.in_channels)  # [B, T, di], [.., di + 2 G N], [.., H]
-        dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [B, T, H], > 0
-        if attention_mask is not None:  # nothing enters the convolution, and dt = 0 leaves the state as it is
-            xBC, dt = xBC * attention_mask[..., None], dt * attention_mask[..., None]
-        # 2. A causal convolution of width W, then silu.
-        xBC, state.conv = causal_conv1d(xBC, conv_weight, self.conv1d.bias, state.conv, return_final_state=True)
-        # 3. By heads: x [B, T, H, P]; where each token writes and reads, Bmat and Cmat [B, T, G, N].
-        x, Bmat, Cmat = by_heads(xBC, di, H, self.n_groups)
-        # 4. The recurrence: one step of it, or the chunked scan. D x goes straight to y.
-        if state.ssm is not None and x.shape[1] == 1:
-            y, state.ssm = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, Bmat[:, 0], Cmat[:, 0], self.D)
-            y = y[:, None]  # [B, 1, H, P]
-        else:
-            y, state.ssm = ssd(x, dt, A, Bmat, Cmat, self.D, self.chunk_size, state.ssm, return_final_state=True)
-        # 5. Gate and norm: norm(y * silu(z)) in n_groups groups. 6. Back to the residual stream.
-        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, di // self.n_groups, self.eps)  # [B, T, di]
-        return self.out_proj(y)
+        if state is None and attention_mask is None:  # fused in training
+            return self.out_proj(mamba2_inner(projected, *weights, *settings))
+        return self.out_proj(mamba2_inner_ref(projected, *weights, *settings, "auto", state, attention_mask))
 
 
 # ---- 8. python ssd.py: one layer, three forms ---------------------------------------------------------------------
@@ -980,11 +987,9 @@ def demo(H=4, P=64, N=64):
     print(f"forward, ms, {H} heads of {P}, state {N}\n{'tokens':>8}" + "".join(f"{name:>12}" for name in forms))
     for T in (256, 1024, 4096):
         x, dt = torch.randn(1, T, H, P), F.softplus(torch.randn(1, T, H) - 2)
-        inputs, times = (x, dt, -torch.rand(H), torch.randn(1, T, 1, N), torch.randn(1, T, 1, N)), []
-        for form in forms.values():
-            times.append(1e3 * min(repeat(partial(form, *inputs), number=1, repeat=4)))
-        took.append(times)
-        print(f"{T:8,}" + "".join(f"{ms:12.1f}" for ms in times))
+        inputs = x, dt, -torch.rand(H), torch.randn(1, T, 1, N), torch.randn(1, T, 1, N)
+        took.append([1e3 * min(repeat(partial(form, *inputs), number=1, repeat=4)) for form in forms.values()])
+        print(f"{T:8,}" + "".join(f"{ms:12.1f}" for ms in took[-1]))
     few = [v[:, :512].double() if v.dim() > 1 else v.double() for v in inputs]
     apart = (ssd(*few, chunk_size=64) - ssd_recurrent_ref(*few)).abs().max()
     growth = {name: after / before for name, before, after in zip(forms, *took[-2:])}

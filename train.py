@@ -16,7 +16,7 @@ Randomness is a function of (seed, step, rank), data included, so a run that is 
 A run lives in out/<run>/: config.json and model.safetensors (what sample.py and `transformers` open), trainer.pt
 (weights, optimiser and step in one file, so that they always belong together), log.jsonl, loss.png.
 
-log.jsonl has one row per step:
+log.jsonl has one row per step; null stands for a number that was not finite:
     loss          nats per token of this step's batches, mean over all processes; what the objective's class says
     grad_norm     norm of the whole gradient before clipping
     lr            learning rate of the step, of all parts of the model that the objective does not set apart
@@ -36,7 +36,7 @@ import importlib.util
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,10 +54,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import grpo
 import mdlm_dultra
 import nano_hybrid
-from common.checkpoints import find_run, read_trainer, write_trainer
-from common.cli import Interrupt, fail, join_processes, parse, peek, pick_device, pick_dtype
+from common.checkpoints import expect_types, expect_weights, read_trainer, write_trainer
+from common.cli import Interrupt, command, fail, find_run, join_processes, parse, peek, pick_device, pick_dtype
+from common.measure import evaluate, loss_is_finite, weights_are_finite
+from common.memory import expect_memory, is_out_of_memory
 from common.objectives import RunInfo, make_settings, recipes_with, run_name, settings_classes
-from common.runlog import Means, Report, describe, finish, print0
+from common.ranges import check_ranges
+from common.resume import expect_same_run, expect_same_shape
+from common.runlog import Means, Report, describe, finish, print0, report_divergence
 from nano_hybrid import Hybrid, HybridConfig
 
 PAPERS = (nano_hybrid, grpo, mdlm_dultra)  # those with recipes; a further paper is one import and one name here
@@ -133,26 +137,21 @@ def resolve(given, saved, recipes, presets):
     if config.preset not in presets:
         raise ValueError(f"unknown preset {config.preset!r}; known: {', '.join(presets)}")
     if saved and saved["step"] >= config.steps:
-        raise ValueError(f"the run has done all its {saved['step']} steps; to go on, add --steps=N with a larger N")
+        done = f"{saved['step']} of {config.steps}" if saved["step"] > config.steps else f"all its {config.steps}"
+        raise ValueError(f"the run has done {done} steps; to go on, add --steps=N with a larger N")
     check(config)
     return config
 
 
 def check(config):
     """Raises ValueError for a number out of range, or a name that nothing here has."""
-    for name in ("context", "batch_size", "grad_accum", "steps", "eval_every", "save_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name}={getattr(config, name)} must be at least 1")
-    if not (config.lr > 0 and 0 <= config.decay <= 1 and config.grad_clip > 0 and config.warmup >= 0 <= config.seed):
-        raise ValueError("need lr > 0, 0 <= decay <= 1, grad_clip > 0, warmup >= 0 and seed >= 0")
-    if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1):
-        raise ValueError(f"need 0 <= beta < 1; got --beta1={config.beta1} and --beta2={config.beta2}")
+    check_ranges(config)
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer={config.optimizer} is unknown; use adamw or muon")
     if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise ValueError(f"--optimizer=muon: torch {torch.__version__} has no torch.optim.Muon; update it")
-    if config.muon_lr is not None and (config.optimizer != "muon" or not config.muon_lr > 0):
-        raise ValueError(f"--muon_lr={config.muon_lr} must be above 0, and goes with --optimizer=muon")
+    if config.muon_lr is not None and config.optimizer != "muon":
+        raise ValueError(f"--muon_lr={config.muon_lr} goes with --optimizer=muon")
     if config.log not in ("", "wandb", "tensorboard"):
         raise ValueError(f"--log={config.log} is unknown; use wandb or tensorboard")
     if config.log and not importlib.util.find_spec(config.log):
@@ -191,11 +190,23 @@ class Run:
     scaler: torch.amp.GradScaler
     step: int = 0  # optimiser steps done
     skipped: int = 0  # steps left out because something was not finite
+    saved_at: int | None = None  # step of the checkpoint in the directory
+    last_batch: dict | None = None  # what the last micro-step learnt from
+
+    @property
+    def rows_per_step(self):
+        """Rows of data that one optimiser step reads, over all processes."""
+        return self.config.batch_size * self.config.grad_accum * self.world_size
+
+    @property
+    def name(self):
+        """What --run calls it."""
+        return self.directory.relative_to(OUT).as_posix()
 
     @property
     def tokens_per_step(self):
         """Tokens of one optimiser step, over all processes."""
-        return self.config.batch_size * self.config.context * self.config.grad_accum * self.world_size
+        return self.rows_per_step * self.config.context
 
     def autocast(self):
         """Returns the context in which the model computes."""
@@ -219,6 +230,8 @@ def set_up(argv):
 
     config = resolve(given, saved, recipes, presets)
     device, rank, world_size = join_processes(config.device)
+    if saved:
+        expect_same_run(config, world_size, saved)
     dtype, reason = pick_dtype(config.dtype, device)
     if dtype == torch.float32:  # TF32 on a GPU. Under autocast what is left in float32 (routers) is so for a reason
         torch.set_float32_matmul_precision("high")
@@ -234,6 +247,8 @@ def set_up(argv):
     if config.weight_decay is None:
         config.weight_decay = held_back["weight_decay"]
     model_config = shape_of(config, presets[config.preset], objective, shape, held_back["hidden_dropout"], saved)
+
+    expect_memory(config, model_config, objective, given | shape, device, dtype, world_size)
 
     torch.manual_seed(config.seed)
     model = objective.build(model_config)
@@ -269,7 +284,11 @@ def make_optimizers(model, config):
     with AdamW. A group holds parameters of one part of the model (`parts`) that all decay or all do not, and has its
     "peak_lr". Muon's updates are scaled to the size of AdamW's, by 0.2 sqrt(longer side), so that one learning rate and
     one weight decay fit both. Source: Liu et al., Muon is Scalable for LLM Training, arXiv:2502.16982, section 2.2.
+    Raises ValueError for a decay that would turn the weights around.
     """
+    lr = max(config.lr, config.muon_lr or 0)
+    if lr * config.weight_decay >= 1:
+        raise ValueError(f"--lr={lr} x --weight_decay={config.weight_decay} must be below 1, or weights change sign")
     inside = {p for layer in model.layers for p in layer.parameters()} if config.optimizer == "muon" else ()
     groups = {}  # (by Muon, part, decays) -> parameters
     for name, p in model.named_parameters():
@@ -289,8 +308,8 @@ def make_optimizers(model, config):
 # ---- 3. checkpoints -------------------------------------------------------------------------------------------------
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # sharded or not, a checkpoint is whole, on the CPU
-IN_CHECKPOINT = ("step", "skipped", "config", "model_config", "objective", "objective_state", "model", "optimizer",
-                 "scaler")  # fmt: skip
+IN_CHECKPOINT = dict(step=int, skipped=int, rows_per_step=int, config=dict, model_config=dict, objective=dict,
+                     objective_state=dict, model=dict, optimizer=dict, scaler=dict)  # fmt: skip
 
 
 def save_checkpoint(run):
@@ -304,12 +323,14 @@ def save_checkpoint(run):
         run.directory.mkdir(parents=True, exist_ok=True)
         config, settings = asdict(run.config), run.objective.settings
         state = dict(
-            step=run.step, skipped=run.skipped, config=config, model_config=asdict(run.model.config),
-            objective=asdict(settings) if settings else {}, objective_state=run.objective.state_dict(),
+            step=run.step, skipped=run.skipped, rows_per_step=run.rows_per_step, config=config,
+            model_config=asdict(run.model.config), objective=asdict(settings) if settings else {},
+            objective_state=run.objective.state_dict(),
             model=weights, optimizer=optimizer, scaler=run.scaler.state_dict(),
         )  # fmt: skip
         write_trainer(run.directory / "trainer.pt", state)
         run.model.save_pretrained(run.directory, state_dict=weights, nanopapers=config)
+    run.saved_at = run.step
 
 
 def load_checkpoint(directory):
@@ -317,19 +338,14 @@ def load_checkpoint(directory):
     path = directory / "trainer.pt"
     saved = read_trainer(path, IN_CHECKPOINT)
     for part, known in dict(config=TrainConfig, model_config=HybridConfig).items():
-        if set(saved[part]) - {f.name for f in fields(known)}:
-            raise ValueError(f"{path} is not a checkpoint of this version of train.py; choose another --run")
+        expect_types(saved[part], known, path)
     return saved
 
 
 def restore(run, saved):
-    """Puts a loaded checkpoint into the run. Raises ValueError if the command line asked for another shape."""
-    asked, was = asdict(run.model.config), saved["model_config"]
-    changed = [k for k in asked if asked[k] != was.get(k, asked[k]) and k not in ("hidden_dropout", "chunk_size")]
-    if changed:
-        raise ValueError(
-            f"--{changed[0]}={asked[changed[0]]}: the run was begun with {was[changed[0]]}; start a new run"
-        )
+    """Puts a loaded checkpoint into the run. Raises ValueError if the command line asked for another shape or text."""
+    expect_same_shape(run.model.config, saved)
+    expect_weights(saved["model"], run.model.state_dict(), run.directory / "trainer.pt")
     set_model_state_dict(run.model, saved["model"], options=WHOLE)
     groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     asked = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -341,10 +357,11 @@ def restore(run, saved):
     groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     for group, settings in zip(groups, asked):
         group.update(settings)  # they may have been given anew, and the run may come from another kind of device
-    run.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"] and run.scaler.is_enabled():  # else it was begun in another precision
+        run.scaler.load_state_dict(saved["scaler"])
     if saved["objective_state"]:
         run.objective.load_state_dict(saved["objective_state"])
-    run.step, run.skipped = saved["step"], saved["skipped"]
+    run.step, run.skipped, run.saved_at = saved["step"], saved["skipped"], saved["step"]
 
 
 # ---- 4. the loop ----------------------------------------------------------------------------------------------------
@@ -376,7 +393,9 @@ def optimizer_step(run, interrupt):
             model.set_requires_gradient_sync(micro == config.grad_accum - 1)
         with run.autocast():  # rollouts, too: a sampler of another precision is another policy
             batch = objective.batch(model, run.step * config.grad_accum + micro)
+        with run.autocast():  # anew: what autocast cast under no_grad, for rollouts, is not to be learnt with
             loss, metrics = objective.loss(model, batch)
+            run.last_batch = batch
         scaler.scale(loss / config.grad_accum).backward()
         means.add({"loss": loss} | metrics)  # an objective's own "loss" leaves out what balance and the like add
     for optimizer in run.optimizers:
@@ -398,20 +417,22 @@ def optimizer_step(run, interrupt):
     return lr, {"grad_norm": norm} | numbers
 
 
-def evaluate(run):
-    """Returns the objective's numbers. Not compiled: another mode and odd shapes would take minutes."""
-    run.model.eval()
-    with run.autocast(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        numbers = run.objective.evaluate(run.model)
-    run.model.train()
-    print0(f"step {run.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
-    return numbers
-
-
 def train(run):
     """Runs the loop to its end. Returns the exit status: 0, 1 if it gave up, 130 after Ctrl-C."""
-    config, interrupt, began = run.config, Interrupt(), time.perf_counter()
-    report = Report(run)
+    report, began = Report(run), time.perf_counter()
+    with report.bar:  # whatever happens, what is printed next begins a line
+        status = loop(run, report)
+    if status == 0 and report.log:
+        finish(run, report.log, time.perf_counter() - began)
+    return status
+
+
+def loop(run, report):
+    """Trains until all steps are done, somebody interrupts, or the model is lost. Returns the exit status.
+
+    A model that is not finite is never saved: a save waits for the next step that leaves a finite one.
+    """
+    config, interrupt, saves = run.config, Interrupt(), False
     run.model.train()
     while run.step < config.steps:
         lr, numbers = optimizer_step(run, interrupt)
@@ -420,31 +441,29 @@ def train(run):
 
         last = run.step == config.steps
         evaluates = run.step % config.eval_every == 0 or last
-        saves = run.step % config.save_every == 0 or last
+        saves = saves or run.step % config.save_every == 0 or last
         rows = report.read(all=evaluates or saves)
         stop = report.interrupted and not last
         if stop:
-            rows += report.read(all=True)
-        if evaluates:
-            rows[-1] |= evaluate(run)
+            rows, saves = rows + report.read(all=True), True
+        finite = weights_are_finite(run) if evaluates or saves or report.bad else True
+        scores = evaluate(run) if evaluates and finite else {}
+        if scores:
+            rows[-1] |= scores
         report.write(rows)
-        if report.bad >= MAX_BAD_STEPS:
-            report.bar.close()
-            print0(f"stopped: loss or gradient was not finite {report.bad} steps in a row. {run.directory} keeps its "
-                   "last checkpoint, if it had come to one; try a smaller --lr, or --dtype=float32")  # fmt: skip
+        sound = finite and (loss_is_finite(run, scores) if saves else True)
+        if not finite or report.bad >= MAX_BAD_STEPS or ((last or stop) and not sound):
+            report_divergence(run, report.bad if finite else None)
             return 1
-        if saves or stop:
+        if saves and sound:
             save_checkpoint(run)
+            saves = False
         if stop:
-            report.bar.close()
             print0(f"interrupted, and saved at step {run.step}. To go on:\n"
-                   f"  python train.py --resume --run={run.directory.name}")  # fmt: skip
+                   f"  {command('train.py', 'resume', run=run.name)}")  # fmt: skip
             return 130
-        if evaluates or saves:
+        if evaluates or run.saved_at == run.step:
             report.restart_clock()
-    report.bar.close()
-    if report.log:
-        finish(run, report.log, time.perf_counter() - began)
     return 0
 
 
@@ -462,6 +481,10 @@ def main(argv=None):
         return status
     except OSError as error:  # a missing file, a full disk
         return fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return fail("no memory is left; take a smaller --batch_size (and a larger --grad_accum), --context, --preset")
     except KeyboardInterrupt:
         return 130
     finally:

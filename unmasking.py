@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import at_least_float32, block_of, jit, pick_backend
+from kernels import at_least_float32, block_of, fresh_casts, jit, pick_backend
 
 try:
     import triton
@@ -359,6 +359,7 @@ def predict(model, hidden, eligible, temperature=0.0, generator=None):
 
 
 @torch.no_grad()
+@fresh_casts()
 def decode(model, ids, rule, temperature=0.0, block_size=None, cache=None, keys=None, generator=None):
     """Returns Decoded: ids [B, T] int64 with every mask (model.mask_id) filled in, step by step, as the rule says.
 
@@ -371,8 +372,10 @@ def decode(model, ids, rule, temperature=0.0, block_size=None, cache=None, keys=
 
     Raises ValueError for a cache without blocks, and for settings out of range.
     """
-    if cache not in (None, "prefix", "dual") or cache and not block_size:
-        raise ValueError(f"cache={cache!r}, expected None, or 'prefix' or 'dual' together with a block_size")
+    if cache not in (None, "prefix", "dual"):
+        raise ValueError(f"cache={cache!r}, expected prefix or dual, or None")
+    if cache and block_size is None:
+        raise ValueError(f"cache={cache!r} is of blocks: it needs a block_size")
     if not 0 <= temperature < math.inf or block_size is not None and block_size < 1:
         raise ValueError(f"need temperature >= 0 and block_size >= 1; got {temperature}, {block_size}")
     (B, T), ids = ids.shape, ids.clone()

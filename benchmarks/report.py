@@ -21,7 +21,7 @@ BENCH = ROOT / "assets" / "bench"
 # ---- 1. what a copier takes along ------------------------------------------------------------------------
 
 ENGINE = {"kernels", "expert_kernels", "decode_kernels", "decoding", "train", "sample"}  # at top level, and not papers
-FILES_LINE = re.compile(r"^Files\s+(.+?):\s+([\d,]+) lines in all", flags=re.M | re.S)
+FILES_LINE = re.compile(r"^Files\s+(.+?):\s+([\d,]+)\s+lines\s+in\s+all", flags=re.M | re.S)
 
 
 def is_main_block(node):

@@ -1,8 +1,8 @@
 """Tasks as sequences with masks, for models that fill in what is missing: tasks -> Canvas -> decoded ids -> texts.
 
-    prompt    template            canvas.ids [B, T], M the mask        canvas.solved [B, T]
-    ""        "_21_"              M 2 1 M                              3 2 1 4
-    "7+5="    "" (no template)    7 + 5 = M M M M                      7 + 5 = 1 2 end end
+prompt    template            canvas.ids [B, T], M the mask        canvas.solved [B, T]
+""        "_21_"              M 2 1 M                              3 2 1 4
+"7+5="    "" (no template)    7 + 5 = M M M M                      7 + 5 = 1 2 end end
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from common.tasks import BLANK
+from kernels import fresh_casts
 
 
 class Canvas(NamedTuple):
@@ -58,6 +59,7 @@ def completions(tasks, ids, tokenizer, max_new_tokens):
 
 
 @torch.no_grad()
+@fresh_casts()
 def completion_logprob(model, tasks, texts, tokenizer):
     """Returns the mean log-probability [B] of the tokens of completions, end of text included.
 

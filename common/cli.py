@@ -9,14 +9,20 @@ config = Config(**parse(Config, prog="train.py", about="Trains a model."))
 
 import argparse
 import inspect
+import itertools
 import os
+import re
+import shlex
 import signal
+import subprocess
 import sys
 from dataclasses import fields
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import torch
 import torch.distributed as dist
+
+from common.ranges import type_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,8 +35,20 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message):
     """Prints one line about a user's mistake. Returns the exit status for it, 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)  # no terminal's codes
+    print(f"error: {line}", file=sys.stderr)
     return 2
+
+
+def print_anything():
+    """Makes stdout and stderr write what their encoding has no letter for as an escape, such as \\u65e5.
+
+    Windows' cp1252 has 256 letters, and a file's name on Linux need not be text at all.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def add_fields(group, config_class, taken):
@@ -45,7 +63,7 @@ def add_fields(group, config_class, taken):
         if f.name in taken:
             continue
         taken.add(f.name)
-        kind = next(t for t in get_args(types[f.name]) or [types[f.name]] if t is not type(None))
+        kind = type_of(types[f.name])
         shown = "" if f.default in (None, "") else f" (default: {f.default})"
         options = dict(type=kind, metavar=kind.__name__)
         if kind is bool:
@@ -65,6 +83,7 @@ def parse_bool(text):
 
 def parse(*config_classes, prog, about, argv=None):
     """Returns a dict per dataclass of the flags given, without defaults: those can come from elsewhere."""
+    print_anything()
     parser, taken = Parser(prog=prog, description=about, allow_abbrev=False), set()
     for config_class in config_classes:
         add_fields(parser.add_argument_group(inspect.getdoc(config_class).split("\n")[0]), config_class, taken)
@@ -78,6 +97,7 @@ def peek(config_class, prog, argv=None):
 
     For a script in which some flags decide what other flags there are.
     """
+    print_anything()
     parser = Parser(prog=prog, allow_abbrev=False, add_help=False)
     add_fields(parser, config_class, set())
     return vars(parser.parse_known_args(argv)[0])
@@ -137,3 +157,70 @@ class Interrupt:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+
+
+# ---- the runs in a folder -------------------------------------------------------------------------------------------
+
+NOT_A_RUN = "cache"  # encoded corpora stand there
+LONGEST_PART = 200  # bytes; file systems take 255
+NOT_ON_WINDOWS = re.compile(r'.*[\\:*?"<>|].*|.*[. ]|(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)
+
+
+def check_run_name(name, windows=os.name == "nt"):
+    """Raises ValueError unless `name` is one or several plain path parts, such as a or a/b: a folder below out/."""
+    parts = name.split("/")
+    if not name.isprintable():  # control characters, line breaks, and lone surrogates: bytes that are no text
+        wrong = "has a character that cannot be printed"
+    elif any(part in ("", ".", "..") for part in parts):
+        wrong = "is no path below out/"
+    elif any(len(part.encode()) > LONGEST_PART for part in parts):
+        wrong = f"is longer than {LONGEST_PART} bytes"
+    elif windows and any(map(NOT_ON_WINDOWS.fullmatch, parts)):
+        wrong = "is no name on Windows"
+    elif parts[0].lower() == NOT_A_RUN:
+        wrong = "is where encoded corpora are kept"
+    else:
+        return
+    raise ValueError(f"--run={name[:80]!r} {wrong}; a run's name is like a, or a/b for a folder in a folder")
+
+
+def find_run(out, name, resume, recipe):
+    """Returns the folder, below folder `out`, of the run to begin or to resume.
+
+    name: of the run; None: the newest to resume, or a new one called after its recipe. Raises ValueError for a name
+    that is none and for a run that is there already, which is never written over, and FileNotFoundError for one that is
+    not.
+    """
+    if name is not None:
+        check_run_name(name)
+        if name.startswith(f"{out.name}/"):
+            raise ValueError(f"--run={name}: names begin below {out}/; write --run={name.removeprefix(out.name + '/')}")
+    if resume and name is None:
+        runs = sorted(out.rglob("trainer.pt"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise FileNotFoundError(
+                f"--resume: there is no run with a trainer.pt in {out}/; start one without --resume"
+            )
+        return runs[-1].parent
+    if name is None:
+        plain = re.sub(r"[^\w.-]+", "-", recipe).strip(".-")[:50] or "run"  # a user's recipe may have any name
+        names = itertools.chain([plain], (f"{plain}-{i}" for i in itertools.count(2)))
+        name = next(n for n in names if n.lower() != NOT_A_RUN and not (out / n).exists())
+    directory = out / name
+    if resume and not (directory / "trainer.pt").exists():
+        raise FileNotFoundError(f"--resume: {directory} has no trainer.pt; leave --resume out to start it")
+    if not resume and (directory / "trainer.pt").exists():
+        raise ValueError(f"{directory} has a run already; add --resume to go on with it, or choose another --run")
+    if not resume and any((directory / file).exists() for file in ("config.json", "model.safetensors")):
+        raise ValueError(f"{directory} has a model already; choose another --run, or move it")
+    for folder in (directory, *directory.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--run={name}: {folder} is a file; choose another --run")
+    return directory
+
+
+def command(script, *flags, **values):
+    """Returns a command that works when it is pasted into a shell: python script --flag --name=value."""
+    quoted = {name: subprocess.list2cmdline([v]) if os.name == "nt" else shlex.quote(v) for name, v in values.items()}
+    words = [f"--{flag}" for flag in flags] + [f"--{name}={value}" for name, value in quoted.items()]
+    return " ".join(["python", script, *words])

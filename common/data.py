@@ -1,13 +1,14 @@
 """What the models learn from: tokenizers, corpora and batches.
 
 Corpora     "python"    the source of the running Python's standard library, tests left out: on every machine already
-            a path      a text file, a folder (read recursively) or a glob such as 'books/*.txt'
-            *.bin       token ids, uint16, as nanoGPT and llm.c write them; memory-mapped
+            a path      a text file, a folder (read recursively) or a glob such as 'books/*.txt' or 'books/**/*.txt'
+            *.bin       token ids as nanoGPT and llm.c write them, and .npy: files, a folder or a glob; memory-mapped
+            Text is UTF-8, or UTF-16 or 32 with a byte order mark. Other files are left out, and that is said.
 Tokenizers  "python4k"  byte-level BPE of 4,096 tokens, shipped in assets/ (`python -m common.data` made it)
             "bytes"     256 bytes and an end-of-text: nothing to download, nothing to train
             others      any of tiktoken's own: gpt2, cl100k_base, o200k_base, ...
-Split       Documents (files) go to training or validation by a hash of their name, so adding files never moves one
-            across. A single file gives its last tenth to validation.
+Split       A document (file) goes to training or validation by a hash of its name below the folder that was named, so
+            other files never move it across. A single file gives its last tenth to validation, as do few documents.
 Batches     A batch is a function of (seed, row numbers) alone. Whoever knows the step knows the data: resuming needs no
             iterator state, and N processes read between them what one would.
 Score       Losses in nats per token cannot be compared across tokenizers. Bits per byte can: total nats / ln 2 / bytes
@@ -17,14 +18,14 @@ Score       Losses in nats per token cannot be compared across tokenizers. Bits 
 import base64
 import codecs
 import functools
-import glob
 import gzip
 import hashlib
 import itertools
 import lzma
 import os
-import sysconfig
-from dataclasses import dataclass
+import re
+import unicodedata
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,27 @@ import tiktoken
 import tiktoken.load
 from tqdm import tqdm
 
+from common.files import (
+    LONGEST_PIECE,
+    TOKEN_FILES,
+    count,
+    find_documents,
+    largest_token,
+    listed,
+    map_tokens,
+    read_documents,
+    shown,
+)
+
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 VALIDATION_SHARE = 0.05  # of the documents
-BATCH_OF_DOCUMENTS = 64  # encoded between two updates of the progress bar
 LONGEST_VALIDATION = 1 << 20  # tokens; more would make each evaluation long and hardly more exact
-LONGEST_PIECE = 1 << 16  # characters encoded at once: tiktoken's regex overflows its stack on a megabyte of spaces
+LONGEST_END = 4 * LONGEST_VALIDATION  # characters that one file holds out: more would not be read
+SHORT_VALIDATION = 10_000  # tokens; with fewer it is said how exact the loss is
+ENCODED_AT_ONCE = 1 << 20  # characters
+TRAIN, VALIDATION = (  # as words of a file's name: fineweb_val_000000.bin, but not retrieval.bin
+    re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE) for words in ("train|training", "val|valid|validation")
+)
 
 # ---- 1. tokenizers ----------------------------------------------------------------------------------------------
 
@@ -97,6 +114,8 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """Returns a list of token ids for each text, computed on all cores."""
+        if self.name == "bytes":
+            return [self.encode(text) for text in texts]
         pieces = [[t[i : i + LONGEST_PIECE] for i in range(0, len(t), LONGEST_PIECE)] for t in texts]
         flat = itertools.chain.from_iterable(pieces)
         encoded = iter(self.encoding.encode_ordinary_batch(list(flat), num_threads=os.cpu_count() or 1))
@@ -146,18 +165,19 @@ class ReleasedTokenizer:
     Raises ValueError if the package `tokenizers` is not installed, or cannot read the file.
     """
 
-    def __init__(self, path, end_of_text):
+    def __init__(self, path):
         try:
             from tokenizers import Tokenizer as FromFile
             from tokenizers.decoders import DecodeStream
         except ImportError:
             raise ValueError(f"{path} is read by a package that is not installed: pip install tokenizers") from None
         try:
-            self.tokenizer = FromFile.from_file(str(path))
+            self.tokenizer = FromFile.from_buffer(Path(path).read_bytes())  # from_file takes no path beyond UTF-8
         except Exception as error:  # the package raises bare Exceptions
             raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
-        self.name, self.end_of_text, self.new_stream = str(path), end_of_text, DecodeStream
-        self.n_vocab = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.name, self.new_stream = str(path), DecodeStream
+        self.end_of_text = None  # the folder's other files say it: `checkpoints.text_ends`
+        self.n_vocab = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # holes and all
 
     def encode(self, text):
         """Returns the token ids of `text`, without a start token."""
@@ -193,9 +213,10 @@ def train_tokenizer(path, vocab_size=4096):
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    train, _ = split_documents(find_documents("python"))
+    documents = read_documents("python", find_documents("python"), {})
+    train, _ = split_documents(documents)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=True)
-    bpe.train_from_iterator((read_text(p) for _, p in train), trainer)
+    bpe.train_from_iterator(("".join(d.pieces(0, d.length)) for d in train), trainer)
 
     byte_of = {character: b for b, character in enumerate(_byte_level_characters())}
     merged = [t for t, _ in sorted(bpe.get_vocab().items(), key=lambda item: item[1]) if len(t) > 1]
@@ -211,93 +232,153 @@ def _byte_level_characters():
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
-# ---- 2. documents -------------------------------------------------------------------------------------------------
-
-
-def find_documents(data):
-    """Returns [(name, path)] of the corpus, sorted; names are relative to the corpus, so they mean the same elsewhere.
-
-    data: "python", a file, a folder or a glob. Raises FileNotFoundError if nothing is there.
-    """
-    if data == "python":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        skip |= {"pydoc_data"}  # one generated file of reference manual, 6 % of the bytes and no source code
-        paths = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
-    elif Path(data).is_dir():
-        root = Path(data)
-        paths = [p for p in root.rglob("*") if p.is_file()]
-        paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    else:
-        paths = [Path(p) for p in glob.glob(data, recursive=True) if Path(p).is_file()]
-        root = Path(os.path.commonpath([p.parent for p in paths])) if paths else None
-    if not paths:
-        raise FileNotFoundError(f"--data={data}: no such file, folder or glob; 'python' is always there")
-    return sorted((p.relative_to(root).as_posix(), p) for p in paths)
+# ---- 2. texts -------------------------------------------------------------------------------------------------------
 
 
 def split_documents(documents):
-    """Returns (train, validation) lists of documents: by a hash of the name, at least one document in each."""
+    """Returns (train, validation) lists of documents, by a hash of the name: of each by itself, whatever else is there.
 
-    def place(document):  # in [0, 1)
-        return int.from_bytes(hashlib.sha256(document[0].encode()).digest()[:8], "big") / 2**64
+    Of few documents, either list may be empty.
+    """
+    places = {d[0]: place(d[0]) for d in documents}
+    validation = sorted((d for d in documents if places[d[0]] < VALIDATION_SHARE), key=lambda d: places[d[0]])
+    return [d for d in documents if places[d[0]] >= VALIDATION_SHARE], validation  # any beginning of it is a sample
 
-    share = max(VALIDATION_SHARE, min(map(place, documents)))
-    validation = sorted((d for d in documents if place(d) <= share), key=place)  # any beginning of it is a fair sample
-    return [d for d in documents if place(d) > share], validation
+
+def place(name):
+    """Returns a number in [0, 1) that depends on a document's name alone."""
+    name = unicodedata.normalize("NFC", name)  # macOS writes the same name in other code points
+    return (int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") >> 11) / 2**53  # all a float holds
 
 
-def read_text(path):
-    """Returns the text of a file, "" for one that is not text (a NUL byte); undecodable bytes become U+FFFD."""
-    raw = Path(path).read_bytes()
-    return "" if b"\0" in raw else raw.decode("utf-8", errors="replace")
+def split_texts(documents):
+    """Returns (train, validation, how): lists of (document, start, stop), and a line if the split is not by documents.
+
+    Where documents are too few for whole ones on both sides, each gives its end to validation.
+    """
+    train, val = split_documents(documents)
+    if train and val:
+        return [(d, 0, d.length) for d in train], [(d, 0, d.length) for d in val], ""
+    cuts = [(d, d.length - min(d.length // 10, LONGEST_END)) for d in documents]
+    whose = shown(documents[0].name) if len(documents) == 1 else f"each of the {len(documents)} documents"
+    how = f"validation is the end of {whose}: with more documents it would be whole ones"
+    return [(d, 0, cut) for d, cut in cuts], [(d, cut, d.length) for d, cut in cuts if cut < d.length], how
+
+
+def encode_texts(splits, tokenizer, cache):
+    """Returns a token array of each split, memory-mapped. Texts are encoded once and kept in the folder `cache`.
+
+    splits: lists of (document, start, stop). The files' name is a hash of the tokenizer and of all that is read, so
+    stale tokens are never read.
+    """
+    key = hashlib.sha256(repr((tokenizer.name, tokenizer.vocabulary, SPLIT_PATTERN, LONGEST_PIECE)).encode())
+    key.update(repr([[(d.digest, start, stop) for d, start, stop in parts] for parts in splits]).encode())
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    files = [Path(cache) / f"{key.hexdigest()[:16]}-{split}.bin" for split in ("train", "val")]
+    for parts, file in zip(splits, files):
+        if not file.is_file():
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            write_tokens(parts, tokenizer, file, dtype)
+    return [np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype) for file in files]
+
+
+def write_tokens(parts, tokenizer, file, dtype):
+    """Writes (document, start, stop) as token ids, each after an end of text. Memory is bounded."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    size = sum(stop - start for _, start, stop in parts)
+    bar = tqdm(total=size, desc="encoding", unit=" characters", unit_scale=True, delay=1, leave=False)
+    try:
+        with open(partial, "wb") as out, bar:
+            for batch in batches(parts):
+                pieces = [piece for _, piece in batch]
+                for (begins, piece), ids in zip(batch, tokenizer.encode_batch(pieces)):
+                    np.array([tokenizer.end_of_text] * begins + ids, dtype).tofile(out)
+                    bar.update(len(piece))
+            out.flush()
+            os.fsync(out.fileno())  # after a power cut the file is whole, or not there
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def batches(parts):
+    """Yields lists of (whether a document begins, piece of text), of about ENCODED_AT_ONCE characters."""
+    batch, size = [], 0
+    for document, start, stop in parts:
+        for i, piece in enumerate(document.pieces(start, stop)):
+            batch.append((i == 0, piece))
+            size += len(piece)
+            if size >= ENCODED_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def load_texts(data, found, left_out, tokenizer, cache):
+    """Returns (list of a train array, list of a validation array, notes) of the texts in `found`, [(name, path)]."""
+    documents = read_documents(data, found, left_out, tokenizer.encoding.special_tokens_set)
+    train, val, how = split_texts(documents)
+    notes = [how] if how else []
+    if left_out and data != "python":
+        notes.append(f"left out: {listed(left_out)}")
+    marked = [d for d in documents if d.special]
+    if marked:
+        which = ", ".join(sorted(frozenset().union(*(d.special for d in marked))))
+        notes.append(f"{which} in {count(marked, 'document')} is read as plain characters, not as a special token")
+    seen = {d.digest for d, *_ in train}
+    twice = [d.name for d, start, _ in val if start == 0 and d.digest in seen]
+    if twice:
+        notes.append(f"of the validation documents, {listed({'also training documents, word for word': twice})}")
+    named = [d.name for d in documents if VALIDATION.search(d.name)]
+    if named and any(TRAIN.search(d.name) for d in documents):
+        notes.append(f"texts are split by a hash whatever their names say: {listed({'named validation': named})}")
+    train_tokens, val_tokens = encode_texts((train, val), tokenizer, cache)
+    if not how and np.count_nonzero(val_tokens[:LONGEST_VALIDATION] == tokenizer.end_of_text) == 1:
+        notes.append(f"validation is one document, {shown(val[0][0].name)}: more files would make it a fairer measure")
+    return [train_tokens], [val_tokens], notes
 
 
 # ---- 3. token files -------------------------------------------------------------------------------------------------
 
 
-def encode_corpus(data, tokenizer, cache):
-    """Returns (train, validation) token arrays of a text corpus, encoded once and kept in the folder `cache`.
+def find_shards(found, left_out):
+    """Returns those of `found`, [(name, path)], that are token files; in a folder of texts there are none.
 
-    The file's name is a hash of the tokenizer and of every document, so stale tokens are never read.
+    A folder that holds train.bin, or the like, is one of token files: its others (nanoGPT's prepare.py) are left out.
     """
-    documents = find_documents(data)
-    key = hashlib.sha256(repr((tokenizer.name, tokenizer.vocabulary, SPLIT_PATTERN, VALIDATION_SHARE)).encode())
-    for name, path in documents:
-        key.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    files = [Path(cache) / f"{key.hexdigest()[:16]}-{split}.bin" for split in ("train", "val")]
-    if not all(f.is_file() for f in files):
-        if len(documents) > 1:
-            parts = [[path for _, path in split] for split in split_documents(documents)]
-            readers = [map(read_text, part) for part in parts]
-        else:
-            text = read_text(documents[0][1])
-            cut = len(text) - len(text) // 10
-            readers = [iter([text[:cut]]), iter([text[cut:]])]
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        for texts, file in zip(readers, files):
-            partial = file.with_suffix(f".{os.getpid()}")
-            with open(partial, "wb") as out, tqdm(desc="encoding", unit=" documents", delay=1, leave=False) as bar:
-                while batch := list(itertools.islice(texts, BATCH_OF_DOCUMENTS)):
-                    for ids in tokenizer.encode_batch(batch):
-                        if ids:
-                            np.array([tokenizer.end_of_text] + ids, dtype=dtype).tofile(out)
-                    bar.update(len(batch))
-            os.replace(partial, file)
-    return [map_tokens(f, dtype) for f in files]
+    shards = [(name, path) for name, path in found if path.suffix in TOKEN_FILES]
+    if len(shards) < len(found):
+        shards = [(name, path) for name, path in shards if "/" not in name]
+        if not any(TRAIN.search(name) or VALIDATION.search(name) for name, _ in shards):
+            return []  # they are left out with all that is not text
+        left_out["not token files"] = sorted({path for _, path in found} - {path for _, path in shards})
+    return shards
 
 
-def map_tokens(path, dtype=np.uint16):
-    """Returns the token ids of a .bin file, memory-mapped. llm.c's header (1,024 bytes, magic 20240520) is skipped."""
-    size = os.path.getsize(path)
-    if size == 0:
-        return np.zeros(0, dtype)
-    header = np.fromfile(path, dtype=np.int32, count=1) if size >= 1024 else [0]
-    offset = 1024 if header[0] == 20240520 else 0
-    if (size - offset) % np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} is not a file of {np.dtype(dtype).name} token ids: {size} bytes do not divide")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset)
+def load_shards(data, shards, left_out, tokenizer):
+    """Returns (list of train arrays, list of validation arrays, notes) of token files. shards: [(name, path)]."""
+    try:
+        arrays = [(name, map_tokens(path)) for name, path in shards]
+        largest = max(largest_token(name, tokens, tokenizer) for name, tokens in arrays)
+    except ValueError as error:
+        raise ValueError(f"--data={shown(data)}: {error}") from None
+    train = [tokens for name, tokens in arrays if not VALIDATION.search(name)]
+    val = [tokens for name, tokens in arrays if VALIDATION.search(name)]
+    if not train:
+        raise ValueError(f"--data={shown(data)} has only files for validation, by their names; name some to train on")
+    kinds = " and ".join(sorted({tokens.dtype.name for _, tokens in arrays}))
+    notes = [f"{kinds} token ids: {count(train, 'file')} to train on, {len(val) or 'the end of each'} for validation"]
+    if left_out:
+        notes.append(f"left out: {listed(left_out)}")
+    if largest < 0.75 * tokenizer.n_vocab and tokenizer.name != "bytes":  # of which plain English has half
+        known = f"{tokenizer.n_vocab:,} of --tokenizer={tokenizer.name}"
+        notes.append(f"the largest token id is {largest:,}, of the {known}: was it written by another tokenizer?")
+    if not val:  # of each, so that it stays where it is when files are added
+        cuts = [len(tokens) - min(len(tokens) // 20, LONGEST_VALIDATION) for tokens in train]
+        val = [tokens[cut:] for tokens, cut in zip(train, cuts)]
+        train = [tokens[:cut] for tokens, cut in zip(train, cuts)]
+    return train, val, notes
 
 
 # ---- 4. the corpus --------------------------------------------------------------------------------------------------
@@ -311,6 +392,7 @@ class Corpus:
     tokenizer: Tokenizer
     train: list  # of arrays of token ids
     val: np.ndarray
+    notes: list = field(default_factory=list)  # lines about what was left out, cut or read in an unexpected way
 
     @property
     def n_train(self):
@@ -369,37 +451,38 @@ def _epoch_order(n, context, seed, epoch):
 def load_corpus(data="python", tokenizer="python4k", context=1, cache="out/cache"):
     """Returns the Corpus `data` in tokens of `tokenizer`, with at most LONGEST_VALIDATION tokens to validate with.
 
-    For .bin shards, files with "val" in their name are for validation, or else the last twentieth of the last file.
-    Raises FileNotFoundError or ValueError for a corpus that is not there, is empty or is shorter than one `context`.
+    Of token files, those with the word "val" in their name are for validation, or else the end of each. The first
+    process prints the notes. Raises FileNotFoundError or ValueError for a corpus that is not there, is not text, has
+    tokens beyond the vocabulary, or is shorter than one `context`.
     """
-    tokenizer = Tokenizer(tokenizer)
-    if data.endswith(".bin"):
-        shards = [(name, map_tokens(path)) for name, path in find_documents(data)]
-        train = [tokens for name, tokens in shards if "val" not in name]
-        val = [tokens for name, tokens in shards if "val" in name]
-        if not val and train:
-            cut = len(train[-1]) - len(train[-1]) // 20
-            val, train[-1] = [train[-1][cut:]], train[-1][:cut]
-        val = val[0] if val else np.zeros(0, np.uint16)
-        for tokens in [*train, val]:  # a look at the start of each is enough to notice another tokenizer
-            if len(tokens) and tokens[:100_000].max() >= tokenizer.n_vocab:
-                raise ValueError(
-                    f"--data={data} has token ids beyond the {tokenizer.n_vocab} of --tokenizer={tokenizer.name}; "
-                    "name the tokenizer that wrote it"
-                )
+    tokenizer, left_out = Tokenizer(tokenizer), {}
+    found = find_documents(data, left_out)
+    shards = find_shards(found, left_out)
+    if shards:
+        train, held_out, notes = load_shards(data, shards, left_out, tokenizer)
     else:
-        train, val = encode_corpus(data, tokenizer, cache)
-        train = [train]
+        train, held_out, notes = load_texts(data, found, left_out, tokenizer, cache)
     longest = max(map(len, train), default=0)
     if longest < context + 1:
         raise ValueError(
-            f"--data={data} has {longest} training tokens in one piece, fewer than one window of context + 1 = "
+            f"--data={shown(data)} has {longest} training tokens in one piece, fewer than one window of context + 1 = "
             f"{context + 1}; give more text or a smaller --context"
         )
-    if len(val) < 2:
-        raise ValueError(f"--data={data} leaves {len(val)} tokens for validation; give more text")
-    train = [tokens for tokens in train if len(tokens) > context]
-    return Corpus(data, tokenizer, train, val[:LONGEST_VALIDATION])
+    short = [tokens for tokens in train if len(tokens) <= context]
+    if short:
+        notes.append(f"not trained on: {count(short, 'file')} shorter than --context, {sum(map(len, short)):,} tokens")
+    val = np.concatenate([tokens[: LONGEST_VALIDATION // len(held_out)] for tokens in held_out])
+    if len(val) < 2 or not tokenizer.bytes_per_token[val].any():
+        raise ValueError(f"--data={shown(data)} leaves {len(val)} tokens for validation, of no text; give more text")
+    if len(val) < sum(map(len, held_out)):
+        notes.append(f"validation reads {len(val):,} of the {sum(map(len, held_out)):,} tokens held out")
+    if len(val) < SHORT_VALIDATION:  # the losses of single tokens spread by about 2.5 nats
+        error = 2.5 / len(val) ** 0.5
+        notes.append(f"validation is short, {len(val):,} tokens: val_loss is known to about +-{error:.2f} nats")
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            tqdm.write(f"data: {note}")
+    return Corpus(shown(data), tokenizer, [tokens for tokens in train if len(tokens) > context], val, notes)
 
 
 if __name__ == "__main__":  # the shipped file was made by Python 3.11.7, from its standard library

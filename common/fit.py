@@ -1,4 +1,4 @@
-"""A small train.py for demos and experiments: one process, no files, no checkpoints."""
+"""Two small train.py for a paper's `demo` and its experiments: one process, no files, no checkpoints."""
 
 import sys
 
@@ -30,3 +30,26 @@ def fit(model, objective, steps, lr, name, begin=0):
         optimizer.step()
         rows.append({key: float(value) for key, value in metrics.items()} if i >= steps - 10 else {})
     return {key: np.mean([row[key] for row in rows[-10:]]) for key in rows[-1]}
+
+
+def learn(model, objective, steps, lr):
+    """Trains for `steps` steps, on a GPU in bfloat16, and returns the metrics of each: name -> float.
+
+    lr: the learning rate, constant after a linear warm-up over ten steps.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+    device, rows = next(model.parameters()).device, []
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10)
+        with autocast:  # one context for sampling and one for learning, as in train.py
+            batch = objective.batch(model, step)
+        with autocast:
+            loss, metrics = objective.loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        values = torch.stack([torch.as_tensor(value, device=device).detach().float() for value in metrics.values()])
+        rows.append(dict(zip(metrics, values.tolist())))
+    return rows

@@ -18,17 +18,22 @@ What train.py asks of a model, besides being an nn.Module (`nano_hybrid.Hybrid` 
     save_pretrained(folder, state_dict=None, **extra)
 """
 
+import hashlib
 import importlib.util
 import math
 import re
 import sys
 import traceback
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.data import load_corpus
+from common.ranges import FINITE, check_ranges
+from kernels import fresh_casts
 
 
 @dataclass
@@ -130,7 +135,11 @@ def make_settings(config, objective, given, begun, saved):
         for name in (*objective.fixed, "batch_size") if objective.fixed else ():  # batches are what steps count
             if name in was and asked[name] != was[name]:
                 raise ValueError(f"--{name}={asked[name]}: the run was begun with {was[name]}; start a new run")
-    return objective.Settings(**begun | {name: flags[name] for name in own & set(flags)}) if own else None
+    if not own:
+        return None
+    settings = objective.Settings(**begun | {name: flags[name] for name in own & set(flags)})
+    check_ranges(settings, **dict.fromkeys(own, FINITE))  # a class of ours has checked its own ranges
+    return settings
 
 
 class Objective:
@@ -176,6 +185,10 @@ class Objective:
         """Returns how often a run of so many tokens reads its text; 0 where there is no text to learn by heart."""
         return 0.0
 
+    def tokens_at_once(self, config):
+        """Returns how many tokens `loss` reads at once, at least, in a run with this TrainConfig."""
+        return config.batch_size
+
     def baselines(self):
         """Returns name -> score of something else on the same data, for the plot."""
         return {}
@@ -186,6 +199,9 @@ class Objective:
 
     def load_state_dict(self, state):
         """Takes back what `state_dict` returned."""
+
+
+SPANS, SPAN = 1024, 4096  # at most 4M tokens are read to know a text again
 
 
 class NextToken(Objective):
@@ -211,6 +227,32 @@ class NextToken(Objective):
         """Returns how often a run of so many tokens reads its text."""
         return tokens / self.corpus.n_train
 
+    def tokens_at_once(self, config):
+        """Returns how many tokens `loss` reads at once."""
+        return config.batch_size * config.context
+
+    def state_dict(self):
+        """Returns the fingerprint of the training data: a resumed run goes on in the same order of the same rows."""
+        return {"data": self.fingerprint}
+
+    def load_state_dict(self, state):
+        """Raises ValueError if the training data is not what the run was begun with."""
+        if state["data"] != self.fingerprint:
+            raise ValueError(
+                f"--data={self.corpus.name} is not what the run was begun with, or has changed since: rows would be "
+                "read twice, or never; name the same texts, or start a new run"
+            )
+
+    @cached_property
+    def fingerprint(self):
+        """A hash of the training tokens: of each array its length, and all of it or SPANS spans."""
+        digest = hashlib.sha256()
+        for tokens in self.corpus.train:
+            digest.update(str(len(tokens)).encode())
+            for start in np.unique(np.linspace(0, len(tokens), SPANS, endpoint=False, dtype=np.int64)):
+                digest.update(tokens[start : start + SPAN].astype(np.uint32).tobytes())
+        return digest.hexdigest()[:16]
+
     def about(self):
         """Returns a line about the data."""
         n_val, tokenizer = len(self.corpus.val), self.tokenizer.name
@@ -227,6 +269,7 @@ class NextToken(Objective):
         return model.loss(**batch)
 
     @torch.no_grad()
+    @fresh_casts()
     def evaluate(self, model):
         """Returns val_loss (nats per token) and val_bpb (bits per byte of text) over the validation text.
 

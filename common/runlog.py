@@ -21,6 +21,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.checkpoints import replacing
+from common.cli import command
+from common.resume import changes
 from kernels import pick_backend
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # dense bf16
@@ -45,10 +47,8 @@ def describe(run, reason, epochs, saved):
     print0(f"model: {model.config.hybrid_override_pattern}, {parameters} on {where}, "
            f"backend {pick_backend(device=run.device)}, compile={config.compile}, {config.optimizer}")  # fmt: skip
     print0(f"data: {run.objective.about()}{amount}: {held_back}")
-    before = saved["objective"] if saved else {}
-    for name, value in asdict(run.objective.settings).items() if before else ():
-        if value != before.get(name, value):
-            print0(f"changed: --{name}={value}, until now {before[name]}")
+    for line in changes(run, saved) if saved else ():
+        print0(line)
 
 
 # ---- 1. numbers of a step, from the device to the host --------------------------------------------------------------
@@ -144,8 +144,9 @@ class Report:
         loss, norm = numbers["loss"], numbers["grad_norm"]
         self.bad = 0 if math.isfinite(loss) and math.isfinite(norm) else self.bad + 1
         run.skipped += self.bad > 0
-        tokens = numbers.pop("tokens", None)  # None: every position is one
-        speed = (tokens or run.tokens_per_step) / max(1e-9, step.end.seconds_since(self.end_of_last))
+        tokens = numbers.pop("tokens", None)  # mean over the micro-steps of all processes; None: every position is one
+        total = tokens * run.config.grad_accum * run.world_size if tokens else run.tokens_per_step
+        speed = total / max(1e-9, step.end.seconds_since(self.end_of_last))
         self.end_of_last = step.end
         row = dict(step=step.step, lr=step.lr, tokens_per_s=speed, skipped=run.skipped) | numbers
         shown = f"loss {loss:.3f}, {speed:,.0f} tok/s"
@@ -190,16 +191,15 @@ class Log:
     def __init__(self, run):
         self.path = run.directory / "log.jsonl"
         run.directory.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one short
-        self.rows = [row for row in self.rows if row["step"] <= run.step]  # those after the checkpoint come again
+        rows = read_log(self.path) if self.path.exists() else []
+        self.rows = [row for row in rows if row["step"] <= run.step]  # those after the checkpoint come again
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            temporary.write_text("".join(map(json_line, self.rows)))
         self.send = lambda step, numbers: None
         if run.config.log == "wandb":
             import wandb
 
-            wandb.init(project="nanopapers", name=run.directory.name, config=asdict(run.config))
+            wandb.init(project="nanopapers", name=run.name, config=asdict(run.config))
             self.send = lambda step, numbers: wandb.log(numbers, step=step)
         elif run.config.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -209,10 +209,30 @@ class Log:
 
     def add(self, row):
         """Adds the numbers of a step: name -> float, and "step"."""
-        self.rows.append(row)
+        line = json_line(row)
+        self.rows.append(json.loads(line))
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(line)
         self.send(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+
+def read_log(path):
+    """Returns the rows of a log.jsonl. A line that is none, as a kill or a full disk leaves it, is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def json_line(row):
+    """Returns a row as a line of JSON. JSON has no NaN and no infinity: they become null."""
+    lost = {name: None for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(row | lost, allow_nan=False) + "\n"
 
 
 # ---- 3. the end of a run --------------------------------------------------------------------------------------------
@@ -220,12 +240,13 @@ class Log:
 SCORES = dict(val_bpb="bits per byte of validation text", val_loss="validation loss, nats", reward="reward")
 
 
-def plot(log, path, baselines):
-    """Draws the run: the validation score (or the reward) over the steps, baselines as dashed lines.
+def plot(log, path, name, baselines):
+    """Draws the run called `name`: the validation score (or the reward) over the steps, baselines as dashed lines.
 
     Draws nothing for an objective whose `evaluate` returns none of the SCORES.
     """
-    score = next((k for k in SCORES if any(k in row for row in log.rows)), None)
+    points = {k: [(row["step"], row[k]) for row in log.rows if row.get(k) is not None] for k in SCORES}
+    score = next((k for k in SCORES if points[k]), None)
     if score is None:
         return
     import matplotlib
@@ -233,31 +254,49 @@ def plot(log, path, baselines):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = [(row["step"], row[score]) for row in log.rows if score in row]
+    points = points[score]
     figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
     axes.plot(*zip(*points), marker="o", color="#0072B2")
-    for name, value in baselines.items():
+    for other, value in baselines.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="#D55E00")
-        axes.annotate(f"{name}: {value:.2f}", (points[-1][0], value), ha="right", va="bottom", color="#D55E00")
+        place = dict(xy=(points[-1][0], value), ha="right", va="bottom")
+        axes.annotate(f"{other}: {value:.2f}", **place, color="#D55E00", parse_math=False)
     axes.margins(y=0.1)
     reached = f"{points[-1][1]:.3f} {SCORES[score]} after {points[-1][0]} steps"
-    axes.set(xlabel="step", ylabel=SCORES[score], title=f"{path.parent.name}: {reached}")
+    axes.set(xlabel="step", ylabel=SCORES[score])
+    axes.set_title(f"{name}: {reached}", parse_math=False)  # a $ in a name begins no formula
     axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     plt.close(figure)
 
 
+def median(log, name):
+    """Returns the median of a number over the rows that have it: a run may have begun on another kind of device."""
+    return statistics.median(row[name] for row in log.rows if row.get(name) is not None)
+
+
 def finish(run, log, seconds):
     """Prints what was reached, beside what it is measured against, and draws the plot."""
     baselines = run.objective.baselines()
-    plot(log, run.directory / "loss.png", baselines)
+    plot(log, run.directory / "loss.png", run.name, baselines)
     if "val_bpb" in log.rows[-1]:
         others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         print0(f"validation: {log.rows[-1]['val_bpb']:.3f} bits per byte (on the same text: {others})")
-    speed = f"{statistics.median(row['tokens_per_s'] for row in log.rows):,.0f} tokens/s"
+    speed = f"{median(log, 'tokens_per_s'):,.0f} tokens/s"
     if "mfu" in log.rows[-1]:
-        speed += f", MFU {statistics.median(row['mfu'] for row in log.rows):.1%}"
-        speed += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        speed += f", MFU {median(log, 'mfu'):.1%}, peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     print0(f"{seconds:.0f} s of training at {speed} (median step), saved in {run.directory}. To sample from it:\n"
-           f"  python sample.py --run={run.directory.name} --prompt='{run.objective.example}'")  # fmt: skip
+           f"  {command('sample.py', run=run.name, prompt=run.objective.example)}")  # fmt: skip
+
+
+def report_divergence(run, bad):
+    """Prints why a run gave up, and what is left of it.
+
+    bad: steps in a row whose loss or gradient was not finite, or None if the weights are not.
+    """
+    why = f"loss or gradient was not finite {bad} steps in a row" if bad else "the loss is not finite"
+    why = "the weights are not finite" if bad is None else why
+    left = f"{run.directory} keeps the checkpoint of step {run.saved_at}" if run.saved_at else "there is no checkpoint"
+    print0(f"stopped at step {run.step}: {why}. This model is not saved; {left}. "
+           "Try a smaller --lr, a longer --warmup, or --dtype=float32")  # fmt: skip

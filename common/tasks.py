@@ -68,9 +68,10 @@ class Task:
     env: str  # name of the environment
     prompt: str
     demonstration: str  # a completion for the supervised warm start: right, or (countdown) only well-formed
-    check: Callable  # answer -> bool, or a float in [0, 1]; the answer is ASCII of at most LONGEST_ANSWER characters
+    check: Callable  # answer -> bool, or a float in [0, 1]; ASCII of at most LONGEST_ANSWER characters: see `whole`
     key: str = ""  # the same for all prompts that ask the same (3+5, 5+3), for the held-out split; "": the prompt
     template: str = ""  # of a completion that is to be filled in: what is given of it, and BLANK for every other letter
+    whole: bool = False  # check reads the whole completion, the thought too, of any length and characters
 
     @property
     def thinks(self):
@@ -86,8 +87,11 @@ class Task:
         """Returns a reward in [0, 1] for any text; it raises only if a `check` of your own does.
 
         Where the prompt opens a thought, the answer is what follows the last </think>, and a thought that is never
-        closed has none. Everywhere else all of the text is the answer.
+        closed has none. Everywhere else all of the text is the answer. A `check` of an answer never meets a text that
+        is long or not ASCII; one of the `whole` completion has to be ready for both.
         """
+        if self.whole:
+            return float(self.check(text))
         _, closed, answer = text.rpartition(THINK_END)
         if len(text) > LONGEST_COMPLETION or len(answer) > LONGEST_ANSWER or not answer.isascii():
             return 0.0
@@ -430,7 +434,10 @@ class Sudoku:
         grid = sudoku_grids()[rng.integers(288)]
         clues = set(rng.permutation(16)[: self.size].tolist())
         template = "".join(digit if cell in clues else BLANK for cell, digit in enumerate(grid))
-        return Task(self.name, "", grid, self.grids.__contains__, template, template)
+        return Task(self.name, "", grid, partial(self.solves, template), template, template)
+
+    def solves(self, template, answer):
+        return answer in self.grids and all(clue in (BLANK, digit) for clue, digit in zip(template, answer))
 
 
 class Progressions:
@@ -477,10 +484,12 @@ def environment(spec, known=ENVIRONMENTS):
         raise ValueError(f"unknown environment {name!r}; known: {', '.join(known)}")
     keywords = {}
     for option in options:
-        if option in ("on", "off"):
+        if option in ("on", "off") and "think" not in keywords:
             keywords["think"] = option == "on"
-        elif re.fullmatch(r"[0-9]{1,9}", option):
+        elif re.fullmatch(r"[0-9]{1,9}", option) and "size" not in keywords:
             keywords["size"] = int(option)
+        elif option in ("on", "off") or re.fullmatch(r"[0-9]{1,9}", option):
+            raise ValueError(f"environment {spec!r}: {option!r} comes after another of its kind; write {name}:4, say")
         else:
             raise ValueError(f"environment {spec!r}: {option!r} is neither a size nor on or off; write {name}:4, say")
     if "think" in keywords and "think" not in inspect.signature(known[name]).parameters:
@@ -513,6 +522,14 @@ def sample_task(env, rng, held_out=False):
 # ---- 5. scores ------------------------------------------------------------------------------------------------------
 
 
+def described(error):
+    """Returns an exception's name and message, at most 200 characters. The message may be what fails next."""
+    try:
+        return f"{type(error).__name__}: {error}"[:200]
+    except Exception:
+        return f"{type(error).__name__}, without a message"
+
+
 def score(task, text):
     """Returns (reward in [0, 1], None), or (reward, problem) where the verifier is broken: the run goes on.
 
@@ -521,7 +538,7 @@ def score(task, text):
     try:
         reward = float(task.verify(text))
     except (Exception, SystemExit) as error:
-        return 0.0, f"{type(error).__name__}: {error}"[:200]
+        return 0.0, described(error)
     if not math.isfinite(reward):
         return 0.0, f"verify returned {reward}"
     return min(max(reward, 0.0), 1.0), None if 0 <= reward <= 1 else f"verify returned {reward}, outside of [0, 1]"
@@ -585,20 +602,20 @@ def with_low_effort(tasks, marked):
     return [replace(t, prompt=LOW_EFFORT + t.prompt) if m and t.thinks else t for t, m in zip(tasks, marked)]
 
 
-def demonstration_rows(tasks, tokenizer, rng, cut=0.0, silent=0.0):
+def demonstration_rows(tasks, tokenizer, rng, cut=0.0, no_thought=0.0):
     """Returns (ids, targets), int64 [B, T] each: end of text, prompt, demonstration, end of text, padded on the right.
 
     targets are the ids that follow, those of the demonstration and its end; -100 stands for no target. cut: share of
     the tasks that think whose thought stops early. There the closing tag is no target: the model learns to answer from
     half a thought, not to stop at half (Nemotron 3 Ultra). Where LOW_EFFORT asks for a short thought, it is one.
-    silent: share of the tasks that think whose thinking is turned off.
+    no_thought: share of the tasks that think whose thinking is turned off.
     """
     end, encode, rows = tokenizer.end_of_text, tokenizer.encode, []
     tag = len(encode(THINK_END))
     for task, chance in zip(tasks, rng.random(len(tasks))):
         low_effort, lines = task.prompt.startswith(LOW_EFFORT), task.demonstration.count("\n")
         is_cut = task.thinks and not low_effort and chance < cut
-        if task.thinks and not low_effort and not is_cut and chance < cut + silent:
+        if task.thinks and not low_effort and not is_cut and chance < cut + no_thought:
             task = without_thought(task)
         demonstration = task.demonstration
         if (is_cut or low_effort) and lines:

@@ -32,9 +32,10 @@ from tqdm import tqdm
 from benchmarks.harness import provenance
 from common import tasks
 from common.data import Tokenizer
+from common.fit import learn
 from common.tasks import THINK_END, Chain, Sort
 from decoding import ThinkingBudget
-from grpo import ALGORITHMS, GRPO, PRESETS, GRPOConfig, learn
+from grpo import ALGORITHMS, GRPO, PRESETS, GRPOConfig
 from nano_hybrid import Hybrid
 from rollouts import judged_answers, sample_answers
 

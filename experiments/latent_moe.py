@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import ROOT, provenance
 from common.data import load_corpus
-from latent_moe import MoE, MoEConfig, layer_cost, to_latent
+from latent_moe import MoE, MoEConfig, layer_cost, new_load, to_latent
 
 # ---- 1. the model -----------------------------------------------------------------------------------------
 
@@ -42,14 +42,15 @@ class Layer(nn.Module):
         self.qkv, self.o = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.moe = MoE(config)
 
-    def forward(self, x):
-        """Returns x [B, T, C] with both parts added."""
+    def forward(self, x, load=None):
+        """Returns x [B, T, C] with both parts added. load: a `latent_moe.Load`, which takes that of the mixture."""
         q, k, v = (
             t.transpose(1, 2) for t in self.qkv(self.norms[0](x)).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         )
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)  # [B, T, C]
         x = x + self.o(a)
-        return x + self.moe(self.norms[1](x))
+        h = self.norms[1](x)
+        return x + (load.add(self.moe, *self.moe(h, load.counted)) if load else self.moe(h))
 
 
 class LanguageModel(nn.Module):
@@ -77,11 +78,11 @@ class LanguageModel(nn.Module):
 
     def loss(self, ids, targets):
         """Returns (next-token loss in nats, balance loss averaged over the layers). ids, targets [B, T]."""
-        x = self.embed(ids) + self.positions.weight[: ids.shape[1]]
+        x, load = self.embed(ids) + self.positions.weight[: ids.shape[1]], new_load(self, torch.ones_like(ids).bool())
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, load)
         logits = self.norm(x) @ self.embed.weight.T
-        balance = sum(layer.moe.pop_balance_loss() for layer in self.layers) / len(self.layers)
+        balance = load.finish() / len(self.layers) if load else 0.0
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), balance
 
 

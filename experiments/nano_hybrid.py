@@ -39,7 +39,8 @@ def iso_parameter_baseline(config, **changes):
 def state_bytes(config, length, bytes_per_number):
     """Returns the bytes state of a sequence of `length` tokens: constant for a Mamba layer, else growing."""
     c, pattern = config, config.hybrid_override_pattern
-    mamba = 4 * c.mamba_size * c.ssm_state_size + bytes_per_number * c.conv_size * (c.conv_kernel - 1)
+    conv_channels = c.mamba_size + 2 * c.n_groups * c.ssm_state_size  # x, B and C
+    mamba = 4 * c.mamba_size * c.ssm_state_size + bytes_per_number * conv_channels * (c.conv_kernel - 1)
     attention = 2 * bytes_per_number * c.num_key_value_heads * c.head_dim * length
     return pattern.count("M") * mamba + (pattern.count("*") + pattern.count("L")) * attention
 

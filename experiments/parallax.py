@@ -31,9 +31,10 @@ class _FlashParallax(torch.autograd.Function):
         g, size = _sized(g)
         t, gnorm, gbar = sweeps.rhs(stats, g)
         nothing = Probe(*(torch.zeros_like(part) for part in x))  # x does not come from a solve: no u
-        dq, dk, dv, _ = sweeps.gradients(stats, x, nothing, g, gnorm, gbar)
-        dr = -(t * gnorm[..., None]).to(q.dtype)
-        return *(d if size is None else d * size for d in (dq, dk, dv, dr)), None, None
+        wanted = ctx.needs_input_grad[:4]
+        *grads, _ = sweeps.gradients(stats, x, nothing, g, gnorm, gbar, keys=any(wanted[1:3]))
+        grads = [d if want else None for d, want in zip((*grads, -(t * gnorm[..., None]).to(q.dtype)), wanted)]
+        return *(d if d is None or size is None else d * size for d in grads), None, None
 
 
 def parallax_ref(q, k, v, r, scale=None, causal=True):

@@ -1,11 +1,17 @@
-"""cli.py: flags from dataclasses, mistakes in one line, devices and dtypes."""
+"""cli.py, ranges.py: flags from dataclasses, mistakes in one line, devices and dtypes, numbers out of range."""
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from typing import get_type_hints
 
 import pytest
 import torch
 
+import train
 from common.cli import fail, parse, peek, pick_device, pick_dtype
+from common.ranges import RANGES, check_ranges, type_of
+from nano_hybrid import HybridConfig
 
 
 @dataclass
@@ -73,3 +79,81 @@ def test_a_field_without_a_comment_and_with_a_type_in_quotes_is_a_flag():
         size: "int" = 2
 
     assert parse(Plain, prog="x.py", about="", argv=["--size=3"]) == {"size": 3}
+
+
+# ---- ranges ----
+
+CONFIGS = {  # class -> (what makes one, with values that go together; what its names begin with in a message)
+    train.TrainConfig: (lambda **v: train.check(replace(TRAINABLE, **v)), "--"),
+    HybridConfig: (HybridConfig, ""),
+    **{settings: (settings, "--") for settings in train.SETTINGS.values()},
+}
+TRAINABLE = train.TrainConfig(preset="tiny", tokenizer="bytes", context=8, batch_size=1, steps=1, lr=1e-3, warmup=0,
+                              decay=0.5, compile=False, eval_every=1, save_every=1, optimizer="muon")  # fmt: skip
+
+
+def numbers(kind):
+    """Returns (class, name) of every field of ours that is an int, or a float."""
+    return [(c, f.name) for c in CONFIGS for f in fields(c) if type_of(get_type_hints(c)[f.name]) is kind]
+
+
+def test_every_number_has_its_range_and_every_range_a_number():
+    assert {name for _, name in numbers(int) + numbers(float)} == set(RANGES)
+
+
+@pytest.mark.parametrize(("config", "name"), numbers(float))
+def test_a_float_out_of_its_range_is_refused_in_one_line(config, name):
+    make, prefix = CONFIGS[config]
+    low, high = RANGES[name]
+    for value in (math.nan, math.inf, -math.inf, -1.0, 1e30, low - 1e-3, high + 1, high * 1.01 + 1):
+        if low <= value <= high:  # advantage_floor may be negative
+            continue
+        with pytest.raises(ValueError, match=f"^{prefix}{name}={re.escape(str(value))} must be a number from [^\n]*$"):
+            make(**{name: value})
+    for value in ("1", True, [0.5]):
+        with pytest.raises(ValueError, match=f"^{prefix}{name}=.* must be a number$"):
+            make(**{name: value})
+
+
+@pytest.mark.parametrize(("config", "name"), numbers(int))
+def test_an_int_out_of_its_range_is_refused_in_one_line(config, name):
+    make, prefix = CONFIGS[config]
+    low, high = RANGES[name]
+    for value in (-1, 0, low - 1, high + 1, 10**40):
+        if low <= value <= high:
+            continue
+        with pytest.raises(ValueError, match=f"^{prefix}{name}={value} must be a whole number (of|from) [^\n]*$"):
+            make(**{name: value})
+    for value in (2.0, "2", True):
+        with pytest.raises(ValueError, match=f"^{prefix}{name}=.* must be a whole number$"):
+            make(**{name: value})
+
+
+def test_ends_of_the_ranges_belong_to_them():
+    for config, name in numbers(float):
+        together = dict(lla_ridge=(0.02, 1e6), temperature=(1e-3, 100.0)).get(name, RANGES[name])
+        for value in together:
+            extra = dict(distill_coef=dict(teacher="out/a" * bool(value))).get(name, {})
+            CONFIGS[config][0](**{name: value} | extra)
+
+
+def test_a_setting_of_a_users_own_is_finite_and_of_its_type():
+    @dataclass
+    class Own:
+        share: float = 0.5
+        size: int | None = None
+        name: str = "a"
+        loud: bool = False
+
+    check_ranges(Own())
+    check_ranges(Own(share=1, size=-(10**12)))
+    check_ranges(Own(share=0.5), share=(0.0, 1.0))
+    for wrong, message in [
+        (dict(share=math.nan), "--share=nan must be a number from -1.79769e"), (dict(share=None), "must be a number"),
+        (dict(size=1.5), "--size=1.5 must be a whole number"), (dict(name=3), "--name=3 must be a string"),
+        (dict(loud=1), "--loud=1 must be true or false"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check_ranges(Own(**wrong))
+    with pytest.raises(ValueError, match="--share=2 must be a number from 0 to 1"):
+        check_ranges(Own(share=2), share=(0.0, 1.0))

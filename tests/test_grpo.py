@@ -1,8 +1,10 @@
 """grpo.py: advantages, losses and gradients against closed forms, limit cases and small vocabularies enumerated."""
 
+import contextlib
 import inspect
 import itertools
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import torch
 
 import grpo
 import rollouts
+from common.canvas import completion_logprob
 from common.data import Tokenizer
 from common.tasks import THINK_END, environment, is_held_out
 from conftest import scramble
@@ -181,7 +184,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(aggregate, kind):
     tensors = batch()
     mask = tensors[3]
     options = dict(kind=kind, aggregate=aggregate, ref_logprob=tensors[1] - 0.1, kl_coef=0.1)
-    options["denominator"] = grpo.denominator(mask, aggregate, 9)
+    options["denominator"] = grpo.batch_denominator(mask, aggregate, 9)
     found = []
     for size in (1, 4, 6):
         parts = []
@@ -191,6 +194,31 @@ def test_the_gradient_does_not_depend_on_micro_batches(aggregate, kind):
             parts.append(gradient(*part, **{**options, "ref_logprob": ref}))
         found.append(torch.cat(parts))
     assert close(found[0], found[2]) and close(found[1], found[2]) and found[2].any()
+
+
+@pytest.mark.parametrize("correction", [None, *grpo.BOUNDS])
+@pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
+@pytest.mark.parametrize("kind", grpo.SURROGATES)
+def test_the_mean_of_micro_batches_and_processes_is_the_batch(monkeypatch, kind, aggregate, correction):
+    """Two processes of two micro-batches with one or two of six rows each, and rows by which any mean would differ."""
+    logprob, old, A, mask = batch()
+    mask[5] = False  # a row of which nothing is left
+    behaviour, options = old + 0.1 * draw(6, 7, seed=5), dict(kind=kind, aggregate=aggregate, correction=correction)
+    options |= dict(dual_clip=None if kind == "cispo" else 3.0, kl_coef=0.1, kl_kind="k2", bounds=(0.5, 1.2))
+
+    def grad(rows, divisor):
+        part = [logprob.detach()[rows].requires_grad_(), old[rows], A[rows], mask[rows]]
+        further = dict(behaviour_logprob=behaviour[rows], ref_logprob=old[rows] - 0.2, denominator=divisor)
+        return gradient(*part, **options, **further)
+
+    whole = grad(torch.arange(6), grpo.batch_denominator(mask, aggregate, 9))
+    shares, parts = (torch.arange(3), torch.arange(3, 6)), []
+    for mine, others in (shares, shares[::-1]):
+        theirs = grpo.batch_denominator(mask[others], aggregate, 1)
+        monkeypatch.setattr(grpo.dist, "all_reduce", lambda total, theirs=theirs: total.add_(theirs.long()))
+        divisor = grpo.batch_denominator(mask[mine], aggregate, 9, micro_batches=2, processes=2)
+        parts += [grad(rows, divisor) / 4 for rows in mine.tensor_split(2)]
+    assert close(torch.cat(parts), whole) and whole[:5].abs().sum(1).all() and not whole[5].any()
 
 
 def test_a_local_token_mean_depends_on_micro_batches():
@@ -209,7 +237,7 @@ def test_what_an_answer_weighs():
     weights = {}
     for aggregate in grpo.AGGREGATES:
         x = values.clone().requires_grad_()
-        grpo.aggregate_tokens(x, mask, aggregate, grpo.denominator(mask, aggregate, 10)).backward()
+        grpo.aggregate_tokens(x, mask, aggregate, grpo.batch_denominator(mask, aggregate, 10)).backward()
         weights[aggregate] = x.grad
     assert close(weights["token"], mask / 5, 1e-8) and close(weights["constant"], mask / 20, 1e-8)
     assert close(weights["sequence"], torch.tensor([[0.5, 0, 0, 0], [0.125] * 4]))
@@ -217,7 +245,7 @@ def test_what_an_answer_weighs():
 
 def test_rows_without_tokens_count_only_in_the_constant():
     mask = torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()
-    found = [float(grpo.denominator(mask, aggregate, 3)) for aggregate in grpo.AGGREGATES]
+    found = [float(grpo.batch_denominator(mask, aggregate, 3)) for aggregate in grpo.AGGREGATES]
     assert found == [2, 1, 6]
 
 
@@ -327,7 +355,7 @@ def test_what_is_not_in_the_mask_has_no_gradient(kind):
     assert close(repeat, found, 1e-12)
 
 
-def test_a_silent_group_has_no_gradient_even_with_a_kl_term():
+def test_an_uninformative_group_has_no_gradient_even_with_a_kl_term():
     rewards = torch.tensor([[1.0, 1, 1], [0, 1, 0]])
     logprob, old, _, mask = batch()
     A = grpo.advantages(rewards).flatten()
@@ -377,6 +405,30 @@ def test_corrections_on_ratios_by_hand():
     assert close(masked, [0, 0.5, 1, 3, 0, 0, 0]) and out == [True, False, False, False, True, True, True, False]
     dropped, out = weights("sequence", None)
     assert not dropped.any() and out == [True] * 7 + [False]  # the mean of a row with NaN is NaN: no evidence either
+
+
+def test_areal_drops_ratios_above_five_and_goes_on_counting_them():
+    """AReaL's `behav_imp_weight_cap`: a filter of tokens, no clamp; no lower bound."""
+    (row,) = (line for line in grpo.__doc__.splitlines() if "AReaL  " in line)
+    assert "--correction=mask" in row and "[(0, 5)]" in row
+    ratios = torch.tensor([[0.01, 1.0, 4.9, 5.1, 600.0]])
+    options = dict(behaviour_logprob=-ratios.log(), correction="mask", bounds=(0, 5))
+    logprob = torch.zeros(1, 5, requires_grad=True)
+    w, out = grpo.correction_weights(torch.zeros(1, 5), -ratios.log(), torch.ones(1, 5), "mask", (0, 5))
+    assert close(w, [[0.01, 1.0, 4.9, 0, 0]], 1e-6) and out.tolist() == [[False] * 3 + [True] * 2]
+    assert close(gradient(logprob, logprob, torch.ones(1), torch.ones(1, 5), **options), -w / 5, 1e-6)
+
+
+def test_a_word_of_its_own_for_each_thing():
+    """What a reader meets in grpo.py and rollouts.py has one name, explained where it comes first."""
+    for module in (grpo, rollouts):
+        source = inspect.getsource(module)
+        assert not re.search(r"\b(demos|silent|silence|accepted)\b", source, re.IGNORECASE)
+        for short, long in (("MOPD", r"multi-teacher[\w\s-]*distillation"), ("TIS", "truncated importance sampling")):
+            first = re.search(rf"\b{short}\b", source)
+            assert first is None or re.search(long, source[max(0, first.start() - 120) : first.end() + 120])
+    assert "denominator" not in vars(grpo)  # the argument of that name hides no function
+    assert grpo.informative is rollouts.informative
 
 
 def test_the_sequence_mask_judges_the_geometric_mean():
@@ -566,7 +618,7 @@ def test_the_curriculum_repeats_with_its_generator_and_state():
 def test_dynamic_sampling_draws_until_it_has_enough():
     made = []
 
-    def source(n):  # every third group is silent
+    def source(n):  # every third group is not informative
         groups = [len(made) + i for i in range(n)]
         made.extend(groups)
         return groups, torch.stack([torch.tensor([0.0, i % 3]) for i in groups])
@@ -732,7 +784,7 @@ def test_a_batch_is_a_function_of_the_step_and_of_the_weights():
         a, b = objective().batch(model, step), objective().batch(model, step)
         assert all(torch.equal(a[name], b[name]) for name in a if name != "metrics")
     demos, answers = objective().batch(model, 1), objective().batch(model, 2)
-    assert set(demos) == {"ids", "targets"} and "advantages" in answers
+    assert set(demos) == {"ids", "targets", "denominator"} and "advantages" in answers
     targets = demos["targets"]
     assert (targets[:, 0] == -100).all() and ((targets == 256).sum(1) == 1).all()  # no prompt, one end
 
@@ -932,7 +984,7 @@ def test_the_loss_of_a_batch_is_its_equation(monkeypatch, aggregate):
     logprob = log_p.gather(2, ids[:, 1:, None])[..., 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
     options = dict(aggregate=aggregate, ref_logprob=batch["ref_logprob"], kl_coef=0.5, kl_kind="k3+")
-    divisor = grpo.denominator(mask, aggregate, 11)
+    divisor = grpo.batch_denominator(mask, aggregate, 11)
     expected, _ = grpo.policy_loss(
         logprob, batch["old_logprob"], batch["advantages"], mask, denominator=divisor, **options
     )
@@ -1011,7 +1063,7 @@ def test_another_seed_step_or_rank_gives_other_answers_to_the_same_tasks(monkeyp
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.04])
-def test_a_silent_group_has_no_gradient_but_that_of_entropy(monkeypatch, entropy_coef):
+def test_an_uninformative_group_has_no_gradient_but_that_of_entropy(monkeypatch, entropy_coef):
     rule_draws(monkeypatch, [[1] * 4, [1, 0, 0, 1], [0] * 4, [0.5, 0, 0, 0]])
     model, run, found = writer(), objective(entropy_coef=entropy_coef), []
     batch, real = run.batch(model, 2), model.logprobs
@@ -1050,7 +1102,7 @@ def test_dynamic_sampling_draws_until_every_group_is_informative(monkeypatch):
     assert (batch["behaviour_logprob"] - logprob).abs().max() < 1e-4
 
 
-def test_dynamic_sampling_fills_up_with_silent_groups(monkeypatch):
+def test_dynamic_sampling_fills_up_with_uninformative_groups(monkeypatch):
     rule_draws(monkeypatch, *DRAWS)
     model, run = writer(), objective(dynamic_sampling=1)
     batch = run.batch(model, 2)
@@ -1214,7 +1266,7 @@ def demonstrations_of(run, tasks):
 
     A token that is no target is written as a dot.
     """
-    found, batch = [], run.demonstrations(small_model(), tasks, np.random.default_rng(0))
+    found, batch = [], grpo.demonstrations(run.settings, small_model(), tasks, run.tokenizer, np.random.default_rng(0))
     for ids, targets in zip(batch["ids"].tolist(), batch["targets"].tolist()):
         assert all(target in (-100, following) for target, following in zip(targets, [*ids[1:], 256]))
         ids = ids[1:]
@@ -1270,9 +1322,9 @@ def test_demonstrations_without_thoughts_are_answers_alone():
 def test_shares_of_demonstrations_are_cut_and_not_thought():
     run, tasks = think_on(400, envs="chain:3", batch_size=4, cut_thoughts=0.25, no_thoughts=0.5)
     found = demonstrations_of(run, tasks)
-    silent = sum(prompt.endswith("</think>") for prompt, _, _ in found)
+    no_thought = sum(prompt.endswith("</think>") for prompt, _, _ in found)
     cut = sum("........" in shown for _, _, shown in found)
-    assert 70 < cut < 130 and 160 < silent < 240
+    assert 70 < cut < 130 and 160 < no_thought < 240
     assert all(
         task.demonstration == shown for task, (_, written, shown) in zip(tasks, found) if written.count("\n") == 3
     )  # noqa: E501
@@ -1414,19 +1466,6 @@ def test_a_state_that_was_saved_is_not_written_on():
     assert state["left"][0].sum() == 14 and run.curricula.orders[0].left.sum() == 14
 
 
-@pytest.mark.parametrize("name, low, high", grpo.LIMITS)
-def test_settings_out_of_their_limits_are_refused(name, low, high):
-    whole = isinstance(grpo.GRPOConfig.__dataclass_fields__[name].default, int)
-    wrong = [low - 1] if whole else [low - 1e-3, -math.inf, math.inf, math.nan]
-    for value in wrong + [high + 0.5] * (high == 1):
-        with pytest.raises(ValueError, match=f"^--{name}={value} must be [^\n]*$"):
-            grpo.GRPOConfig(**{name: value})
-    extra = dict(teachers="a") if name == "group_size" else {}
-    assert getattr(grpo.GRPOConfig(**{name: low} | extra), name) == low
-    if high <= 1:
-        assert getattr(grpo.GRPOConfig(**{name: high}), name) == high
-
-
 @pytest.mark.parametrize("settings, message", [
     (dict(surrogate="ppo"), "surrogate='ppo', expected one of grpo, gspo, cispo"),
     (dict(aggregate="mean"), "aggregate='mean', expected one of token, sequence, constant"),
@@ -1482,6 +1521,86 @@ def test_sessions_under_autocast_have_the_weights_of_now_in_16_bits():
             assert torch.equal(theirs, weight.to(theirs.dtype)) and not theirs.requires_grad
         assert session.copy.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
         assert session.copy.model.embeddings.weight.dtype == torch.float32
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def gradients(model, loss):
+    """Returns the gradient of a loss by every parameter, as one vector; None would be a weight that has none."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def after_a_change(model, call, separate):
+    """Returns call(), and the gradients of what is learnt behind it, after the model was used and its weights changed.
+
+    separate: whether each part has a context of autocast of its own, or all share one.
+    """
+    ids, mask = torch.arange(20).view(2, 10), torch.ones(2, 9)
+    around, of_each = (contextlib.nullcontext, autocast) if separate else (autocast, contextlib.nullcontext)
+    with around():
+        with of_each():
+            model.logprobs(ids, mask)
+            with torch.no_grad():
+                model.logprobs(ids, mask)
+                for p in model.parameters():
+                    p.mul_(1.5)
+        with of_each():
+            found = call()
+        with of_each():
+            logprob, _ = model.logprobs(ids, mask)
+            return found, gradients(model, logprob.sum())
+
+
+WHAT_SAMPLES = {
+    "answers": lambda model, run: (
+        grpo.sample_answers(model, run.tokenizer, ["s1=", "c3,5>8="], 9, 1.0, torch.Generator().manual_seed(0)).logprob
+    ),
+    "answers of a session": lambda model, run: (
+        run.answer(model, run.tasks(0, 4), torch.Generator().manual_seed(0)).logprob
+    ),
+    "teachers": lambda model, run: rollouts.teacher_logprobs(
+        {"countdown": model}, run.tasks(0, 2), torch.arange(20).view(2, 10), torch.ones(2, 9), 1.0
+    ),
+    "other policies": lambda model, run: run.batch(model, 2)["old_logprob"],
+    "evaluation": lambda model, run: torch.tensor(list(run.evaluate(model, 8).values())),
+    "completions": lambda model, run: completion_logprob(model, run.tasks(0, 2), ["12", "3+5"], run.tokenizer),
+}
+
+
+@pytest.mark.parametrize("what", WHAT_SAMPLES)
+def test_sampling_may_share_a_context_of_autocast_with_learning(monkeypatch, what):
+    verdicts = lambda tasks, answers: [(float(sum(map(ord, text))), None) for text in answers.completions]  # noqa: E731
+    monkeypatch.setattr(grpo, "judged_answers", verdicts)
+    found = []
+    for separate in (False, True):
+        model, run = writer(), objective(updates=2)
+        found.append(after_a_change(model, lambda model=model, run=run: WHAT_SAMPLES[what](model, run), separate))
+    (together, gradient), (alone, expected) = found
+    assert torch.equal(together, alone) and torch.equal(gradient, expected) and alone.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(updates=2, kl_coef=0.1), dict(correction="tis", sampler_every=2)])
+def test_a_step_of_rewards_in_one_context_of_autocast_is_the_step_in_two(monkeypatch, settings):
+    """Over three steps, each of which changes the weights: by hand, as an optimiser would, inside of the context."""
+    gradient_of = {}
+    for separate in (False, True):
+        rule_rewards(monkeypatch, 1, 0, 0.5)
+        model, run, found = writer(), objective(**settings), []
+        around, of_each = (contextlib.nullcontext, autocast) if separate else (autocast, contextlib.nullcontext)
+        with around():
+            for step in (2, 3, 4):
+                with of_each():
+                    batch = run.batch(model, step)
+                with of_each():
+                    loss, _ = run.loss(model, batch)
+                found.append(gradients(model, loss))
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.mul_(1.2)
+        gradient_of[separate] = torch.stack(found)
+    assert torch.equal(gradient_of[False], gradient_of[True]) and gradient_of[True].abs().amax(1).min() > 1e-4
 
 
 def test_alike_prompts_are_read_once():

@@ -1,15 +1,20 @@
 """kernels.py against definitions, limit cases and PyTorch's own functions, in float64 unless said."""
 
 import math
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from benchmarks import harness
+from conftest import LargestTensor
 from expert_kernels import expert_mlp
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def draw(*shape, seed=0, dtype=torch.float64, grad=False):
@@ -74,20 +79,15 @@ def test_causal_conv1d_gradients():
         kernels.causal_conv1d(*args, activation="gelu")
 
 
+def test_documents_of_a_convolution_are_texts_of_their_own_whatever_their_numbers():
+    x, w = draw(1, 12, 6), draw(6, 4, seed=1)
+    expected = torch.cat([kernels.causal_conv1d(part, w) for part in x.split([2, 3, 1, 6], 1)], 1)
+    again = torch.tensor([[7, 7, 0, 0, 0, 7, -1, -1, -1, -1, -1, -1]])
+    for op in (kernels.causal_conv1d, kernels.causal_conv1d_ref):
+        assert_same(op(x, w, seq_idx=again), expected)
+
+
 # ---- output projection ----
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many elements the largest tensor made under it has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, torch.Tensor):
-                self.numel = max(self.numel, t.numel())
-        return out
 
 
 @pytest.mark.parametrize("limit", [1 << 24, 40 * 7, 1])  # in one block, in blocks of seven rows, of two
@@ -138,8 +138,41 @@ def test_a_zero_matrix_predicts_uniformly():
     assert entropy.tolist() == pytest.approx([math.log(50)] * 4)
 
 
-def test_no_targets_at_all_is_nan_as_in_torch():
-    assert kernels.linear_cross_entropy(draw(3, 4), draw(5, 4), torch.full((3,), -100)).isnan()
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="needs triton"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_targets_at_all_is_nan_as_in_torch_without_a_gradient(backend, dtype):
+    h, w = (draw(*shape, seed=shape[0], dtype=dtype).to(DEVICE).requires_grad_() for shape in ((3, 4), (5, 4)))
+    targets = torch.full((3,), -100, device=DEVICE)
+    for reduction in ("mean", "sum", "none"):
+        loss = kernels.linear_cross_entropy(h, w, targets, reduction=reduction, backend=backend)
+        assert loss.isnan() if reduction == "mean" else not loss.any()
+        assert not any(grad.any() for grad in torch.autograd.grad(loss.sum(), (h, w)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_outside_of_the_vocabulary_is_nan_and_has_no_gradient(backend):
+    h, w = (draw(*shape, seed=shape[0], dtype=torch.float32).to(DEVICE).requires_grad_() for shape in ((5, 4), (6, 4)))
+    targets, wrong = torch.tensor([1, 6, -1, -100, 5], device=DEVICE), torch.tensor([1, 2], device=DEVICE)
+    right = torch.tensor([0, 4], device=DEVICE)
+    losses = kernels.linear_cross_entropy(h, w, targets, reduction="none", backend=backend)
+    logprob, entropy = kernels.linear_logprob(h, w, targets, backend=backend)
+    assert losses[wrong].isnan().all() and losses[3] == 0 and logprob[[1, 2, 3]].isnan().all()
+    want = F.cross_entropy(h[right] @ w.T, targets[right], reduction="none")
+    assert (losses[right] - want).abs().max() < 1e-6 and (logprob[right] + want).abs().max() < 1e-6
+    assert entropy.isfinite().all()
+    for reduction in ("mean", "sum"):
+        loss = kernels.linear_cross_entropy(h, w, targets, reduction=reduction, backend=backend)
+        assert loss.isnan()
+        got = torch.autograd.grad(loss, (h, w))
+        n = 4 if reduction == "mean" else 1  # rows that count, those that are wrong included
+        for a, b in zip(got, torch.autograd.grad(want.sum() / n, (h, w), retain_graph=True)):
+            assert (a - b).abs().max() < 1e-6
+
+
+def test_unknown_reductions_and_temperatures_are_named():
     with pytest.raises(ValueError, match="unknown reduction 'max'"):
         kernels.linear_cross_entropy(draw(3, 4), draw(5, 4), torch.arange(3), reduction="max")
     with pytest.raises(ValueError, match="temperature must be > 0"):
@@ -163,6 +196,24 @@ def test_backend_switch_is_loud(monkeypatch):
     monkeypatch.setattr(kernels, "BACKEND", "triton")  # what NANO_BACKEND=triton sets
     with pytest.raises(ValueError, match="triton is not installed"):
         kernels.rms_norm(draw(2, 4), draw(4))
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="needs triton")
+def test_a_triton_that_is_too_old_is_named_as_that():
+    code = """
+        import sys, torch, triton
+        triton.__version__, sys.modules["triton.tools.tensor_descriptor"] = "3.2.0", None  # as if it had none
+        import kernels, expert_kernels, lla, ssd
+        x = torch.ones(2, 4)
+        assert kernels.rms_norm(x, x[0]).shape == (2, 4)
+        try:
+            kernels.rms_norm(x, x[0], backend="triton")
+        except ValueError as error:
+            print(error)
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=harness.ROOT)
+    assert "but triton 3.2.0 is too old, it has no tensor descriptors: install 3.6 or newer" in done.stdout, done.stderr
 
 
 # ---- experts ----

@@ -2,21 +2,26 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import latent_moe
 from experiments import latent_moe as study
 from latent_moe import (
     MLP,
+    Load,
     MoE,
     MoEConfig,
+    before_padding,
     choose_experts,
     layer_cost,
     load_metrics,
+    new_load,
     sequence_balance_loss,
     to_latent,
     update_bias,
@@ -45,6 +50,13 @@ def build(config, dtype=torch.float32, seed=0):
 
 def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def trained(layer, x, counted=None):
+    """The balance loss of a forward in training, whose tokens are counted."""
+    load = Load(torch.ones(x.shape[:-1], dtype=torch.bool) if counted is None else counted)
+    load.add(layer, *layer(x, load.counted))
+    return load.finish()
 
 
 def plain(layer, x):
@@ -144,9 +156,10 @@ def test_the_balance_loss_is_one_when_even_and_grows_to_E_over_K_when_not():
     even = torch.full((2, 8, 4), 0.5) + 1e-3 * torch.eye(4).repeat(
         2, 2, 1
     )  # each expert is best for every fourth token
-    assert sequence_balance_loss(even, 1).item() == pytest.approx(1, rel=1e-3)
+    counted = torch.ones(2, 8, dtype=torch.bool)
+    assert sequence_balance_loss(even, 1, counted).item() == pytest.approx(1, rel=1e-3)
     skewed = torch.tensor([1.0, 1e-9, 1e-9, 1e-9]).expand(2, 8, 4)
-    assert sequence_balance_loss(skewed, 1).item() == pytest.approx(4, rel=1e-3)
+    assert sequence_balance_loss(skewed, 1, counted).item() == pytest.approx(4, rel=1e-3)
 
 
 def test_the_balance_loss_is_its_equation_sequence_by_sequence():
@@ -156,10 +169,14 @@ def test_the_balance_loss_is_its_equation_sequence_by_sequence():
         f = torch.bincount(sequence.topk(top_k).indices.flatten(), minlength=6) / (top_k * 7)
         p = (sequence / sequence.sum(-1, keepdim=True)).mean(0)
         expected = expected + 6 * (f * p).sum() / 3
-    got = sequence_balance_loss(scores, top_k)
-    assert torch.allclose(got, expected)
-    grads = [torch.autograd.grad(loss, scores, retain_graph=True)[0] for loss in (got, expected)]
-    assert torch.allclose(*grads)
+    got = sequence_balance_loss(scores, top_k, torch.ones(3, 7, dtype=torch.bool))
+    padded = torch.cat([scores, draw(3, 4, 6, dtype=torch.float64).sigmoid()], 1)  # and a row of nothing but padding
+    padded = torch.cat([padded, padded[:1]])
+    counted = torch.arange(11) < torch.tensor([7, 7, 7, 0])[:, None]
+    for loss in (got, sequence_balance_loss(padded, top_k, counted)):
+        assert torch.allclose(loss, expected)
+        grads = [torch.autograd.grad(value, scores, retain_graph=True)[0] for value in (loss, expected)]
+        assert torch.allclose(*grads)
 
 
 def test_the_bias_moves_by_its_rate_towards_the_experts_with_too_few():
@@ -178,19 +195,36 @@ def test_the_bias_alone_evens_out_a_badly_skewed_router():
     for step in range(400):
         x = draw(1, 512, 16, seed=step)
         x[..., 0] = 1
-        layer(x)
+        trained(layer, x)
         loads.append(layer.balance(rate=5e-3)["load_max"].item())
     assert loads[0] > 3 and max(loads[-20:]) < 1.5
 
 
 def test_counts_add_up_over_micro_batches_and_only_in_training():
-    layer = build(SMALL)
-    layer(draw(2, 5, 24)), layer(draw(1, 5, 24))
+    layer, everything = build(SMALL), torch.ones(2, 5, dtype=torch.bool)
+    trained(layer, draw(2, 5, 24)), trained(layer, draw(1, 5, 24))
     assert layer.gate.counts.sum() == 15 * 3
-    layer.eval()(draw(2, 5, 24))
+    layer(draw(2, 5, 24)), layer(draw(2, 5, 24), everything)  # a forward by itself changes nothing
+    assert layer.gate.counts.sum() == 15 * 3
+    assert new_load(layer.eval(), everything) is None
     with torch.no_grad():
-        layer.train()(draw(2, 5, 24))
-    assert layer.gate.counts.sum() == 15 * 3
+        assert new_load(layer.train(), everything) is None
+
+
+def test_padding_is_not_counted():
+    layer, x = build(SMALL), draw(2, 9, 24)
+    counted = torch.arange(9) < torch.tensor([4, 7])[:, None]
+    balance = trained(layer, x, counted)
+    rows = [trained(alone := build(SMALL), x[:1, :4]), trained(alone, x[1:, :7])]  # the same without padding
+    assert balance.item() == pytest.approx(sum(rows).item() / 2, rel=1e-5)
+    assert torch.equal(layer.gate.counts, alone.gate.counts) and layer.gate.counts.sum() == 11 * 3
+    assert layer.gate.entropy.item() == pytest.approx(alone.gate.entropy.item(), rel=1e-5)
+    assert trained(layer, x, torch.zeros(2, 9, dtype=torch.bool)) == 0 and layer.gate.counts.sum() == 11 * 3
+
+
+def test_padding_begins_behind_the_last_position_that_is_wanted():
+    wanted = torch.tensor([[0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]).bool()
+    assert before_padding(wanted).long().tolist() == [[1, 1, 1, 1, 0, 0], [0] * 6, [1] * 6]
 
 
 def test_load_metrics():
@@ -204,7 +238,7 @@ def test_load_metrics():
 def test_the_entropy_is_that_of_all_tokens_counted():
     layer, xs = build(SMALL), [draw(2, 5, 24), draw(1, 3, 24, seed=1)]
     for x in xs:
-        layer(x)
+        trained(layer, x)
     shares = torch.cat([layer.gate(x).flatten(0, 1) for x in xs])
     shares = shares / shares.sum(-1, keepdim=True)
     expected = torch.distributions.Categorical(shares).entropy().mean() / torch.tensor(8.0).log()
@@ -212,17 +246,92 @@ def test_the_entropy_is_that_of_all_tokens_counted():
     assert not layer.gate.counts.any() and layer.gate.entropy == 0
 
 
-def test_a_balance_loss_is_taken_once_and_then_the_layer_can_be_copied():
-    layer = build(SMALL)
-    layer(draw(2, 5, 24))
-    assert layer.pop_balance_loss().requires_grad and layer.pop_balance_loss() == 0.0
-    copy.deepcopy(layer)
-
-
 @pytest.mark.parametrize("shape", [(4, 24), (0, 5, 24), (2, 0, 24)])
 def test_training_on_tokens_in_any_shape(shape):
     layer = build(SMALL)
-    assert layer(draw(*shape)).shape == shape and layer.pop_balance_loss().isfinite()
+    y, balance, counts, entropy = layer(draw(*shape), torch.ones(shape[:-1], dtype=torch.bool))
+    tokens = math.prod(shape[:-1])
+    assert y.shape == shape and counts.sum() == 3 * tokens and (balance > 0) == (tokens > 0) == (entropy > 0)
+
+
+# ---- computed again, copied, used twice ----
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["standard", "latent"])
+def test_a_checkpointed_layer_has_the_same_losses_gradients_and_counts(kind, use_reentrant):
+    results = []
+    for again in (False, True):
+        layer, x = build(KINDS[kind]), draw(2, 9, 24).requires_grad_()
+        counted, load = torch.arange(9) < torch.tensor([4, 9])[:, None], Load(torch.ones(2, 9, dtype=torch.bool))
+        for _ in range(2):  # the same layer twice in one forward
+            out = checkpoint(layer, x, counted, use_reentrant=use_reentrant) if again else layer(x, counted)
+            y = load.add(layer, *out)
+        loss = y.square().mean() + 3 * load.finish()
+        loss.backward()
+        assert layer.gate.counts.sum() == 2 * 13 * 3
+        results.append([loss, x.grad, layer.gate.counts, layer.gate.entropy, *(p.grad for p in layer.parameters())])
+    for plain, computed_again in zip(*results):
+        assert torch.allclose(plain, computed_again, rtol=1e-5, atol=1e-6)
+    assert results[0][4].abs().max() > 0  # the router's gradient, to which the balance loss belongs
+
+
+def test_the_balance_loss_alone_trains_the_router_through_a_checkpoint():
+    layer, x = build(SMALL), draw(2, 9, 24).requires_grad_()
+    counted = torch.ones(2, 9, dtype=torch.bool)
+    expected = torch.autograd.grad(layer(x, counted)[1], layer.gate.weight)[0]
+    checkpoint(layer, x, counted, use_reentrant=True)[1].backward()
+    assert torch.allclose(layer.gate.weight.grad, expected) and expected.norm() > 0
+
+
+def test_a_layer_can_be_copied_after_a_forward_and_before_its_backward():
+    layer = build(SMALL)
+    balance = trained(layer, draw(2, 5, 24))
+    copied = copy.deepcopy(layer)
+    balance.backward()
+    assert torch.equal(copied.gate.counts, layer.gate.counts) and copied.gate.weight.grad is None
+    assert all(torch.equal(a, b) for a, b in zip(copied.state_dict().values(), layer.state_dict().values()))
+
+
+def test_a_compiled_layer_returns_the_load_of_the_layer():
+    layer, x, counted = build(SMALL), draw(2, 9, 24), torch.arange(9) < torch.tensor([4, 9])[:, None]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for a, b in zip(layer(x, counted), compiled(x, counted)):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+# ---- weights anew ----
+
+
+@pytest.mark.parametrize("kind", ["standard", "latent"])
+def test_a_layer_made_on_the_meta_device_begins_like_any_other(kind):
+    config = replace(KINDS[kind], hidden_size=64, mlp_bias=True)
+    with torch.device("meta"):
+        layer = MoE(config)
+    layer.to_empty(device="cpu")
+    for tensor in layer.state_dict(keep_vars=True).values():
+        tensor.detach().fill_(1e9)  # as empty memory may be
+    layer.gate.counts.fill_(7), layer.gate.entropy.fill_(7)
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    other = MoE(config)
+    for (name, a), b in zip(layer.state_dict().items(), other.state_dict().values()):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    assert not layer.gate.counts.any() and layer.gate.entropy == 0
+
+
+def test_loading_weights_forgets_what_was_counted():
+    layer, x = build(SMALL), draw(2, 5, 24)
+    weights = build(SMALL, seed=1).state_dict()
+    trained(layer, x)
+    layer.load_state_dict(weights)
+    assert not layer.gate.counts.any() and layer.gate.entropy == 0
+    with torch.device("meta"):
+        other = MoE(SMALL)
+    other.load_state_dict(weights, assign=True)  # counters, which no file has, leave the meta device, too
+    trained(other, x)
+    assert other.gate.counts.sum() == 10 * 3
 
 
 # ---- precision ----
@@ -235,6 +344,9 @@ def test_router_and_bias_stay_in_float32_when_the_model_does_not():
     assert torch.equal(layer.gate.e_score_correction_bias, bias)
     assert layer(draw(1, 4, 24).bfloat16()).dtype == torch.bfloat16
     assert layer.gate(draw(1, 4, 24).bfloat16()).dtype == torch.float32
+    with torch.device("meta"):
+        assert MoE(SMALL).to(torch.bfloat16).gate.e_score_correction_bias.dtype == torch.float32
+        assert MoE(SMALL).half().to_empty(device="cpu").gate.e_score_correction_bias.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.gate(draw(1, 4, 24)).dtype == torch.float32
 

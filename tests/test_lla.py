@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 import lla
 from experiments import lla as study
 from experiments import parallax
@@ -47,10 +48,62 @@ def exact_products():
 # ---- the definition
 
 
+def paper_fit(s, q, k, v, ridge):
+    """Returns what `local_fit` returns, by the formula of the paper for weights that sum to one."""
+    z = k[:, :, None] - q[..., None, :]  # [B, H, T, S, D]
+    mu = (s[..., None] * z).sum(-2)  # [B, H, T, D]
+    Sigma = torch.einsum("bhts,bhtsd,bhtse->bhtde", s, z, z)
+    Sigma = Sigma + ridge[..., None] * torch.eye(q.shape[-1], dtype=q.dtype)
+    rho = torch.linalg.solve(Sigma, mu)
+    a = s * (1 - (z @ rho[..., None])[..., 0]) / (1 - (mu * rho).sum(-1, keepdim=True))  # [B, H, T, S]
+    return a @ v
+
+
 def test_the_centred_form_is_the_paper_s_formula():
     q, k, v = qkv(H=2, T=12)
     s, ridge = lla.softmax_weights(q, k), torch.tensor([0.3, 2.0]).double().view(2, 1, 1)
-    assert (lla.local_fit(s, q, k, v, ridge) - lla.paper_fit(s, q, k, v, ridge)).abs().max() < 1e-12
+    assert (lla.local_fit(s, q, k, v, ridge) - paper_fit(s, q, k, v, ridge)).abs().max() < 1e-12
+
+
+def test_systems_are_solved_with_their_gradient():
+    A, c = draw(7, 6, 6), draw(7, 6, seed=1)
+    C = A @ A.mT + 0.1 * torch.eye(6).double()
+    assert relative(lla.solve(C, c), torch.linalg.solve(C, c)) < 1e-12
+    symmetric = lambda A, c: lla.solve(A @ A.mT + torch.eye(6).double(), c)  # noqa: E731
+    assert torch.autograd.gradcheck(symmetric, (A.requires_grad_(), c.requires_grad_()))
+    C = torch.stack([torch.eye(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]])])  # the second is indefinite
+    assert torch.equal(lla.solve(C, torch.ones(2, 2)).isnan(), torch.tensor([[False, False], [True, True]]))
+
+
+def test_systems_are_solved_by_cholesky_s_method(monkeypatch):
+    """Batched torch.linalg.solve hangs with two threads on some machines."""
+    monkeypatch.delattr(torch.linalg, "solve")
+    q, k, v = (t.requires_grad_() for t in qkv())
+    lla.lla_ref(q, k, v, 0.3).sum().backward()
+    lla.mesa_ref(q, q, q, 0.3)
+
+
+@pytest.mark.parametrize("ridge", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_what_a_small_ridge_costs_in_float32(ridge):
+    """As the docstring says: in a row at most eps |k - k_1|^2 / ridge, in the whole a tenth of it."""
+    q, k, v = (t.float() for t in qkv(B=1, H=1, Hkv=1, T=60, D=32))
+    want, got = lla.lla_ref(q.double(), k.double(), v.double(), ridge), lla.lla_ref(q, k, v, ridge)
+    cost = torch.finfo(torch.float32).eps * float((k - k[:, :, :1]).square().sum(-1).max()) / ridge
+    assert relative(got, want) < 0.1 * cost
+    assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).max() < cost
+
+
+def test_a_ridge_that_rounding_would_swallow_is_refused():
+    q, k, v = qkv(B=1, H=2, Hkv=1, T=20, D=32)
+    low = [t.float() for t in (q, k, v)]
+    for ridge in (1e-8, torch.tensor([1.0, 1e-8])):
+        with pytest.raises(ValueError, match=r"ridge=1e-08 is lost in torch.float32: keys .* apart need 1.*e-05"):
+            lla.lla(*low, ridge, backend="torch")
+        with pytest.raises(ValueError, match="is lost in torch.float32"):
+            lla.lla_step(low[0][:, :, -1], *low[1:], ridge, backend="torch")
+        assert lla.lla(q, k, v, ridge).isfinite().all()
+    low[1][:, :, 5] = math.nan  # a text that has diverged is not the ridge's fault
+    assert lla.lla(*low, 1e-8, backend="torch")[:, :, 6:].isnan().all()
 
 
 def test_it_minimises_the_paper_s_objective():
@@ -471,8 +524,12 @@ def test_the_kernels_refuse_float64():
 def test_heads_too_wide_for_the_kernels(monkeypatch):
     q, k, v = (t.float().to(DEVICE) for t in qkv(1, 1, 1, 3, 3, 130))
     assert lla.lla(q, k, v, 1.0).shape == q.shape
-    with pytest.raises(ValueError, match="up to 128 channels"):
+    with pytest.raises(ValueError, match="'triton' was asked for, but its kernels take heads of up to 128 channels"):
         lla.lla(q, k, v, 1.0, backend="triton")
+    monkeypatch.setattr(kernels, "BACKEND", "triton")  # what NANO_BACKEND=triton sets
+    for call in (lambda: lla.lla(q, k, v, 1.0), lambda: lla.lla_step(q[:, :, 0], k, v, 1.0)):
+        with pytest.raises(ValueError, match="up to 128 channels, not 130"):
+            call()
 
 
 def test_a_layer_without_a_ridge_is_refused():

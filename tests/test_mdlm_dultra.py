@@ -1,8 +1,10 @@
 """Masked diffusion: the likelihood against exact posteriors, decoders, the planner's likelihood, dUltra's updates."""
 
+import contextlib
 import itertools
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import torch.nn.functional as F
 import mdlm_dultra
 from common.canvas import canvas_of, completion_logprob, completions
 from common.data import Tokenizer
+from common.objectives import RunInfo
 from common.tasks import BLANK, FILL_INS, environment, sample_task, sudoku_grids
 from experiments.mdlm_dultra import Study, aup, plot_frontiers, report, run_study
-from grpo import advantages
+from grpo import GRPO, advantages, batch_denominator
 from mdlm_dultra import (
     EPS,
     DUltra,
@@ -24,6 +27,7 @@ from mdlm_dultra import (
     mdlm_loss,
     nelbo,
     noise_levels,
+    replay,
     rewards,
     step_logprob,
 )
@@ -114,6 +118,10 @@ def integral_bound(model, ids, maskable, samples, generator):
         draws.append(-model.logprobs(ids, masked).sum(1) / t)
     draws = torch.stack(draws)
     return draws.mean(0), draws.std(0) / math.sqrt(samples)
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 def subsets(T):
@@ -715,6 +723,80 @@ def test_loss_is_the_formula():
             assert batch["advantages"].view(-1, 8).sum(1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_gradient_of_rewards_is_the_sum_over_parts_of_the_batch(joint):
+    """Rows of two lengths: where each part divided by its own tokens, short prompts would weigh more."""
+    found, model = objective("add:2", 16, joint=joint, temperature=1.0 if joint else 0.0, efficiency=2.0)
+    batch = found.batch(model, 3)
+    batch["order"][:8] *= batch["order"][:8] > 2  # as if these rows had had fewer masks
+    batch["denominator"] = batch_denominator(batch["order"] > 0)
+    parameters = [p for p in model.parameters() if joint] or list(model.planner.parameters())
+
+    def gradient(rows):
+        part = {k: v[rows] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in batch.items()}
+        return torch.autograd.grad(found.loss(model, part)[0], parameters, allow_unused=True)
+
+    parts = [gradient(rows) for rows in torch.arange(16).split([8, 3, 5])]
+    for whole, *shares in zip(gradient(slice(None)), *parts):
+        if whole is not None:
+            shares = [torch.zeros_like(whole) if share is None else share for share in shares]
+            torch.testing.assert_close(sum(shares), whole, rtol=1e-3, atol=1e-7)
+    assert found.batch(model, 3)["denominator"] == 16 * found.env.max_new_tokens
+
+
+WHAT_SAMPLES = {
+    "decoding": lambda found, model: decode(model, found.canvas(model, found.tasks(0, 8)).ids, top_k(2)).order,
+    "the bound": lambda found, model: nelbo(
+        model, torch.arange(48).view(4, 12), samples=2, generator=torch.Generator().manual_seed(0)
+    )[0],
+    "a batch": lambda found, model: found.batch(model, 3)["order"],
+    "an evaluation": lambda found, model: torch.tensor(found.evaluate(model, 16)["nfe"]),
+}
+
+
+@pytest.mark.parametrize("what", WHAT_SAMPLES)
+def test_sampling_may_share_a_context_of_autocast_with_learning(what):
+    """The weights change in it, by another model's; the loss behind must have gradients, and of the new weights."""
+    results = []
+    for separate in (False, True):
+        found, model = objective("progressions:3", joint=True, temperature=1.0, efficiency=2.0)
+        around, of_each = (contextlib.nullcontext, autocast) if separate else (autocast, contextlib.nullcontext)
+        ids, masked = torch.arange(48).view(4, 12), torch.ones(4, 12, dtype=torch.bool)
+        with around():
+            with of_each():
+                model.logprobs(ids, masked)
+                with torch.no_grad():
+                    model.logprobs(ids, masked)
+                    for p in model.parameters():
+                        p.copy_(2 * p.flip(0))
+            with of_each():
+                value = WHAT_SAMPLES[what](found, model)
+            with of_each():
+                loss = model.logprobs(ids, masked).sum()
+        weights = [p for name, p in model.named_parameters() if not name.startswith("planner.")]
+        results.append((value, torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])))
+    assert all(torch.equal(*pair) for pair in zip(*results)) and results[0][1].abs().max() > 0.01
+
+
+def test_learning_may_share_a_context_of_autocast_with_decoding():
+    grads = []
+    for separate in (False, True):
+        found, model = objective("progressions:2", 16, efficiency=2.0)
+        around, of_each = (contextlib.nullcontext, autocast) if separate else (autocast, contextlib.nullcontext)
+        with around():
+            for step in (3, 4):
+                with of_each():
+                    batch = found.batch(model, step)
+                with of_each():
+                    loss, _ = found.loss(model, batch)
+                grads += torch.autograd.grad(loss, list(model.planner.parameters()))
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.mul_(1.5)
+    half = len(grads) // 2
+    assert all(torch.equal(a, b) for a, b in zip(grads[:half], grads[half:])) and grads[-2].any()
+
+
 def test_tokens_that_are_no_text_are_not_free():
     tokenizer, task = Tokenizer("bytes"), environment("add:2").sample(np.random.default_rng(0))
     good = tokenizer.encode(task.demonstration)
@@ -735,9 +817,38 @@ def test_experts_stay_balanced():
     model = tiny(scale=1, **experts, moe_shared_expert_intermediate_size=8, router_aux_loss_coef=10.0).train()
     ids = torch.randint(7, (4, 9), generator=torch.Generator().manual_seed(0))
     loss, metrics = model.loss(ids, generator=torch.Generator().manual_seed(0))
-    assert loss - metrics["loss"] > 1 and model.pop_balance_losses() == 0
+    assert loss - metrics["loss"] > 1 and model.moe_layers()[0].gate.counts.sum() == 4 * 9 * 2
     loss, metrics = model.eval().loss(ids, generator=torch.Generator().manual_seed(0))
     assert loss == metrics["loss"]
+
+
+def test_padding_and_replays_are_not_counted_by_experts():
+    experts = dict(hybrid_override_pattern="*E", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    model = tiny(scale=1, planner=True, **experts, moe_shared_expert_intermediate_size=8).train()
+    (moe,), ids = model.moe_layers(), torch.randint(7, (2, 9), generator=torch.Generator().manual_seed(0))
+    keys = torch.arange(9) >= torch.tensor([[0], [5]])  # five positions of padding, on the left
+    model.loss(ids, keys=keys, generator=torch.Generator().manual_seed(0))[0].backward()
+    assert moe.gate.counts.sum() == (9 + 4) * 2
+    batch, live = dict(ids=ids, order=torch.ones_like(ids), keys=keys), torch.ones(2, 1, dtype=torch.bool)
+    replay(model, batch, live, DUltraConfig(joint=True, temperature=1.0)).sum().backward()  # computed twice
+    assert moe.gate.counts.sum() == (9 + 4) * 2
+
+
+@pytest.mark.parametrize("positions", [None, 12])
+def test_a_model_made_on_the_meta_device_begins_like_any_other(positions):
+    config = HybridConfig(**TINY | dict(rotary_base=None if positions else 1e4))
+    with torch.device("meta"):
+        model = MaskedDiffusionLM(config, positions, planner=True)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)  # empty memory may hold anything
+    other = MaskedDiffusionLM(config, positions, planner=True)
+    for one in (model, other):
+        torch.manual_seed(0)
+        one.reset_parameters()
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(a, b), name
 
 
 def test_before_there_is_a_planner_a_rule_is_evaluated(monkeypatch):
@@ -837,6 +948,31 @@ def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="known: .*sudoku"):
         DUltra(DUltraConfig(task="chess"), Tokenizer("bytes"), 16)
     assert asdict(DUltraConfig())["task"] == "sudoku:4"
+
+
+@pytest.mark.parametrize("recipe, kind, source, settings", [
+    ("dultra", DUltra, "--task", dict(pretrain=2, imitate=1)), ("grpo", GRPO, "--envs", dict(warm_start=3)),
+])  # fmt: skip
+def test_runs_that_rewards_cannot_be_learnt_in(recipe, kind, source, settings):
+    config = SimpleNamespace(recipe=recipe, batch_size=32, grad_accum=1, steps=4)
+
+    def begin(given=(), world_size=1, **changes):
+        config_of_run = SimpleNamespace(**vars(config) | changes)
+        run = RunInfo(config_of_run, "bytes", frozenset(given), 0, 0, world_size)
+        return kind.from_run(run, kind.Settings(**settings))
+
+    assert begin().batch_size == 32
+    for message, options in {
+        f"--recipe={recipe} runs in one process, without torchrun": dict(world_size=2),
+        "leaves none of --steps=3 for rewards": dict(steps=3),
+        f"--context has no meaning with --recipe={recipe}: its tasks come from {source}": dict(given=["context"]),
+        f"--data has no meaning with --recipe={recipe}: its tasks come from {source}": dict(given=["data", "seed"]),
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            begin(**options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="--hidden_dropout: with rewards the sampler and the trainer must be one"):
+        begin().build(HybridConfig(**TINY | dict(vocab_size=320, rotary_base=None, hidden_dropout=0.1)))
 
 
 def test_demo_and_a_study_print_accuracy_and_nfe_of_rules_and_planner(capsys, tmp_path, monkeypatch):

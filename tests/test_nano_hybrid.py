@@ -1,24 +1,33 @@
 """nano_hybrid.py: parity with transformers' NemotronH, the cache, generation, checkpoints, published sizes."""
 
+import copy
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from common.accounting import CG_STEPS
 from conftest import TINY, scramble
 from decoding import DraftStats, StaticCache, ThinkingBudget, decode_step, generate, step_logits, to_static
 from experiments.nano_hybrid import PASSKEY_VOCAB, PasskeyStudy, attention_baseline, passkey, state_bytes
+from latent_moe import new_load
+from lla import LocalLinearAttention
 from nano_hybrid import (
     PRESETS,
     Hybrid,
     HybridConfig,
+    RMSNorm,
     apply_rope,
 )
+from ssd import Mamba2
 
 
 def build(dtype=torch.float32, seed=0, **changes):
@@ -211,8 +220,9 @@ def test_presets_have_the_published_layers(preset, counts):
 def test_the_loss_of_mixtures_has_their_balance_and_their_routers_move():
     model, ids = build(**MOE, router_aux_loss_coef=0.5, router_bias_update_rate=0.1), draw_ids(2, 20)
     plain, _ = model.loss(ids[:, :-1], ids[:, 1:])
-    model.train().model(ids[:, :-1])
-    balance = model.pop_balance_losses().item()
+    load = new_load(model.train(), torch.ones(2, 19, dtype=torch.bool))
+    model.model(ids[:, :-1], load=load)
+    balance = sum(numbers[1] for numbers in load.taken).item()
     loss, metrics = model.loss(ids[:, :-1], ids[:, 1:])
     assert loss.item() == pytest.approx(plain.item() + 0.5 * balance, rel=1e-5)
     assert metrics["loss"].item() == pytest.approx(plain.item(), rel=1e-5)
@@ -239,12 +249,240 @@ def test_every_depth_of_a_predictor_adds_its_balance():
     assert loss.isfinite()
 
 
+def checkpointed(model, what, use_reentrant):
+    """The model with each layer, or each mixture of experts, computed again in the backward."""
+    for layer in model.layers:
+        module = layer if what == "layers" else layer.mixer
+        if what == "layers" or layer.routes:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=use_reentrant)
+    return model
+
+
+def trained(model, ids, targets):
+    """What a training step leaves: name -> loss, every gradient, and what the routers have counted."""
+    loss, metrics = model.loss(ids, targets)
+    loss.backward()
+    found = {"loss": loss.detach()} | metrics | {name: p.grad for name, p in model.named_parameters()}
+    for index, moe in enumerate(model.moe_layers()):
+        found |= {f"counts {index}": moe.gate.counts.double(), f"entropy {index}": moe.gate.entropy}
+    return found
+
+
+PADDED = torch.arange(12) >= torch.tensor([[12], [7]])  # in the second of two texts of 12 tokens
+SUPER = MOE | MTP | dict(mtp_hybrid_override_pattern="*E", moe_latent_size=8, router_aux_loss_coef=0.5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("what", ["layers", "mixtures"])
+def test_checkpointing_changes_neither_losses_nor_gradients_nor_counts(what, use_reentrant):
+    """Mixtures, latent, with padding and a multi-token predictor, which goes through its layers twice."""
+    ids, targets = draw_ids(2, 12), draw_ids(2, 12, seed=1).masked_fill(PADDED, -100)
+    expected = trained(build(**SUPER).train(), ids, targets)
+    found = trained(checkpointed(build(**SUPER).train(), what, use_reentrant), ids, targets)
+    assert found.keys() == expected.keys() and expected["counts 0"].sum() == 3 * (12 + 7)
+    assert expected["counts 2"].sum() == 3 * (11 + 6 + 10 + 5)  # of the predictor, one and two tokens further
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
+    without = trained(build(**SUPER | dict(router_aux_loss_coef=0.0)).train(), ids, targets)
+    routers = [name for name in expected if name.endswith("gate.weight")]
+    assert len(routers) == 3  # the balance loss reaches each of them
+    assert all((expected[name] - without[name]).norm() > 1e-3 * expected[name].norm() for name in routers)
+
+
+def test_checkpointing_goes_with_torch_compile():
+    few = dict(hybrid_override_pattern="-E", router_aux_loss_coef=0.5)
+    ids, targets = draw_ids(2, 12), draw_ids(2, 12, seed=1).masked_fill(PADDED, -100)
+    expected = trained(build(**MOE | few).train(), ids, targets)
+    model = checkpointed(build(**MOE | few).train(), "layers", use_reentrant=False)
+    model.compile(backend="aot_eager")
+    found = trained(model, ids, targets)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
+
+
+def test_checkpointing_goes_with_data_parallelism(tmp_path):
+    class Step(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, targets):
+            return self.model.loss(ids, targets)
+
+    ids, targets = draw_ids(2, 12), draw_ids(2, 12, seed=1).masked_fill(PADDED, -100)
+    expected = trained(build(**MOE).train(), ids, targets)
+    model = checkpointed(build(**MOE).train(), "layers", use_reentrant=False)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        step = DistributedDataParallel(Step(model))
+        loss, _ = step(ids, targets)
+        loss.backward()
+        counts = [moe.gate.counts.clone() for moe in model.moe_layers()]
+        model.balance_routers()  # over all processes
+    finally:
+        dist.destroy_process_group()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, expected[name], rtol=1e-4, atol=1e-6), name
+    assert [c.tolist() for c in counts] == [expected[f"counts {i}"].long().tolist() for i in (0, 1)]
+
+
+def test_five_tokens_and_45_of_padding_make_forty_choices():
+    model, ids = build(**MOE | dict(num_experts_per_tok=8, n_routed_experts=16)).train(), draw_ids(1, 51)
+    mask = torch.arange(50)[None] < 5
+    targets = ids[:, 1:].masked_fill(~mask, -100)
+    of_answer = targets.masked_fill(torch.arange(50) < 3, -100)  # a prompt has no targets, but is no padding
+    for forward, inputs in ((model.loss, (ids[:, :-1], targets)), (model.loss, (ids[:, :-1], of_answer)),
+                            (model.logprobs, (ids, mask))):  # fmt: skip
+        forward(*inputs)
+        assert [moe.gate.counts.sum().item() for moe in model.moe_layers()] == [40, 40]
+        model.balance_routers()
+
+
+def test_padding_changes_neither_balance_nor_counts():
+    ids, targets = draw_ids(2, 12), draw_ids(2, 12, seed=1)
+    model, other = (build(**MOE, router_aux_loss_coef=0.5).train() for _ in range(2))
+    loss, _ = model.loss(ids[:, :7], targets[:, :7])
+    padded, _ = other.loss(ids, targets.masked_fill(torch.arange(12) >= 7, -100))
+    assert padded.item() == pytest.approx(loss.item(), rel=1e-5)
+    for a, b in zip(model.moe_layers(), other.moe_layers()):
+        assert torch.equal(a.gate.counts, b.gate.counts)
+        assert a.gate.entropy.item() == pytest.approx(b.gate.entropy.item(), rel=1e-5)
+
+
+def test_only_training_counts():
+    model, ids = build(**MOE | MTP).train(), draw_ids(2, 9)
+    with torch.no_grad():
+        model.loss(ids[:, :-1], ids[:, 1:]), model.logprobs(ids)
+    model(ids), list(model.generate(ids, 2)), list(generate(model, ids, 2))
+    model.eval().loss(ids[:, :-1], ids[:, 1:])[0].backward()
+    assert not any(moe.gate.counts.any() or moe.gate.entropy for moe in model.moe_layers())
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", "compiled"])
+def test_a_model_can_be_copied_whenever(kind):
+    shape = SUPER | dict(hybrid_override_pattern="ME*L-")
+    if kind == "compiled":  # few layers: compilation takes its time
+        shape |= dict(hybrid_override_pattern="E", num_nextn_predict_layers=0)
+    model, ids = build(**shape).train(), draw_ids(2, 9)
+    if kind == "checkpointed":
+        checkpointed(model, "layers", use_reentrant=True)
+    elif kind == "compiled":
+        model.compile(backend="eager")
+    loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
+    ema = [copy.deepcopy(model)]
+    loss.backward()
+    ema.append(copy.deepcopy(model))
+    model.logprobs(ids)
+    ema.append(copy.deepcopy(model))
+    for copied in ema:
+        assert copied.lm_head.weight is copied.model.embeddings.weight is not model.lm_head.weight
+        assert all(torch.equal(a, b) for a, b in zip(copied.state_dict().values(), model.state_dict().values()))
+    assert torch.equal(ema[0].moe_layers()[0].gate.counts * 2, model.moe_layers()[0].gate.counts)
+
+
+def test_a_mixture_in_two_layers_is_counted_twice_and_moved_once():
+    model, ids = build(**MOE, router_aux_loss_coef=0.5, router_bias_update_rate=0.1).train(), draw_ids(2, 9)
+    model.model.layers[1].mixer = shared = model.model.layers[3].mixer
+    loss, metrics = model.loss(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    assert model.moe_layers() == [shared] and shared.gate.counts.sum() == 2 * (2 * 8 * 3)
+    assert loss - metrics["loss"] > 0.5 * 1.9  # two balance losses, each about one
+    busiest = shared.gate.counts.argmax()
+    assert model.balance_routers()["dead_experts"] < 1
+    assert shared.gate.e_score_correction_bias[busiest].item() == pytest.approx(-0.1)
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_cache_of_mixtures_goes_on_where_it_was(kind):
     model, ids = build(**MIXTURES[kind]), draw_ids(2, 12)
     cache = model.new_cache()
     parts = torch.cat([model(ids[:, :5], cache), model(ids[:, 5:6], cache), model(ids[:, 6:], cache)], dim=1)
     assert torch.allclose(parts, model(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("pad", [None, torch.tensor([0, 90])])
+def test_a_cache_holds_no_more_memory_than_its_states(pad, trains):
+    """A view would keep what it was cut from: the inputs or the states of the whole text."""
+    model, ids = build(hybrid_override_pattern="M*L", conv_kernel=2), draw_ids(2, 100)
+    with torch.set_grad_enabled(trains):
+        cache = model.new_cache(pad)
+        for part in (ids[:, :97], ids[:, 97:98], ids[:, 98:]):
+            model(part, cache)
+            tensors = [t for state in cache.states for t in vars(state).values() if torch.is_tensor(t)]
+            assert len(tensors) == 6 + 2 * (pad is not None)
+            held = [t.untyped_storage().nbytes() for t in tensors if t is not cache.pad]
+            assert held == [t.numel() * t.element_size() for t in tensors if t is not cache.pad]
+            if part.shape[1] == 97:
+                assert cache.nbytes == sum(t.numel() * t.element_size() for t in tensors if t.is_floating_point())
+
+
+# ---- made on the meta device ----
+
+
+def as_empty_memory(module):
+    """What `to_empty` may leave: anything."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.detach().fill_(99 if tensor.dtype == torch.int64 else math.nan)
+    return module
+
+
+KINDS = {
+    "all layers": dict(hybrid_override_pattern="M*L-E", lla_ridge=3.0),
+    "tied, with biases": dict(hybrid_override_pattern="M-", tie_word_embeddings=True, use_bias=True, mlp_bias=True),
+    "super": SUPER,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_made_on_the_meta_device_begins_like_any_other(kind):
+    config = HybridConfig(**(TINY | KINDS[kind]))
+    with torch.device("meta"):
+        model = Hybrid(config)
+    assert all(p.is_meta for p in model.parameters())
+    as_empty_memory(model.to_empty(device="cpu"))
+    other = Hybrid(config)
+    for one in (model, other):
+        torch.manual_seed(0)
+        one.reset_parameters()
+    assert (model.lm_head.weight is model.model.embeddings.weight) == config.tie_word_embeddings
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    ids = draw_ids(2, 9)
+    for one in (model, other):
+        one.train().loss(ids[:, :-1], ids[:, 1:])[0].backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters()))
+    assert all(torch.equal(a.gate.counts, b.gate.counts) for a, b in zip(model.moe_layers(), other.moe_layers()))
+
+
+LAYERS = {
+    "Mamba2": lambda: Mamba2(48, 64, 4, 16, 2, use_bias=True),
+    "LocalLinearAttention": lambda: LocalLinearAttention(48, 4, 2, ridge=3.0),
+    "RMSNorm": lambda: RMSNorm(48, 1e-5),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_a_layer_made_on_the_meta_device_begins_like_any_other(make):
+    with torch.device("meta"):
+        layer = make()
+    as_empty_memory(layer.to_empty(device="cpu"))
+    new, other = make(), make()
+    for one in (layer, other):
+        torch.manual_seed(0)
+        one.reset_parameters()
+    for (name, a), b, c in zip(layer.named_parameters(), other.parameters(), new.parameters()):
+        assert torch.equal(a, b), name
+        assert (a.std() - c.std()).abs() <= 0.25 * c.std(), name  # distributed as in a new layer
+        assert (a.mean() - c.mean()).abs() <= 0.25 * c.std(), name
+
+
+def test_shapes_and_gradients_are_known_on_the_meta_device():
+    with torch.device("meta"):
+        model, ids = Hybrid(HybridConfig(**TINY | dict(hybrid_override_pattern="M*L-"))), torch.zeros(2, 9).long()
+    assert model(ids).is_meta and model(ids).shape == (2, 9, TINY["vocab_size"])
+    model.loss(ids, ids)[0].backward()
+    assert all(p.grad.is_meta for p in model.parameters())
 
 
 # ---- initialisation, loss ----
@@ -506,7 +744,7 @@ def damage(path, how):
     [
         ("config.json", "gone", FileNotFoundError, "config.json is missing"),
         ("config.json", "nonsense", ValueError, "config.json is not valid JSON"),
-        ("config.json", "a list", ValueError, "model_type=None"),
+        ("config.json", "a list", ValueError, "holds no JSON object"),
         ("config.json", "foreign", ValueError, "model_type='llama'"),
         ("config.json", "other pattern", ValueError, "'X'"),
         ("config.json", "other shape", ValueError, "does not fit its config"),
@@ -536,7 +774,7 @@ def test_a_bad_checkpoint_is_named(file, how, error, message, tmp_path):
         (dict(hidden_size="wide"), "hidden_size='wide' must be a whole number"),
         (dict(hidden_dropout=1.0), "hidden_dropout=1.0"),
         (dict(lla_ridge=0.0), "lla_ridge=0.0 must be above 0.01"),
-        (dict(lla_ridge=math.nan), "lla_ridge=nan must be above 0.01"),
+        (dict(lla_ridge=math.nan), "lla_ridge=nan must be a number from 0"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):

@@ -139,7 +139,7 @@ def test_a_prompt_from_a_file_and_a_run_by_path(run, capsys):
         ([], "empty", "run python train.py first"),
         (["--prompt=a", "--prompt_file=b"], None, "choose one"),
         (["--prompt_file=missing.txt"], None, "missing.txt"),
-        (["--prompt_file=binary.txt"], None, "binary.txt is not UTF-8 text"),
+        (["--prompt_file=binary.txt"], None, "binary.txt is not UTF-16: "),
         (["--temperature=-1"], None, "temperature >= 0"),
         (["--top_p=2"], None, "0 < top_p <= 1"),
         (["--num_samples=0"], None, "must be at least 1"),
@@ -205,6 +205,15 @@ def test_a_released_checkpoint_is_written_with_its_own_tokenizer(run, capsys):
     assert texts[0] == texts[1] and texts[0].startswith("été 🙂")
     _, _, prompt, stop = sample.load(sample.SampleConfig(prompt="def", device="cpu"))
     assert prompt[0] == 1 and stop == [2, 11]
+    for ends, expected in ((None, []), ([], []), (7, [7]), (-1, [])):
+        (run / "config.json").write_text(json.dumps(config | {"bos_token_id": 1, "eos_token_id": ends}))
+        assert sample.load(sample.SampleConfig(prompt="def", device="cpu"))[3] == expected
+        assert make(capsys, "--prompt=def").startswith("def")
+    (run / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert sample.load(sample.SampleConfig(prompt="def", device="cpu"))[3] == [2]
+    (run / "config.json").write_text(json.dumps(config | {"eos_token_id": "two"}))
+    assert sample.main([]) == 2 and "eos_token_id='two'; it must be an id" in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps(config))
     (run / "tokenizer.json").write_text("{}")
     assert sample.main([]) == 2 and "not a tokenizer.json" in capsys.readouterr().err
 
@@ -240,6 +249,29 @@ def test_a_diffusion_model_goes_on_from_a_prompt_and_draws_the_order(text_model,
         texts.append(out)
         assert "NFE " in err and "tokens each" in err and (text_model / "order.png").stat().st_size > 1000
     assert texts[0] == texts[1] and texts[0].startswith("def ") and len(texts[0].encode()) > 12
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("cache", [None, "prefix", "dual"])
+def test_a_cache_writes_what_decode_writes_with_it(text_model, capsys, cache, temperature):
+    flags = ["--prompt=def ", "--rule=top_k:2", "--block_size=5", "--max_new_tokens=13", "--num_samples=2", "--seed=3"]
+    flags += [f"--temperature={temperature}", *([f"--cache={cache}"] if cache else [])]
+    text = make(capsys, *flags)
+    model, tokenizer, prompt, _ = sample.load(sample.SampleConfig(prompt="def ", device="cpu"))
+    ids = torch.tensor([prompt + [model.mask_id] * 13] * 2)
+    generator, options = torch.Generator().manual_seed(3), dict(temperature=temperature, block_size=5, cache=cache)
+    decoded = sample.decode(model, ids, sample.rule_of("top_k:2", model), generator=generator, **options)
+    rows = [row[1:] for row in decoded.ids.tolist()]
+    rows = [row[: row.index(256)] if 256 in row else row for row in rows]
+    assert text.rstrip("\n") == "\n---\n".join(map(tokenizer.decode, rows)).rstrip("\n")
+    whole = sample.decode(model, ids, sample.rule_of("top_k:2", model), block_size=5)
+    assert (decoded.layer_forwards < whole.layer_forwards).all() == bool(cache)
+
+
+def test_a_cache_serves_a_planner_in_half_precision(task_model, capsys):
+    flags = ["--prompt=__13______24____", "--block_size=8", "--dtype=bfloat16", "--temperature=0"]
+    for cache in ("prefix", "dual"):
+        assert make(capsys, *flags, f"--cache={cache}")
 
 
 def test_unmasking_is_shown_step_by_step_as_plain_text_where_it_is_no_terminal(text_model, capsys):
@@ -279,6 +311,9 @@ def test_a_planner_fills_in_the_blanks_and_leaves_the_rest(task_model, capsys):
         (["--rule=ancestral:0"], "ancestral takes no '0'"),
         (["--think=0"], "--think has no meaning here"),
         (["--block_size=0"], "block_size >= 1"),
+        (["--block_size=0", "--cache=dual"], "block_size >= 1"),
+        (["--cache=dual"], "cache='dual' is of blocks: it needs a block_size"),
+        (["--cache=both", "--block_size=4"], "cache='both', expected prefix or dual"),
         (["--temperature=-1"], "temperature >= 0"),
         (["--prompt=1234123412341234"], "nothing to fill in"),
         (["--prompt=" + "_" * 17], "the prompt has 17 letters, the model 16 positions"),
@@ -291,5 +326,7 @@ def test_what_a_diffusion_model_cannot_do_gets_one_line(task_model, flags, messa
 
 
 def test_an_autoregressive_model_has_no_rules(run, capsys):
+    assert sample.main(["--cache=dual", "--device=cpu"]) == 2
+    assert "--cache has no meaning here: out/a is no masked diffusion model" in capsys.readouterr().err
     assert sample.main(["--rule=threshold:0.9", "--device=cpu"]) == 2
     assert "--rule has no meaning here: out/a is no masked diffusion model" in capsys.readouterr().err

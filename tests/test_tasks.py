@@ -3,7 +3,7 @@
 import pickle
 import textwrap
 import threading
-import time
+import tracemalloc
 import warnings
 from fractions import Fraction
 
@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from common.tasks import (
+    BLANK,
     ENVIRONMENTS,
+    FILL_INS,
     MOST_HUNG,
     THINK_END,
     Countdown,
@@ -22,6 +24,7 @@ from common.tasks import (
     sample_task,
     score,
     score_all,
+    sudoku_grids,
 )
 
 # ---- tasks with a verifier ----
@@ -45,11 +48,18 @@ HOSTILE = [
     "-" * 250, THINK_END, THINK_END * 2, "<think>", "<think></think>", "</think>\n", "x" + THINK_END + "\0", "lambda:0",
     "3(5)", "(yield)", "a=1", "#", "\\", '"""', "%s{}", "A b", "no  no", "no no", "?!", "1" * 70_000, "x" * 1_000_000,
     "(" * 1_000_000, "\0" * 1_000_000, THINK_END * 200_000,
+    "9**9**9**9", "9" + "**9" * 60, "1/3**9**9", "1" + "0" * 5_000 + "**9", "9e999", "3*" * 100 + "3", "~" * 200,
+    "get(" * 60, "add(" * 40 + "age" + ")" * 40, "add(age,age)" * 20, "()" * 120, "a,(" * 80, "(lambda" * 36,
+    "not(" * 60, "[{" * 120, '{"a":[' * 40, "[" * 120 + "]" * 120, '{"a":' + "9" * 240 + "}",
+    '"\\u0000"', '{"\\ud800":1}', '{"a":1e999999999}', "[" + "[],[]," * 40 + "0]",
+    "\ud83d\ude00", "\udfff" * 300, "\uff13" * 6, "\U0001d7d1" * 6, "\u0967\u0968\u0969",
+    "1\u0660", "\ufeff1", "1\u200b", "\u2028", "[" * 60_000 + "]" * 60_000, '{"a":' * 60_000,
+    "9" * 60_000 + "**" + "9" * 5_000, "-" * 65_000, "get(" * 60_000, "a " * 60_000, "\ud800" * 65_000,
 ]  # fmt: skip
 
 
 def tasks(spec, n=200, seed=0):
-    env, rng = environment(spec), np.random.default_rng(seed)
+    env, rng = environment(spec, ENVIRONMENTS | FILL_INS), np.random.default_rng(seed)
     return [env.sample(rng) for _ in range(n)]
 
 
@@ -75,17 +85,47 @@ def test_a_demo_is_right_short_and_ascii(spec):
         assert "\n" not in answer_of(task) and type(task.prompt) is type(task.demonstration) is str
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, *FILL_INS])
 def test_a_text_that_is_no_answer_scores_0_and_never_raises(spec):
-    start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for task in tasks(spec, 5):
+        for task in tasks(spec, 3):
             for text in HOSTILE:
                 if text != answer_of(task):
                     assert task.verify(text) == 0, text[:50]
                     assert task.verify(with_answer(task, text)) == 0, text[:50]
-    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *FILL_INS])
+def test_a_hostile_text_is_judged_in_bounded_memory(spec):
+    """Two megabytes: the parts of a text of one. An answer that is too long to be right is not even parsed."""
+    (task,) = tasks(spec, 1)
+    for text in HOSTILE:
+        whole = with_answer(task, text)
+        tracemalloc.start()
+        verdict = score(task, whole)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert verdict == (float(whole == task.demonstration), None) and peak < 2**21 + len(whole), text[:50]
+
+
+@pytest.mark.parametrize("size", [0, 4, 15])
+def test_a_sudoku_keeps_its_clues(size):
+    for task in tasks(f"sudoku:{size}", 20):
+        fits = [all(c in (BLANK, d) for c, d in zip(task.template, grid)) for grid in sudoku_grids()]
+        assert [task.verify(grid) for grid in sudoku_grids()] == fits and (all(fits) == (size == 0))
+        assert task.verify(task.demonstration) == 1 and task.verify(task.demonstration[:-1]) == 0
+
+
+def test_a_verifier_sees_the_whole_completion_if_it_asks_for_it():
+    seen = []
+    for prompt in ("p", "p<think>\n", "p<think></think>"):
+        for text in ("", "no end of thought", f"a{THINK_END}b{THINK_END}c", "\u0663\0" * 9, "x" * 200_000):
+            task = Task("mine", prompt, "", lambda text: seen.append(text) or 0.25, whole=True)
+            assert task.verify(text) == 0.25 and score_all([task], [text]) == [(0.25, None)]
+            assert seen[-2:] == [text, text]
+    brief = Task("mine", "p<think>\n", "", lambda text: len(text) < 30 and text.endswith(THINK_END + "5"), whole=True)
+    assert brief.verify(f"1+4{THINK_END}5") == 1 and brief.verify(f"{'1+4' * 10}{THINK_END}5") == brief.verify("5") == 0
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -143,6 +183,9 @@ def test_the_size_makes_prompts_longer_and_is_checked(name):
         ("sort:-3", "'-3' is neither"),
         ("sort:", "'' is neither"),
         ("sort:1000", "sort:1000: the size goes from 2"),
+        ("sort:4:6", "'6' comes after another of its kind; write sort:4, say"),
+        ("chain:on:3:off", "'off' comes after another"),
+        ("sort:\u0663", "'\u0663' is neither"),
         ("sort:4:on", "sort has no thinking to turn on or off"),
     ],
 )
@@ -373,6 +416,23 @@ def test_a_verifier_that_raises_costs_its_sample(error):
     assert reward == 0 and problem.startswith(type(error).__name__) and len(problem) <= 200
     good = judged_by(lambda text: 1)
     assert score_all([good, judged_by(check), good], "xyz") == [(1.0, None), (reward, problem), (1.0, None)]
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("error", [KeyError(10**5000), Speechless()])
+def test_a_verifier_whose_message_fails_too_costs_its_sample(error):
+    """Python refuses to write numbers of so many digits, in messages as well."""
+
+    def check(text):
+        raise error
+
+    good = judged_by(lambda text: 1)
+    problem = f"{type(error).__name__}, without a message"
+    assert score_all([good, judged_by(check), good], "xyz", 5) == [(1.0, None), (0.0, problem), (1.0, None)]
 
 
 def test_many_are_judged_in_order():

@@ -8,7 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 
 import grpo
 import train
+from common import memory
 from common.objectives import NextToken
+from common.runlog import finish
 from conftest import ROOT
 from grpo import GRPO
 from mdlm_dultra import DUltra, MaskedDiffusion, MaskedDiffusionLM
@@ -56,7 +59,7 @@ def command(*args):
 
 
 def rows(run):
-    return [json.loads(line) for line in open(f"out/{run}/log.jsonl")]
+    return [json.loads(line, parse_constant=pytest.fail) for line in open(f"out/{run}/log.jsonl")]  # NaN is not JSON
 
 
 def weights(run):
@@ -203,6 +206,107 @@ def test_a_run_can_be_made_longer(flags, capsys):
     assert [row["step"] for row in rows("a")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.fixture
+def begun(flags):
+    """Arguments that go on with a run of 3 steps of the flags, of 2 rows each."""
+    assert train.main([*flags, "--steps=3", "--run=a"]) == 0
+    return ["--resume", "--run=a", "--steps=5"]
+
+
+ANOTHER_RUN = {
+    "--tokenizer=python4k": "--tokenizer=python4k: the run was begun with bytes",
+    "--preset=nano3-tiny": "--preset=nano3-tiny: the run was begun with tiny",
+    "--recipe=lla": "--recipe=lla: the run was begun with hybrid",
+    "--recipe=mdlm": "--recipe=mdlm: the run was begun with hybrid",
+    "--recipe=grpo": "--recipe=grpo: the run was begun with hybrid",
+    "--recipe=dultra": "--recipe=dultra: the run was begun with hybrid",
+    "--context=16": "--context=16: the run was begun with 32",
+    "--seed=1": "--seed=1: the run was begun with 0",
+    "--optimizer=muon": "--optimizer=muon: the run was begun with adamw",
+    "--hidden_size=48": "--hidden_size=48: the run was begun with 32",
+    "--hybrid_override_pattern=M-M": "--hybrid_override_pattern=M-M: the run was begun with M-*",
+    "--batch_size=4": "a step would read 4 rows (--batch_size=4 x --grad_accum=1 x 1 processes), until now it read 2",
+    "--grad_accum=2": "a step would read 4 rows (--batch_size=2 x --grad_accum=2 x 1 processes), until now it read 2",
+    "--batch_size=1": "a step would read 1 rows",
+    "--data=other": "--data=other is not what the run was begun with",
+    "--steps=3": "the run has done all its 3 steps; to go on, add --steps=N",
+    "--steps=2": "the run has done 3 of 2 steps; to go on, add --steps=N",
+}
+
+
+def test_what_would_make_it_another_run_is_refused(begun, corpus_dir, capsys):
+    corpus_dir.with_name("other").mkdir()
+    for path in corpus_dir.iterdir():
+        (corpus_dir.with_name("other") / path.name).write_text(path.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in (train.OUT / "a").iterdir()}
+    for change, message in ANOTHER_RUN.items():
+        capsys.readouterr()
+        assert train.main([*begun, change]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and "\n" not in error
+        assert before == {path.name: path.read_bytes() for path in (train.OUT / "a").iterdir()}
+
+
+def test_what_may_change_is_announced(begun, capsys):
+    capsys.readouterr()
+    changes = "--batch_size=1 --grad_accum=2 --lr=2e-3 --weight_decay=0 --beta2=0.9 --grad_clip=0.5 --chunk_size=8"
+    changes += " --hidden_dropout=0.1 --decay=0.1 --warmup=1 --eval_every=5 --save_every=5 --dtype=bfloat16"
+    assert train.main([*begun, *changes.split()]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
+    names = {line.split("=")[0].removeprefix("changed: ") for line in said}
+    assert names == {change.split("=")[0] for change in changes.split()} | {"--steps"}
+    assert "changed: --lr=0.002, until now 0.01" in said and "changed: --steps=5, until now 3" in said
+    assert [row["step"] for row in rows("a")] == [1, 2, 3, 4, 5]
+
+
+def test_the_same_rows_in_other_pieces_are_the_same_run(flags):
+    """A step of one batch of 4 rows, or of 2 micro-steps of 2: both read on where the run stopped."""
+    assert train.main([*flags, "--steps=6", "--run=whole", "--batch_size=4"]) == 0
+    stop_after(3, [*flags, "--batch_size=4"], "half", steps=6)
+    assert train.main(["--resume", "--run=half", "--batch_size=2", "--grad_accum=2"]) == 0
+    for a, b in zip(rows("whole"), rows("half")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_the_same_text_elsewhere_is_the_same_run(begun, corpus_dir, capsys):
+    moved = corpus_dir.rename(corpus_dir.with_name("moved"))
+    assert train.main([*begun, f"--data={moved}"]) == 0
+    assert f"changed: --data={moved}, until now {corpus_dir}" in capsys.readouterr().out
+
+
+def test_a_text_that_has_changed_is_another_run(begun, corpus_dir, capsys):
+    path = corpus_dir / "3.txt"
+    path.write_text(path.read_text(encoding="utf-8").replace("gamma", "gamms"), encoding="utf-8")
+    assert train.main(begun) == 2
+    assert "has changed since" in capsys.readouterr().err
+
+
+def test_another_precision_goes_on_without_its_scaler(flags):
+    """float16 scales its gradients: such a run may begin without a scaler, and go on without one."""
+    run = train.set_up([*flags, "--steps=4", "--run=a"])
+    saved = dict(step=2, skipped=0, model_config=asdict(run.model.config), model=run.model.state_dict(),
+                 optimizer=train.get_optimizer_state_dict(run.model, run.optimizers, options=train.WHOLE),
+                 objective_state={}, scaler={})  # fmt: skip
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    train.restore(run, saved)
+    assert run.step == 2 and run.scaler.get_scale() == 8
+    train.restore(run, saved | dict(scaler=dict(run.scaler.state_dict(), scale=4.0)))
+    assert run.scaler.get_scale() == 4
+
+
+def test_a_recipe_file_that_has_moved_is_the_same_recipe(flags, capsys):
+    open("mine.py", "w").write(REVERSED)
+    assert train.main([*flags, "--recipe=mine.py", "--steps=2", "--run=a"]) == 0
+    os.mkdir("there")
+    os.rename("mine.py", "there/mine.py")
+    assert train.main(["--resume", "--run=a", "--steps=3"]) == 2
+    assert "there is no file mine.py" in capsys.readouterr().err
+    assert train.main(["--resume", "--run=a", "--steps=3", "--recipe=there/mine.py"]) == 0
+    assert "changed: --recipe=there/mine.py, until now mine.py" in capsys.readouterr().out
+    os.rename("there/mine.py", "there/yours.py")
+    assert train.main(["--resume", "--run=a", "--steps=4", "--recipe=there/yours.py"]) == 2
+
+
 def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(flags):
     """Kills a real process that saves at every step, at four different moments, and resumes each time."""
     run = command(*flags, "--steps=100000", "--eval_every=100000", "--save_every=1", "--run=a")
@@ -224,6 +328,8 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(flags):
     assert Hybrid.from_pretrained("out/a")(torch.arange(5)[None]).isfinite().all()
     with open("out/a/log.jsonl", "a") as log:
         log.write('{"step": 9')  # a line cut short
+    with open("out/a/log.jsonl", "ab") as log:
+        log.write(b'\n{"loss": 1}\n}\n\xff\n[]\n')  # and what a damaged disk may leave
     assert train.main(["--resume", "--run=a", f"--steps={reached + 2}"]) == 0
     assert [row["step"] for row in rows("a")] == list(range(1, reached + 3))
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]  # nothing half-written stays behind
@@ -248,7 +354,7 @@ def spoil(monkeypatch, bad):
 
     def spoilt(self, model, batch):
         value, metrics = loss(self, model, batch)
-        spoilt.step += 1
+        spoilt.step += model.training
         return (value * math.nan if spoilt.step in bad else value), metrics
 
     spoilt.step = 0
@@ -308,6 +414,91 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(flags, monk
     assert saved["step"] <= 15 and all(w.isfinite().all() for w in saved["model"].values())
 
 
+def poison(monkeypatch, step, value):
+    """Makes optimiser step number `step` leave `value` in the weights of the head."""
+    original = train.optimizer_step
+
+    def poisoned(run, interrupt):
+        done = original(run, interrupt)
+        if run.step + 1 == step:
+            with torch.no_grad():
+                run.model.lm_head.weight.fill_(value)
+        return done
+
+    monkeypatch.setattr(train, "optimizer_step", poisoned)
+
+
+@pytest.mark.parametrize("value", [math.nan, 3e38])  # 3e38 is finite: what it gives is not
+@pytest.mark.parametrize(("save_every", "eval_every", "steps"), [
+    (1, 1, 20), (1, 100, 20), (1, 100, 4), (2, 1, 5), (3, 100, 4), (100, 3, 20)
+])  # fmt: skip
+def test_a_model_that_is_not_finite_is_never_saved(value, save_every, eval_every, steps, flags, monkeypatch, capsys):
+    poison(monkeypatch, 4, value)
+    flags = [*flags, f"--save_every={save_every}", f"--eval_every={eval_every}"]
+    assert train.main([*flags, f"--steps={steps}", "--run=a"]) == 1
+    out, kept = capsys.readouterr().out, 3 // save_every * save_every
+    assert "sample from it" not in out and "This model is not saved" in out and "stopped at step " in out
+    if kept:
+        assert f"out/a keeps the checkpoint of step {kept}." in out
+        saved = train.load_checkpoint(train.OUT / "a")
+        assert saved["step"] == kept and all(w.isfinite().all() for w in saved["model"].values())
+        assert all(w.isfinite().all() for w in weights("a").values())
+    else:
+        assert "there is no checkpoint" in out and os.listdir("out/a") == ["log.jsonl"]
+    log = rows("a")
+    assert [row["step"] for row in log] == list(range(1, len(log) + 1)) and len(log) <= 4 + train.MAX_BAD_STEPS
+
+
+def test_ctrl_c_does_not_save_what_is_not_finite(flags, monkeypatch, capsys):
+    poison(monkeypatch, 4, math.nan)
+    original = train.optimizer_step
+
+    def interrupting(run, interrupt):
+        interrupt.interrupted |= run.step + 1 == 4
+        return original(run, interrupt)
+
+    monkeypatch.setattr(train, "optimizer_step", interrupting)
+    assert train.main([*flags, "--steps=9", "--save_every=2", "--run=a"]) == 1
+    assert "the weights are not finite. This model is not saved; out/a keeps the checkpoint of step 2" in (
+        capsys.readouterr().out
+    )
+    assert train.load_checkpoint(train.OUT / "a")["step"] == 2
+
+
+def test_a_save_waits_for_a_finite_step(flags, monkeypatch):
+    """Step 3 is bad, and weights do not move: the checkpoint that was due then is written after step 4."""
+    spoil(monkeypatch, {3})
+    saved, original = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda run: (saved.append(run.step), original(run)))
+    assert train.main([*flags, "--steps=7", "--save_every=3", "--eval_every=100", "--run=a"]) == 0
+    assert saved == [4, 6, 7] and rows("a")[2]["grad_norm"] is None and rows("a")[2]["skipped"] == 1
+
+
+@pytest.mark.parametrize(("steps", "status", "steps_saved"), [(4, 1, [2]), (6, 0, [2, 5, 6])])
+def test_an_evaluation_that_is_not_finite_is_not_saved(steps, status, steps_saved, flags, monkeypatch, capsys):
+    """The log stays JSON, the last row of the run too, and the plot leaves the point out."""
+    evaluate, saved, original, done = NextToken.evaluate, [], train.save_checkpoint, []
+
+    def evaluating(self, model):
+        done.append(evaluate(self, model))
+        return done[-1] | ({"val_loss": math.nan, "val_bpb": math.inf} if len(done) == 2 else {})
+
+    monkeypatch.setattr(NextToken, "evaluate", evaluating)
+    monkeypatch.setattr(train, "save_checkpoint", lambda run: (saved.append(run.step), original(run)))
+    flags = [*flags, f"--steps={steps}", "--save_every=2", "--eval_every=2", "--run=a"]
+    assert train.main(flags) == status and saved == steps_saved
+    assert rows("a")[3]["val_loss"] is None and rows("a")[3]["val_bpb"] is None
+    assert ("the loss is not finite" in capsys.readouterr().out) == (status == 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, 3e38])
+def test_a_reward_run_that_is_not_finite_is_not_saved(value, monkeypatch, capsys):
+    """Its evaluation is a finite reward whatever the model is: the weights tell, and the loss on the last batch."""
+    poison(monkeypatch, 5, value)
+    assert train.main([*RL, "--steps=5", "--save_every=4", "--run=a"]) == 1
+    assert "keeps the checkpoint of step 4" in capsys.readouterr().out
+
+
 def test_a_run_of_experts_logs_its_load_and_its_predictions(flags):
     assert train.main([*flags, *EXPERTS, "--steps=12", "--run=a", "--recipe=super3"]) == 0
     last = rows("a")[-1]
@@ -346,9 +537,65 @@ def test_reinforcement_learning_stopped_and_resumed_is_the_run(monkeypatch, sett
     assert all(torch.equal(weights("whole")[name], weights("half")[name]) for name in weights("whole"))
 
 
+@pytest.mark.parametrize("settings", [
+    ["--updates=2", "--kl_coef=0.1"], ["--aggregate=sequence", "--overlong=filter"], ["--aggregate=constant"]
+])  # fmt: skip
+def test_micro_batches_of_rewards_are_one_batch(settings, monkeypatch):
+    """Demonstrations, whose number of targets differs, and then answers, whose number of tokens does."""
+    verdicts = lambda tasks, answers: [(float(len(text) % 3 == 0), None) for text in answers.completions]  # noqa: E731
+    monkeypatch.setattr(grpo, "judged_answers", verdicts)
+    learnt = []
+    for sizes in (["--batch_size=32"], ["--batch_size=8", "--grad_accum=4"]):
+        run, no_interrupt = train.set_up([*RL, *settings, *sizes, "--steps=6", "--weight_decay=0"]), SimpleNamespace
+        log = []
+        for run.step in range(6):
+            _, numbers = train.optimizer_step(run, no_interrupt(interrupted=False))
+            log.append([float(numbers[name]) for name in ("loss", "grad_norm")])
+        learnt.append((torch.tensor(log), run.model.state_dict()))
+    (log, whole), (log_of_parts, parts) = learnt
+    assert log_of_parts[:, 1].min() > 1e-4 and torch.allclose(log_of_parts, log, rtol=1e-3, atol=1e-4)
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-4) for name in whole)
+
+
+def test_what_is_learnt_from_sees_weights_that_sampling_changed():
+    """Autocast keeps a weight that it has cast until its context is left: for batches and losses there are two."""
+    run = train.set_up([*RL, "--batch_size=16", "--steps=6", "--warm_start=0", "--dtype=bfloat16"])
+    objective, seen = run.objective, []
+    batch, loss = objective.batch, objective.loss
+
+    def sampled(model, step):
+        found = batch(model, step)
+        model.logprobs(found["ids"], found["mask"])
+        with torch.no_grad():
+            model.logprobs(found["ids"], found["mask"])
+            for p in model.parameters():
+                p.mul_(1.5)
+        return found
+
+    def learnt(model, found):
+        seen.append((found, model.logprobs(found["ids"], found["mask"])[0].detach()))
+        return loss(model, found)
+
+    objective.batch, objective.loss = sampled, learnt
+    group_lr = [group.update(peak_lr=0.0) for optimizer in run.optimizers for group in optimizer.param_groups]
+    train.optimizer_step(run, SimpleNamespace(interrupted=False))
+    ((found, logprob),) = seen
+    with run.autocast():
+        expected = run.model.logprobs(found["ids"], found["mask"])[0]
+    assert group_lr and torch.equal(logprob, expected)
+
+
+def test_tokens_per_second_are_of_all_micro_steps(flags, monkeypatch):
+    monkeypatch.setattr("common.runlog.EventTimer.seconds_since", lambda self, earlier: 1.0)
+    shape = ["--hybrid_override_pattern=*-", "--preset=mdlm-tiny", "--num_key_value_heads=2"]
+    assert train.main([*flags, "--recipe=mdlm", *shape, "--grad_accum=3", "--steps=2", "--run=a"]) == 0
+    assert [row["tokens_per_s"] for row in rows("a")] == [3 * 2 * 32] * 2
+
+
 def test_what_a_resumed_run_of_rewards_may_change(capsys):
     assert train.main([*RL, "--steps=5", "--run=a"]) == 0
-    for change in ("--envs=sort:2", "--group_size=2", "--updates=2", "--curriculum=3", "--batch_size=32"):
+    fixed = "--envs=sort:2", "--group_size=2", "--updates=2", "--curriculum=3", "--batch_size=32", "--grad_accum=2"
+    for change in fixed:
         assert train.main(["--resume", "--run=a", "--steps=7", change]) == 2
         assert f"{change.split('=')[0]}" in capsys.readouterr().err
     changes = ["--kl_coef=0.1", "--sampler_every=2", "--correction=tis"]  # need weights that nobody has kept yet
@@ -508,7 +755,8 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
     assert train.main([*flags, "--steps=4", "--run=one", "--batch_size=4"]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     done = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *flags, "--steps=4", "--run=two", "--batch_size=2", "--weight_decay=0.1"],
+        [*torchrun, str(ROOT / "train.py"), *flags, "--steps=4", "--run=two", "--batch_size=2", "--weight_decay=0.1",
+         "--save_every=3"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -518,7 +766,8 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=rtol)
     one, two = weights("one"), weights("two")
     assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=atol) for k in one)
-    assert train.main(["--resume", "--run=two", "--steps=5"]) == 0  # a checkpoint is whole: one process goes on with it
+    assert train.main(["--resume", "--run=two", "--steps=5"]) == 2  # with half the rows a step
+    assert train.main(["--resume", "--run=two", "--steps=5", "--grad_accum=2"]) == 0  # one process goes on with it
 
 
 # ---- bad input ----
@@ -530,15 +779,18 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--stepz=3"], "unrecognized arguments: --stepz=3"),
         (["--steps=many"], "argument --steps: invalid int value: 'many'"),
         (["--compile=maybe"], "'maybe' is neither true nor false"),
-        (["--steps=0"], "--steps=0 must be at least 1"),
-        (["--lr=-1"], "need lr > 0"),
+        (["--steps=0"], "--steps=0 must be a whole number of at least 1"),
+        (["--lr=-1"], "--lr=-1.0 must be a number from 1e-12 to 10"),
+        (["--lr=2", "--weight_decay=0.5"], "--lr=2.0 x --weight_decay=0.5 must be below 1"),
         (["--optimizer=sgd"], "--optimizer=sgd is unknown; use adamw or muon"),
-        (["--muon_lr=0.1"], "--muon_lr=0.1 must be above 0, and goes with --optimizer=muon"),
-        (["--beta2=1"], "need 0 <= beta < 1"),
+        (["--muon_lr=0.1"], "--muon_lr=0.1 goes with --optimizer=muon"),
+        (["--beta2=1"], "--beta2=1.0 must be a number from 0 to 0.999999"),
         (["--recipe=gpt7"], "unknown recipe 'gpt7'; known: hybrid"),
         (["--recipe=grpo", "--envs=sart"], "unknown environment 'sart'; known: sort"),
         (["--recipe=grpo", "--batch_size=30"], "batch_size=30 must be a multiple of 16"),
-        (["--recipe=grpo", "--grad_accum=2", "--batch_size=32"], "make --batch_size larger"),
+        (["--recipe=dultra", "--grad_accum=2", "--batch_size=16"], "make --batch_size larger; --replay_rows bounds"),
+        (["--recipe=grpo", "--grad_accum=2", "--batch_size=15"], "batch_size=15 times grad_accum=2 must be a multiple"),
+        (["--recipe=grpo", "--grad_accum=64", "--batch_size=1", "--updates=2"], "batch_size=1 must be at least"),
         (["--envs=sort"], "--envs is a setting of --recipe=grpo"),
         (["--recipe=mdlm", "--num_key_value_heads=2"], "masked diffusion looks both ways"),
         (["--recipe=mdlm", "--preset=tiny", "--hybrid_override_pattern=*-"], "set rotary_base"),
@@ -548,8 +800,8 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--recipe=dultra", "--imitated=foo"], "--imitated=foo: take a rule that decides by the probabilities"),
         (["--recipe=dultra", "--imitated=planner"], "--imitated=planner: take a rule"),
         (["--recipe=dultra", "--imitated=top_k:0"], "top_k takes no '0'"),
-        (["--recipe=dultra", "--block_size=0"], "--block_size=0 must be at least 1"),
-        (["--recipe=dultra", "--temperature=nan"], "--temperature=nan must be from 0 to 100"),
+        (["--recipe=dultra", "--block_size=0"], "--block_size=0 must be a whole number of at least 1"),
+        (["--recipe=dultra", "--temperature=nan"], "--temperature=nan must be a number from 0 to 100"),
         (["--recipe=dultra", "--planner_lr=-1"], "--planner_lr=-1.0 must be"),
         (
             ["--recipe=dultra", "--batch_size=16", "--tokenizer=python4k"],
@@ -575,7 +827,7 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--resume", "--run=pickled"], "is damaged or not a checkpoint"),
         (["--resume", "--run=other"], "is not a checkpoint of this version"),
         (["--resume", "--run=good", "--steps=9", "--hidden_size=64"], "--hidden_size=64: the run was begun with 32"),
-        (["--resume", "--run=good", "--steps=9", "--tokenizer=python4k"], "less than the 4096 tokens"),
+        (["--resume", "--run=good", "--steps=9", "--tokenizer=python4k"], "the run was begun with bytes"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_status_2(arguments, message, flags, capsys):
@@ -598,6 +850,137 @@ def test_a_mistake_gets_one_line_and_exit_status_2(arguments, message, flags, ca
     error = capsys.readouterr().err.strip()
     assert status == 2
     assert message in error and "\n" not in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("config", "values"), [
+    (train.TrainConfig, ("nan", "1e30")), (HybridConfig, ("nan",))  # test_cli.py has the others
+])  # fmt: skip
+def test_no_float_out_of_its_range_begins_a_run(config, values, flags, capsys):
+    for name in (f.name for f in fields(config) if "float" in str(f.type)):
+        for value in values:
+            assert train.main([*flags, f"--{name}={value}", "--optimizer=muon", "--steps=1"]) == 2
+            error = capsys.readouterr().err
+            said = re.escape(f"{name}={float(value)} must be a number from ")
+            assert re.fullmatch(rf"error: (--)?{said}[^\n]*\n", error)
+    assert not train.OUT.exists() or [path.name for path in train.OUT.iterdir()] == ["cache"]
+
+
+def test_a_run_that_began_on_another_device_ends_with_the_figures_of_both(flags, capsys):
+    """Rows of a CPU have no MFU."""
+    run = train.set_up([*flags, "--steps=2", "--run=a"])
+    log = SimpleNamespace(rows=[dict(step=1, tokens_per_s=10.0), dict(step=2, tokens_per_s=30.0, mfu=0.25)])
+    run.directory.mkdir(parents=True)
+    finish(run, log, 2.0)
+    assert "2 s of training at 20 tokens/s, MFU 25.0%, peak memory" in capsys.readouterr().out
+
+
+# ---- memory ----
+
+
+def test_parameters_are_counted_without_making_them():
+    for name in ("tiny", "small", "nano3", "super3", "lla", "nano-12b-v2"):
+        for change in ({}, dict(use_bias=True, use_conv_bias=False, mlp_bias=True, num_nextn_predict_layers=1)):
+            with torch.device("meta"):
+                model = Hybrid(replace(train.PRESETS[name], **change))
+            assert memory.parameters_of(model.config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("change", [
+    dict(), dict(chunk_size=16), dict(ssm_state_size=128), dict(mamba_head_dim=128), dict(head_dim=32),
+    dict(num_attention_heads=4), dict(hidden_size=256), dict(moe_latent_size=32), dict(num_experts_per_tok=4),
+])  # fmt: skip
+def test_activations_are_counted_low_but_not_far_off(change):
+    """Of what autograd keeps of a token, the estimate is at least three fifths, and never more."""
+    for letter in "M*-EL":
+        config = replace(train.PRESETS["tiny"], hybrid_override_pattern=4 * letter, vocab_size=64, **change)
+        model, kept = Hybrid(config), {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(tensor, kept=kept, weights=weights):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in weights), tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            ids = torch.arange(128).view(2, 64) % 64
+            model.loss(ids, ids)
+        kept, estimate = sum(size for size, _ in kept.values()), memory.training_memory(config, 128, 64)[2]
+        assert 0.6 * kept < estimate <= kept
+
+
+def test_weights_states_and_gradients_are_counted_right(flags):
+    for optimizer, means in (("adamw", 2), ("muon", 1)):
+        run = train.set_up([*flags, "--steps=2", f"--optimizer={optimizer}"])
+        train.optimizer_step(run, train.Interrupt())
+        states = [t for o in run.optimizers for state in o.state.values() for t in state.values() if t.dim()]
+        held, gradients, _ = memory.training_memory(run.model.config, 0, 32, means=means)
+        size = sum(4 * p.numel() for p in run.model.parameters())
+        assert gradients == size and held <= size + sum(4 * t.numel() for t in states)
+        assert optimizer == "muon" or held == size + sum(4 * t.numel() for t in states)
+    held, gradients, _ = memory.training_memory(run.model.config, 0, 32, processes=4)
+    assert gradients == size // 16 * 4 and held == size  # 3 / 4 of it once it is sharded
+
+
+@pytest.mark.parametrize("flag", [
+    "--hidden_size=100000000", "--vocab_size=1000000000000", "--ssm_state_size=1000000000", "--batch_size=100000000",
+    "--intermediate_size=1000000000", "--head_dim=1000000000", "--mamba_num_heads=100000000",
+])  # fmt: skip
+def test_what_memory_has_no_room_for_is_refused_before_it_is_taken(flag, flags, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**30)
+    built = []
+    monkeypatch.setattr(NextToken, "build", lambda self, config: built.append(config) or Hybrid(HybridConfig()))
+    assert train.main([*flags, flag]) == 2
+    error, name = capsys.readouterr().err, flag[2:].split("=")[0]
+    said = r"error: [\d,]+ parameters, with .* take [\d,.]+ [MG]iB, and [\d,]+ tokens at once at least [\d,.]+ [MG]iB, "
+    said += rf"but cpu has 1.0 GiB free: --{name} can be about (\d+) at most\n"
+    largest = int(re.fullmatch(said, error)[1])
+    assert not built and train.main([*flags, f"--{name}={largest + largest // 3 + 2}"]) == 2
+    train.set_up([*flags, f"--{name}={largest}"])
+    assert len(built) == 1
+
+
+def test_a_preset_that_memory_has_no_room_for_is_refused_before_it_is_taken(flags, capsys):
+    flags = [f for f in flags if f not in MODEL]
+    assert train.main([*flags, "--preset=ultra-3-550b-a55b"]) == 2
+    error = capsys.readouterr().err
+    assert "error: 558,382,338,048 parameters" in error
+    assert error.endswith("free: take a smaller --preset, --batch_size or --context\n")
+
+
+def test_free_memory_is_asked_of_the_system(monkeypatch):
+    cpu = torch.device("cpu")
+    there = memory.free_memory(cpu)
+    assert there is None or 2**20 < there < 2**50
+    monkeypatch.delattr(memory.os, "sysconf", raising=False)  # Windows has neither this,
+    monkeypatch.setattr(memory, "LIMITS", ())  # nor these files
+    assert memory.free_memory(cpu) is None
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee"), MemoryError(), None,
+])  # fmt: skip
+def test_memory_that_runs_out_is_one_line_and_keeps_the_checkpoint(error, flags, monkeypatch, capsys):
+    loss = NextToken.loss
+
+    def running_out(self, model, batch):
+        running_out.steps += model.training
+        if running_out.steps == 4:
+            raise error if error is not None else AssertionError(torch.empty(2**60))
+        return loss(self, model, batch)
+
+    running_out.steps = 0
+    monkeypatch.setattr(NextToken, "loss", running_out)
+    assert train.main([*flags, "--steps=6", "--save_every=2", "--run=a"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    remedy = "take a smaller --batch_size (and a larger --grad_accum), --context, --preset"
+    assert said == [f"error: no memory is left; {remedy}"]
+    assert train.load_checkpoint(train.OUT / "a")["step"] == 2
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_lack_of_memory(flags, monkeypatch):
+    monkeypatch.setattr(NextToken, "loss", lambda self, model, batch: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train.main([*flags, "--steps=1"])
 
 
 def test_nothing_in_a_checkpoint_is_executed(flags, capsys):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import decode_kernels
 import expert_kernels
 import kernels
+import lla
 import ssd
 from benchmarks import decode_kernels as bench_decode
 from benchmarks import harness
@@ -17,6 +18,7 @@ from benchmarks import kernels as bench_kernels
 from benchmarks import ssd as bench_ssd
 from conftest import TINY, scramble
 from decoding import generate
+from experiments import parallax
 from expert_kernels import expert_mlp
 from nano_hybrid import Hybrid, HybridConfig
 
@@ -447,3 +449,74 @@ def test_experts_take_a_quarter_more_memory_than_they_must(S, C, width, E, K):
     y = expert_mlp(*leaves, backend="triton")
     torch.autograd.grad(y, wanted, dy)
     assert torch.cuda.max_memory_allocated() - others <= 1.25 * must
+
+
+def test_experts_in_float16_are_finite_where_the_definition_is():
+    """u = 14 * 8, h = u^2 = 12,544; the weight 6 times h would be too large for float16, the output 602 is not."""
+    x, up, down = torch.full((3, 8), 14.0), torch.ones(2, 8, 8), torch.full((2, 8, 8), 1e-3)
+    ids, weights = torch.tensor([[0, 1], [1, 0], [0, 1]], device=DEVICE), torch.tensor([[6.0, 0.0]]).expand(3, 2)
+    results = []
+    for backend in ("torch", "triton"):
+        leaves = [t.to(DEVICE).half().requires_grad_() for t in (x, up, down)]
+        w = weights.to(DEVICE).clone().requires_grad_()
+        y = expert_mlp(*leaves, ids, w, backend)
+        results.append([y, *torch.autograd.grad(y.float().sum() / 64, [*leaves, w])])
+    assert (results[1][0].float() - 602).abs().max() < 1
+    for want, got in zip(*results):
+        assert got.isfinite().all() and (got.double() - want.double()).norm() < 3e-3 * want.double().norm()
+
+
+def frozen_cases():
+    """Yields (autograd function, op of leaves, shapes of the leaves): every op with a backward of its own."""
+    targets, ids = torch.tensor([1, 4, -100], device=DEVICE), torch.tensor([[0, 1], [1, 2]], device=DEVICE)
+    triton = dict(backend="triton")
+    yield kernels._GatedNorm, lambda *t: kernels.gated_rms_norm(*t, 4, **triton), [(3, 8), (3, 8), (8,)]
+    yield kernels._GatedNorm, lambda *t: kernels.rms_norm(*t, **triton), [(3, 8), (8,)]
+    conv = [(1, 5, 4), (4, 4), (4,), (1, 4, 3)]
+    yield kernels._CausalConv, lambda *t: kernels.causal_conv1d(*t, **triton), conv
+    yield kernels._CrossEntropy, lambda *t: kernels.linear_cross_entropy(*t, targets, **triton), [(3, 4), (6, 4)]
+    yield kernels._Logprob, lambda *t: sum(kernels.linear_logprob(*t, targets.clamp(0), **triton)), [(3, 4), (6, 4)]
+    scan = [(1, 3, 2, 8), (1, 3, 2), (2,), (1, 3, 1, 8), (1, 3, 1, 8), (2,), (1, 2, 8, 8)]
+    yield ssd._SSD, lambda *t: ssd.ssd(*t[:-1], initial_state=t[-1], **triton), scan
+    layer = [(1, 3, 50), (32, 4), (32,), (2,), (2,), (2,), (16,)]
+    yield ssd._Mamba2Inner, lambda *t: ssd.mamba2_inner(*t, 1, **triton), layer
+    experts = [(2, 8), (3, 8, 8), (3, 8, 8), (2, 2)]
+    yield expert_kernels._ExpertMLP, lambda x, up, down, w: expert_mlp(x, up, down, ids, w, "triton"), experts
+    queries = [(1, 1, 3, 16), (1, 1, 3, 16), (1, 1, 3, 16)]
+    yield lla._FlashLLA, lambda *t: lla.lla(*t, torch.ones(1, device=DEVICE), **triton), queries
+    ridge = lambda *t: lla.lla(*t[:3], t[3].exp(), **triton)  # noqa: E731
+    yield lla._FlashLLA, ridge, [*queries, (1,)]
+    yield parallax._FlashParallax, lambda *t: parallax.parallax(*t, **triton), [*queries, (1, 1, 3, 16)]
+
+
+@pytest.mark.parametrize("k", range(11))
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(k, monkeypatch):
+    function, op, shapes = list(frozen_cases())[k]
+    returned, backward = [], function.backward
+    recorded = staticmethod(lambda *args: returned.append(backward(*args)) or returned[-1])
+    monkeypatch.setattr(function, "backward", recorded)
+
+    def gradients(frozen=None):
+        leaves = [draw(*shape, seed=i).float().to(DEVICE) for i, shape in enumerate(shapes)]
+        leaves = [-t.abs() if function in (ssd._SSD, ssd._Mamba2Inner) and t.dim() == 1 else t for t in leaves]
+        wanted = [t.requires_grad_() for i, t in enumerate(leaves) if i != frozen]
+        got = torch.autograd.grad(op(*leaves).square().sum(), wanted)
+        assert sum(grad is not None for grad in returned[-1]) == len(wanted)
+        return got
+
+    every = gradients()
+    for frozen in range(len(shapes)):
+        for got, want in zip(gradients(frozen), every[:frozen] + every[frozen + 1 :]):
+            assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_a_frozen_matrix_costs_nothing(monkeypatch):
+    """Its gradient, a product as large as the forward's, is not computed."""
+    monkeypatch.setattr(kernels, "_add_product", None)
+    monkeypatch.setattr(expert_kernels, "_weight_gradient", None)
+    monkeypatch.setattr(lla, "_dkv_kernel", None)
+    for function, op, shapes in frozen_cases():
+        if function in (kernels._CrossEntropy, kernels._Logprob, expert_kernels._ExpertMLP, lla._FlashLLA):
+            leaves = [draw(*shape, seed=i).float().to(DEVICE) for i, shape in enumerate(shapes)]
+            op(leaves[0].requires_grad_(), *leaves[1:]).sum().backward()
+            assert leaves[0].grad.any() and leaves[0].grad.isfinite().all()
