@@ -22,7 +22,8 @@ Differs  Ratings are the exact maximum: a model that always won is at +inf, wher
          number. v2.0's plain score is the share of wins, not a mean over 100 resamples of it, and its style control is
          solved to convergence. Nulls and failed requests are asked again, answered games never. Topics: TF-IDF and
          HDBSCAN in the place of a remote embedding and BERTopic; pass `embed` for a model of your own.
-Files    arena_hard.py: 0 lines in all
+Files    arena_hard.py + common/cli.py + common/endpoint.py + common/jsonl.py + common/judging.py + common/ranges.py
+         + common/ratings.py + common/topics.py: 1,701 lines in all
 """
 
 import re
@@ -37,12 +38,13 @@ from scipy.special import ndtr
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from common.cli import Parser, add_fields, fail
+from common.cli import Parser, add_fields, fail, print_anything
 from common.endpoint import Chat
 from common.jsonl import ask_once, read_jsonl, write_jsonl
-from common.judging import (  # noqa: F401 for whoever imports
+from common.judging import (
     check_version,
     file_name,
+    judge_name,
     labels_of,
     named_judge,
     openai_judge,
@@ -53,14 +55,19 @@ from common.judging import (  # noqa: F401 for whoever imports
     to_question,
     uid_of,
     user_turns,
-)
+)  # fmt: skip
+from common.ranges import SIZE, check_ranges
 from common.ratings import bootstrap, bt_ratings, checked, interval, standing, win_rate
-from common.topics import cluster, topic_names
+from common.topics import ANNOTATION, cluster, heuristic, topic_names
+
+__all__ = [
+    "parse_verdict", "openai_judge", "run",  # the judge's protocol: common/judging.py
+    "bt_ratings", "win_rate", "bootstrap", "interval",  # Bradley-Terry: common/ratings.py
+    "to_battles", "judge_habits", "separability", "agreement", "strict_agreement", "brier", "log_loss",
+    "style_counts", "style_fit", "leaderboard", "parse_criteria", "cluster", "select", "sample",
+]  # fmt: skip
 
 # ---- 1. battles -----------------------------------------------------------------------------------------------------
-#
-# The judge's protocol, `parse_verdict`, `openai_judge` and `run`, is in common/judging.py; the ratings, `bt_ratings`,
-# `bootstrap` and `interval`, are in common/ratings.py.
 
 FIRST_BASELINE = "gpt-4-0314"  # of v0.1, whose rows do not name one
 
@@ -226,10 +233,9 @@ CONTROLS = {"all": (0, 1, 2, 3), "length": (0,), "markdown": (1, 2, 3)}  # colum
 def style_features(style_a, style_b, version, control="all"):
     """Returns the standardised difference in style [n, 4] of answers with style_a and style_b [n, 4].
 
-    0 where a column is constant, or not among those that `control` names.
-
     v0.1: (a - b) / (a + b + 1) for each column. v2.0: (a - b) / (a + b) for tokens; the other columns are elements per
-    token. The mean is subtracted too, and there is no intercept: a usual difference in style belongs to the ratings.
+    token. The mean is subtracted too, and there is no intercept: a usual difference in style belongs to the ratings. A
+    column that is constant, or that `control` does not name, is 0.
     """
     check_version(version)
     if control not in CONTROLS:
@@ -294,30 +300,9 @@ def style_solve(a, b, y, weight, features, n_models, version, baseline):
 
 
 # ---- 4. BenchBuilder ------------------------------------------------------------------------------------------------
-
-ANNOTATION = """Your task is to evaluate how well the following input prompts can assess the capabilities of advanced \
-AI assistants.
-
-For the input prompt, please analyze it based on the following 7 criteria.
-1. Specificity: does it ask for a specific output, such as code, a mathematical solution or a configuration?
-2. Domain Knowledge: does it cover one or more specific domains, such as programming, mathematics or hardware?
-3. Complexity: does it need several steps or components, not a straightforward answer?
-4. Problem-Solving Skills: must the assistant solve a problem actively, not repeat a known fact?
-5. Creativity: does it need a creative approach to the problem?
-6. Technical Accuracy: does it require technical accuracy in the response?
-7. Real-world Application: does it relate to real-world applications, such as a functional system or practical code?
-
-You must list the criteria numbers that the prompt satisfies in the format of a Python array. For example, "[...]". \
-Do not explain your choice."""  # shortened from the paper's
-HINTS = (  # for `heuristic`, one pattern for each criterion
-    r"\b(write|implement|code|function|table|json|regex|query|script|prove|calculate|list of \d+)\b",
-    r"\b(python|java\w*|c\+\+|sql|linux|docker|aws|api|theorem|matrix|integral|kernel|protein|contract|tensor|gpu)\b",
-    r"(\b(then|first|step|each|both|multiple|several|while|also)\b.*){2}|^(\S+\s+){60}",
-    r"\b(how (do|can|to|would)|solve|optimi[sz]e|fix|debug|error|design|find|why|improve|plan)\b",
-    r"\b(design|invent|create|story|poem|idea|brainstorm|game|imagine|propose|compose|suggest)\b",
-    r"[=<>{}]|\d+\.?\d*\s?(%|ms|kb|mb|gb|hz|v|kg|m)\b|\b(exact\w*|precise\w*|correct\w*|complexity|version|algorithm)\b",
-    r"\b(my|our|we|user|customer|company|production|server|app|website|business|project|data|deploy)\b",
-)
+#
+# The seven criteria: specificity, domain knowledge, complexity, problem solving, creativity, technical accuracy, real
+# world. How many of them a prompt meets is its score. The annotator's instruction is in common/topics.py.
 
 
 def parse_criteria(text):
@@ -328,12 +313,6 @@ def parse_criteria(text):
     found = set(re.findall(r"\[[1-7](?:,\s[1-7])*\]", text or ""))
     numbers = re.findall("[1-7]", found.pop()) if len(found) == 1 else ()
     return [str(k) in numbers for k in range(1, 8)]
-
-
-def heuristic(prompt):
-    """Returns a reply like an annotator's, by one regular expression for each criterion: a stand-in for tests."""
-    hits = [str(k) for k, hint in enumerate(HINTS, 1) if re.search(hint, prompt, re.I | re.S)]
-    return f"[{', '.join(hits)}]"
 
 
 def select(scores, clusters, min_prompt=6, min_cluster=6):
@@ -383,12 +362,19 @@ def leaderboard(battles, baseline, version="v2.0", rounds=100, seed=0, styles=No
         samples = [bootstrap(a, b, y, n, rounds, seed, anchor, groups) for groups in (None, uid)]
     else:
         features = style_features(*styles, version, control)
-        fit = lambda weight: style_solve(a, b, y, weight, features, n, version, anchor)[0]  # noqa: E731
-        elo, rng, samples = fit(np.ones(len(y))), np.random.default_rng([seed, 1]), []
+        elo = style_solve(a, b, y, np.ones(len(y)), features, n, version, anchor)[0]
+        rng, samples = np.random.default_rng([seed, 1]), []
+
+        def refit(weight):
+            try:
+                return style_solve(a, b, y, weight, features, n, version, anchor)[0]
+            except ValueError:  # style decides every battle that was drawn
+                return np.full(n, np.nan)
+
         for groups in (np.arange(len(y)), np.unique(uid, return_inverse=True)[1]):
             share = np.full(groups.max() + 1, 1 / (groups.max() + 1))
             drawn = tqdm(rng.multinomial(len(share), share, size=rounds), "bootstrap", leave=False, delay=2)
-            samples.append([fit(weight[groups].astype(float)) for weight in drawn])
+            samples.append([refit(weight[groups].astype(float)) for weight in drawn])
     score = win_rate(elo, anchor)
     ci, ci_questions = (win_rate(interval(s, level).T, anchor).T for s in samples)
     met = np.bincount(np.r_[a, b][np.r_[a != b, a != b]], minlength=n)
@@ -408,7 +394,7 @@ def style_of(side, uid):
     return [side["tokens"].get(uid, rough_tokens(text)), *elements]
 
 
-def show(judgments, config, categories=(), sides=None, settings=""):
+def show(judgments, config, categories=(), sides=None):
     """Prints a leaderboard for each category of judgment rows. sides: {model: its answers}, for style and tokens."""
     judgments = list({(uid_of(row), row.get("model")): row for row in judgments}.values())  # the last row counts
     judges = sorted({str(row.get("judge", "unknown")) for row in judgments})
@@ -429,11 +415,11 @@ def show(judgments, config, categories=(), sides=None, settings=""):
         styles = styles_of(battles, sides) if config.style else None
         table = leaderboard(battles, baseline, config.version, config.rounds, config.seed, styles, config.control)
         control = f"on ({config.control})" if config.style else "off"
-        print(
-            f"\n{category}: judge {settings or judges[0]}; protocol {config.version}, a strong verdict counts "
-            f"{config.weight}{', first game only' if config.first_game_only else ''}; anchor {baseline} = 50; "
-            f"style control {control}; {LEVEL[config.version]:.0%} of {config.rounds} resamples, seed {config.seed}"
-        )
+        said = sorted({row["settings"] for row in rows if row.get("settings")}) or judges
+        print(f"\n{category}: judge {' / '.join(said)}; protocol {config.version}, a strong verdict counts "
+              f"{config.weight}{', first game only' if config.first_game_only else ''}; anchor {baseline} = 50; "
+              f"style control {control}; {LEVEL[config.version]:.0%} of {config.rounds} resamples, "
+              f"seed {config.seed}")  # fmt: skip
         print(f"{'model':34}{'score, %':>9}  {'battles drawn':16}{'questions drawn':16}{'battles':>8}{'tokens':>8}")
         for row in table:
             bounds = [f"({low - row['score']:+.2f}, {high - row['score']:+.2f})" for low, high in
@@ -520,22 +506,20 @@ def judge_answers(config, categories):
     questions = [to_question(row) for row in read_jsonl(config.questions)]
     questions = [q for q in questions if not categories or q["category"] in categories]
     mine, base = read_answers(config.answers), read_answers(config.against)
-    judgments, settings = [], config.judge
+    judgments = []
     for creative in (False, True):  # the judge does not write a poem of its own first
         part = [q for q in questions if q["category"].startswith("creative") == creative]
         if part:
             options = dict(temperature=config.temperature, version=config.version, own_answer=not creative,
                            max_tokens=config.max_tokens or None)  # fmt: skip
             judge = named_judge(config.judge, part, mine, base, config.model, **options)
-            folder = file_name(getattr(judge, "name", judge.__name__))
-            out = Path(config.out) / folder / f"{file_name(mine['model'])}.jsonl"
+            out = Path(config.out) / file_name(judge_name(judge)) / f"{file_name(mine['model'])}.jsonl"
             judgments += run(part, mine, base, judge, out, config.version, config.workers)
             if chat := getattr(judge, "chat", None):
-                settings = chat.settings()
                 print(f"the judge used {chat.cost(config.price_in, config.price_out)}")
     if not judgments:
         raise ValueError(f"not one of {len(questions)} questions was judged")
-    show(judgments, config, categories, {side["model"]: side for side in (base, mine)}, settings)
+    show(judgments, config, categories, {side["model"]: side for side in (base, mine)})
     print(f"judgments: {out}; this table again: python arena_hard.py --judgments={out.parent}")
 
 
@@ -578,6 +562,7 @@ def annotate(texts, config):
 
 def main(argv=None):
     """Runs one of the forms. Returns the exit status: 0; 2 after a mistake, said in one line; 130 after Ctrl-C."""
+    print_anything()
     parser = Parser(prog="arena_hard.py", description=Config.__doc__, allow_abbrev=False)
     add_fields(parser, Config, set())
     parser.add_argument("--category", action="append", help="only this category; any number of times")
@@ -593,6 +578,8 @@ def main(argv=None):
             raise ValueError(f"--{strange[0]} means nothing with --{forms[0]}")
         config = Config(**given)
         check_version(config.version)
+        at_least_1 = dict.fromkeys(("weight", "rounds", "workers", "clusters", "per_cluster"), SIZE)
+        check_ranges(config, **at_least_1, min_size=(2, SIZE[1]), max_tokens=(0, SIZE[1]))
         dict(judgments=replay, questions=judge_answers, build=build)[forms[0]](config, categories)
     except (ValueError, OSError) as error:
         return fail(error)

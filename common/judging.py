@@ -134,6 +134,11 @@ def file_name(name):
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".") or "_"
 
 
+def judge_name(judge):
+    """Returns what a judge is called: its own `name`, or the function's."""
+    return getattr(judge, "name", None) or getattr(judge, "__name__", "judge")
+
+
 def rough_tokens(text):
     """Returns a stand-in for a number of tokens: words and punctuation marks; no vocabulary is needed."""
     return len(re.findall(r"\w+|[^\w\s]", text))
@@ -188,7 +193,7 @@ def openai_judge(base_url, model, api_key=None, temperature=0.0, max_tokens=None
 
     own_answer: the judge first answers itself; not for creative writing. system: a prompt of your own. max_tokens:
     4,096 in v0.1, 16,000 in v2.0. In v0.1 a reply without a label is asked once more to end with one; both texts count.
-    judge.name is the model, judge.chat the Chat, with its settings and what it used.
+    judge.name is the model, judge.settings goes into every row, judge.chat counts what was used.
     """
     check_version(version)
     chat = Chat(base_url, model, api_key, temperature, max_tokens or {"v0.1": 4096, "v2.0": 16000}[version], retries,
@@ -205,7 +210,7 @@ def openai_judge(base_url, model, api_key=None, temperature=0.0, max_tokens=None
             text += "\n" + chat(messages + again)
         return text
 
-    judge.name, judge.chat = model, chat
+    judge.name, judge.chat, judge.settings = model, chat, chat.settings()
     return judge
 
 
@@ -348,7 +353,9 @@ def run(questions, answers, baseline, judge, out, version="v2.0", workers=4):
                 f"{side['model']} has no answer to {len(missing)} of {len(uids)} questions, such as {missing[0]}"
             )
     file = JudgmentFile(out, answers["model"], baseline["model"], getattr(judge, "name", None))
-    sides, name = (baseline["answers"], answers["answers"]), getattr(judge, "name", getattr(judge, "__name__", "judge"))
+    sides = baseline["answers"], answers["answers"]
+    about = dict(judge=judge_name(judge), model=answers["model"], baseline=baseline["model"])
+    about |= {"settings": judge.settings} if hasattr(judge, "settings") else {}
 
     def pair(q, k):
         return sides[k][q["uid"]], sides[1 - k][q["uid"]]
@@ -375,8 +382,7 @@ def run(questions, answers, baseline, judge, out, version="v2.0", workers=4):
                 if score and k == 0:
                     file.keep(q["uid"], k, game)
             games.append(game)
-        file.append(dict(uid=q["uid"], category=q["category"], judge=name, model=answers["model"],
-                         baseline=baseline["model"], games=games))  # fmt: skip
+        file.append(dict(uid=q["uid"], category=q["category"], **about, games=games))
 
     open_games = [
         q for q in questions if not all((q["uid"], k) in file.games for k in (0, 1)) or q["uid"] not in file.rows

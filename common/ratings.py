@@ -38,6 +38,8 @@ def checked(a, b, y, n_models, anchor=None):
     a, b, y = np.asarray(a), np.asarray(b), np.asarray(y, dtype=float)
     if not (a.shape == b.shape == y.shape and y.ndim == 1):
         raise ValueError(f"a, b, y must be as long as each other, and are {a.shape}, {b.shape}, {y.shape}")
+    if len(y) and not (np.mod(np.r_[a, b], 1) == 0).all():
+        raise ValueError("a and b must be indices: whole numbers")
     if n_models < 1 or (len(y) and not (np.minimum(a, b).min() >= 0 and np.maximum(a, b).max() < n_models)):
         raise ValueError(f"a and b must be indices of n_models={n_models} models, 0 to {n_models - 1}")
     if not ((y >= 0) & (y <= 1)).all():

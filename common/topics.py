@@ -1,4 +1,6 @@
-"""Topics of texts, without a network: TF-IDF as the embedding, scikit-learn's clusterings, names from telling words."""
+"""Topics and marks of prompts, without a network: TF-IDF, scikit-learn's clusterings, regular expressions."""
+
+import re
 
 import numpy as np
 from scipy.sparse import csr_array, hstack
@@ -63,3 +65,34 @@ def topic_names(texts, clusters, words=4):
     terms = vectorizer.get_feature_names_out()
     best = [np.argsort(-row.toarray()[0], kind="stable")[:words] for row in weights]
     return {name: ", ".join(terms[top]) for name, top in zip(names, best)}
+
+
+ANNOTATION = """Your task is to evaluate how well the following input prompts can assess the capabilities of advanced \
+AI assistants.
+
+For the input prompt, please analyze it based on the following 7 criteria.
+1. Specificity: does it ask for a specific output, such as code, a mathematical solution or a configuration?
+2. Domain Knowledge: does it cover one or more specific domains, such as programming, mathematics or hardware?
+3. Complexity: does it need several steps or components, not a straightforward answer?
+4. Problem-Solving Skills: must the assistant solve a problem actively, not repeat a known fact?
+5. Creativity: does it need a creative approach to the problem?
+6. Technical Accuracy: does it require technical accuracy in the response?
+7. Real-world Application: does it relate to real-world applications, such as a functional system or practical code?
+
+You must list the criteria numbers that the prompt satisfies in the format of a Python array. For example, "[...]". \
+Do not explain your choice."""  # shortened from the paper's
+HINTS = (  # one for each of BenchBuilder's criteria, see arena_hard.py
+    r"\b(write|implement|code|function|table|json|regex|query|script|prove|calculate|list of \d+)\b",
+    r"\b(python|java\w*|c\+\+|sql|linux|docker|aws|api|theorem|matrix|integral|kernel|protein|contract|tensor|gpu)\b",
+    r"(\b(then|first|step|each|both|multiple|several|while|also)\b.*){2}|^(\S+\s+){60}",
+    r"\b(how (do|can|to|would)|solve|optimi[sz]e|fix|debug|error|design|find|why|improve|plan)\b",
+    r"\b(design|invent|create|story|poem|idea|brainstorm|game|imagine|propose|compose|suggest)\b",
+    r"[=<>{}]|\d+\.?\d*\s?(%|ms|kb|mb|gb|hz|v|kg|m)\b|\b(exact\w*|precise\w*|correct\w*|complexity|version|algorithm)\b",
+    r"\b(my|our|we|user|customer|company|production|server|app|website|business|project|data|deploy)\b",
+)
+
+
+def heuristic(prompt):
+    """Returns a reply like an annotator's, by one regular expression for each criterion: a stand-in for tests."""
+    hits = [str(k) for k, hint in enumerate(HINTS, 1) if re.search(hint, prompt, re.I | re.S)]
+    return f"[{', '.join(hits)}]"

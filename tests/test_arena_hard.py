@@ -1116,7 +1116,6 @@ def test_judge_then_replay(files, tmp_path, capsys):
             "--style",
             f"--control={control}",
             "--version=v0.1",
-            "--rounds=5",
             "--baseline=mine",
             "--rounds=5",
         ]
@@ -1138,13 +1137,18 @@ def test_judge_then_replay(files, tmp_path, capsys):
         (["--version=v3"], "v0.1 or v2.0"),
         (["--clusters=3"], "--clusters means nothing with --questions"),
         (["--build=x"], "no two"),
-        (["--weight=0"], "weight=0"),
-        (["--rounds=0"], "0 rounds"),
+        (["--weight=0"], "--weight=0 must be a whole number of at least 1"),
+        (["--rounds=0"], "--rounds=0 must be a whole number of at least 1"),
+        (["--seed=-1"], "--seed=-1"),
+        (["--weight=2.5"], "invalid int value"),
     ],
 )
 def test_a_mistake_is_one_line(files, change, message, capsys):
     names = {flag.split("=")[0] for flag in change}
-    status = main([flag for flag in files if flag.split("=")[0] not in names] + change)
+    try:
+        status = main([flag for flag in files if flag.split("=")[0] not in names] + change)
+    except SystemExit as end:  # argparse's own
+        status = end.code
     err = capsys.readouterr().err
     if message is None:
         assert status == 0
