@@ -23,7 +23,7 @@ Differs  Ratings are the exact maximum: a model that always won is at +inf, wher
          solved to convergence. Nulls and failed requests are asked again, answered games never. Topics: TF-IDF and
          HDBSCAN in the place of a remote embedding and BERTopic; pass `embed` for a model of your own.
 Files    arena_hard.py + common/cli.py + common/endpoint.py + common/jsonl.py + common/judging.py + common/ranges.py
-         + common/ratings.py + common/topics.py: 1,701 lines in all
+         + common/ratings.py + common/topics.py: 1,710 lines in all
 """
 
 import re
@@ -156,7 +156,8 @@ def agreement(ci, ref_ci, kind="half"):
     for bounds in (sorted_intervals(ci, sort=False), sorted_intervals(ref_ci, sort=False)):
         i, j = (bounds[k] for k in np.triu_indices(len(bounds), 1))  # [pairs, 2]
         apart = np.minimum(i[:, 1], j[:, 1]) <= np.maximum(i[:, 0], j[:, 0])
-        orders.append(apart * np.where(i[:, 0] != j[:, 0], np.sign(j[:, 0] - i[:, 0]), np.sign(j[:, 1] - i[:, 1])))
+        lower, upper = ((j[:, side] > i[:, side]).astype(int) - (j[:, side] < i[:, side]) for side in (0, 1))
+        orders.append(apart * np.where(lower != 0, lower, upper))
     if len(orders[0]) != len(orders[1]):
         raise ValueError(f"ci is of {len(ci)} models, ref_ci of {len(ref_ci)}")
     same = orders[0] * orders[1]
@@ -177,7 +178,7 @@ def paired(*columns):
 def strict_agreement(score, ref):
     """Returns the share of all pairs that score [n] and ref [n] put in the same order; a tie is no order."""
     (score_i, score_j), (ref_i, ref_j) = paired(score, ref)
-    return float(np.mean(np.sign(score_j - score_i) * np.sign(ref_j - ref_i) > 0))
+    return float(np.mean((score_j > score_i) & (ref_j > ref_i) | (score_j < score_i) & (ref_j < ref_i)))
 
 
 def order_forecast(mean, var, ref):
@@ -424,9 +425,11 @@ def show(judgments, config, categories=(), sides=None):
         for row in table:
             bounds = [f"({low - row['score']:+.2f}, {high - row['score']:+.2f})" for low, high in
                       (row["ci"], row["ci_questions"])]  # fmt: skip
-            side = (sides or {}).get(row["model"])
-            tokens = f"{np.mean([style_of(side, uid)[0] for uid in side['answers']]):8.0f}" if side else f"{'-':>8}"
-            print(f"{row['model']:34}{row['score']:9.2f}  {bounds[0]:16}{bounds[1]:16}{row['battles']:8}{tokens}")
+            side, tokens = (sides or {}).get(row["model"]), "-"
+            if side:  # ~: of answers whose tokens nobody counted, words and punctuation marks
+                about = "" if len(side["tokens"]) == len(side["answers"]) else "~"
+                tokens = f"{about}{np.mean([style_of(side, uid)[0] for uid in side['answers']]):.0f}"
+            print(f"{row['model']:34}{row['score']:9.2f}  {bounds[0]:16}{bounds[1]:16}{row['battles']:8}{tokens:>8}")
         habits = judge_habits(rows, config.version)
         print("the judge: {rows} rows, {games} games, {nulls} without a label, {ties} ties; of {complete} "
               "complete rows {contradicting} contradict themselves (each answer won in one position), {disagreeing} "

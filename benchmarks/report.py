@@ -741,9 +741,9 @@ Benchmarks compared with Chatbot Arena by their released statistics: 20 models, 
 
 {table(["benchmark", *next(iter(found["quality"].values()))], quality)}
 
-Claim (BenchBuilder): prompts with many criteria, from topics with many, separate models better. Found, in a world of
-12 models where harder prompts show more of a model's skill: yes, with {ahead} of {len(picked)} seeds. Share
-of pairs of models separated by 120 prompts, in %.
+Claim (BenchBuilder): prompts that meet many criteria, from topics that do, separate models better. Found, in a world
+of 12 models where harder prompts show more of a model's skill: yes, with {ahead} of {len(picked)} seeds. Share of
+pairs of models separated by 120 prompts, in %.
 
 {table(["prompts", "mean", "by seed"], rows)}
 

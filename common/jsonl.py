@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -46,13 +47,21 @@ def to_line(row):
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
+APPENDING = threading.Lock()
+
+
 def append_jsonl(path, row):
-    """Appends a row by a single write, so that a kill leaves all of it or none, and threads do not mix theirs."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(file, to_line(row))
-    finally:
-        os.close(file)
+    """Appends a row by a single write, so that a kill leaves all of it or none. A full disk leaves none: OSError."""
+    line, flags = to_line(row), os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+    with APPENDING:
+        file = os.open(path, flags, 0o666)
+        try:
+            size = os.fstat(file).st_size
+            if os.write(file, line) < len(line):
+                os.ftruncate(file, size)
+                raise OSError(f"{path}: the disk is full")
+        finally:
+            os.close(file)
 
 
 def write_jsonl(path, rows):

@@ -309,6 +309,20 @@ class JudgmentFile:
             self.games[line["uid"], line["game"]] = line["found"]
         self.close()  # without a line that was cut off, or said twice
 
+    def check(self, todo):
+        """Raises ValueError if a stored game is about other answers than those of `to_games`."""
+        for question, pair in todo:
+            uid = question["uid"]
+            for k, shown in enumerate(pair):
+                asked = self.games.get((uid, k), {}).get("prompt")
+                asked = asked[-1]["content"] if isinstance(asked, list) and asked else asked
+                if asked and asked != game_prompt(*shown):
+                    raise ValueError(f"{self.path} is about other answers to {uid} than these; write elsewhere")
+
+    def is_done(self, uid):
+        """Returns whether a question's row is there, and both its games have a label."""
+        return uid in self.rows and all((uid, k) in self.games for k in (0, 1))
+
     def keep(self, uid, k, game):
         """Writes a game down whose row is not complete yet."""
         with self.lock:
@@ -333,6 +347,25 @@ class JudgmentFile:
             self.part.unlink(missing_ok=True)
 
 
+def to_games(questions, answers, baseline):
+    """Returns [(question, [game 1, game 2])], a game as (prompt, answer A, answer B); see `run`.
+
+    Raises ValueError for questions that are none or there twice, and for answers that are not there.
+    """
+    questions = [to_question(row) for row in questions]
+    uids = [q["uid"] for q in questions]
+    if len(set(uids)) < len(uids):
+        raise ValueError(f"{len(uids)} questions, and {len(set(uids))} different uids")
+    for side in (answers, baseline):
+        lost = [uid for uid in uids if not isinstance(side["answers"].get(uid), str)]
+        if lost:
+            raise ValueError(
+                f"{side['model']} has no answer to {len(lost)} of {len(uids)} questions, such as {lost[0]}"
+            )
+    pairs = [(q, baseline["answers"][q["uid"]], answers["answers"][q["uid"]]) for q in questions]
+    return [(q, [(q["prompt"], base, mine), (q["prompt"], mine, base)]) for q, base, mine in pairs]
+
+
 def run(questions, answers, baseline, judge, out, version="v2.0", workers=4):
     """Returns the judgments of the questions, a list of v2.0 rows, and writes them to `out`, a .jsonl file.
 
@@ -342,54 +375,29 @@ def run(questions, answers, baseline, judge, out, version="v2.0", workers=4):
     anything, for answers that are missing, or that are not those which `out` is about.
     """
     check_version(version)
-    questions = [to_question(row) for row in questions]
-    uids = [q["uid"] for q in questions]
-    if len(set(uids)) < len(uids):
-        raise ValueError(f"{len(uids)} questions, and {len(set(uids))} different uids")
-    for side in (answers, baseline):
-        missing = [uid for uid in uids if not isinstance(side["answers"].get(uid), str)]
-        if missing:
-            raise ValueError(
-                f"{side['model']} has no answer to {len(missing)} of {len(uids)} questions, such as {missing[0]}"
-            )
+    todo = to_games(questions, answers, baseline)
     file = JudgmentFile(out, answers["model"], baseline["model"], getattr(judge, "name", None))
-    sides = baseline["answers"], answers["answers"]
+    file.check(todo)
     about = dict(judge=judge_name(judge), model=answers["model"], baseline=baseline["model"])
     about |= {"settings": judge.settings} if hasattr(judge, "settings") else {}
 
-    def pair(q, k):
-        return sides[k][q["uid"]], sides[1 - k][q["uid"]]
-
-    for q in questions:
-        for k in (0, 1):
-            asked = file.games.get((q["uid"], k), {}).get("prompt")
-            asked = asked[-1]["content"] if isinstance(asked, list) and asked else asked
-            if asked and asked != game_prompt(q["prompt"], *pair(q, k)):
-                raise ValueError(
-                    f"{out} is about other answers to {q['uid']} than these; write elsewhere, or delete it"
-                )
-
-    def ask(q):
-        games = []
-        for k in (0, 1):
-            game = file.games.get((q["uid"], k))
+    def ask(question, pair):
+        uid, games = question["uid"], []
+        for k, shown in enumerate(pair):
+            game = file.games.get((uid, k))
             if game is None:
-                text = judge(q["prompt"], *pair(q, k))
+                text = judge(*shown)
                 if not isinstance(text, str):
                     raise TypeError(f"the judge returned {type(text).__name__}, not text")
-                score, asked = parse_verdict(text, version), game_prompt(q["prompt"], *pair(q, k))
-                game = dict(score=score, judgment=dict(answer=text), prompt=asked)
-                if score and k == 0:
-                    file.keep(q["uid"], k, game)
+                game = dict(score=parse_verdict(text, version), judgment=dict(answer=text), prompt=game_prompt(*shown))
+                if game["score"] and k == 0:
+                    file.keep(uid, k, game)
             games.append(game)
-        file.append(dict(uid=q["uid"], category=q["category"], **about, games=games))
+        file.append(dict(uid=uid, category=question["category"], **about, games=games))
 
-    open_games = [
-        q for q in questions if not all((q["uid"], k) in file.games for k in (0, 1)) or q["uid"] not in file.rows
-    ]
     errors, pool = [], ThreadPoolExecutor(max(1, workers))
     try:
-        asked = [pool.submit(ask, q) for q in open_games]
+        asked = [pool.submit(ask, question, pair) for question, pair in todo if not file.is_done(question["uid"])]
         for future in (bar := tqdm(as_completed(asked), f"judging {answers['model']}", len(asked), disable=not asked)):
             if error := future.exception():
                 errors.append(error)
@@ -400,4 +408,4 @@ def run(questions, answers, baseline, judge, out, version="v2.0", workers=4):
     if errors:
         first = f"{type(errors[0]).__name__}: {' '.join(str(errors[0]).split())[:200]}"
         print(f"{len(errors)} questions failed, the first with {first}; run it again to ask them", file=sys.stderr)
-    return [file.rows[uid] for uid in uids if uid in file.rows]
+    return [file.rows[question["uid"]] for question, _ in todo if question["uid"] in file.rows]

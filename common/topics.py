@@ -12,7 +12,7 @@ from sklearn.preprocessing import normalize
 
 def tfidf(texts):
     """Returns [n, d], sparse, rows of length 1: words and pairs of words, beside groups of 3 to 5 characters."""
-    common = dict(sublinear_tf=True, stop_words="english", min_df=2 if len(texts) >= 50 else 1)
+    common = dict(sublinear_tf=True, stop_words="english", min_df=2 if len(texts) >= 50 else 1, max_features=100_000)
     parts = []
     for kind in (dict(ngram_range=(1, 2)), dict(analyzer="char_wb", ngram_range=(3, 5), stop_words=None)):
         try:
@@ -39,7 +39,8 @@ def cluster(texts, embed=None, min_size=8, seed=0):
         with np.errstate(invalid="ignore"):  # texts that are all the same have no variance to explain
             points = TruncatedSVD(rank, random_state=seed).fit_transform(points) if rank > 1 else points.toarray()
     else:
-        points = np.asarray(embed(texts), dtype=float)
+        points = embed(texts)
+        points = np.asarray(points.toarray() if hasattr(points, "toarray") else points, dtype=float)
         if points.ndim != 2 or len(points) != len(texts):
             raise ValueError(f"embed must return a row for each of {len(texts)} texts, not {points.shape}")
     points = normalize(points)

@@ -403,6 +403,8 @@ def test_touching_is_separate_and_equal_intervals_are_not():
     assert agreement([[0, 1], [2, 3]], [[2, 3], [0, 1]], "signed") == -1
     assert agreement([[0, 2], [1, 3]], [[2, 3], [0, 1]]) == 0.5
     assert np.isnan(agreement([[0, 1], [2, 3]], [[0, 2], [1, 3]]))
+    assert agreement([[-INF, -INF], [-INF, -INF]], [[0, 1], [2, 3]]) == 0.5  # models that always lost: not ordered
+    assert strict_agreement([INF, -INF, -INF], [3, 2, 1]) == pytest.approx(2 / 3)
 
 
 def test_what_is_no_interval_is_named():
@@ -652,6 +654,14 @@ def test_texts_of_a_topic_are_in_a_cluster():
     assert np.array_equal(found, cluster(texts, min_size=5))
     names = topic_names(texts, found)
     assert "nginx" in names[found[4]] and "bread" in names[found[1]]
+
+
+def test_many_texts_are_clustered_by_k_means():
+    texts, topics = many_prompts(each=2001)
+    found = cluster(texts)
+    assert len(set(found)) > 100 and np.array_equal(found, cluster(texts))
+    mixed = [len(set(topics[found == k])) > 1 for k in set(found)]
+    assert np.mean(mixed) < 0.05
 
 
 def test_an_embedding_of_ones_own():
