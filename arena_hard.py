@@ -99,7 +99,7 @@ def to_battles(judgments, weight=3, version="v2.0", first_game_only=False):
             if label:
                 y = 0.5 if label == "A=B" else float(label.startswith("A") == (game == 0))
                 copies = int(weight) if ">>" in label else 1
-                found += [(row.get("baseline") or FIRST_BASELINE, row["model"], y, uid_of(row))] * copies
+                found += [(str(row.get("baseline") or FIRST_BASELINE), str(row["model"]), y, uid_of(row))] * copies
     models = sorted({name for battle in found for name in battle[:2]})
     index = {name: i for i, name in enumerate(models)}
     a, b = (np.array([index[battle[side]] for battle in found], dtype=int) for side in (0, 1))
@@ -399,15 +399,15 @@ def show(judgments, config, categories=(), sides=None):
     """Prints a leaderboard for each category of judgment rows. sides: {model: its answers}, for style and tokens."""
     judgments = list({(uid_of(row), row.get("model")): row for row in judgments}.values())  # the last row counts
     judges = sorted({str(row.get("judge", "unknown")) for row in judgments})
-    there = sorted({row.get("category") or "all" for row in judgments})
+    there = sorted({str(row.get("category") or "all") for row in judgments})
     if len(judges) > 1:
         raise ValueError(f"judgments of several judges, {', '.join(judges)}: choose one folder")
     if strange := set(categories) - set(there):
         raise ValueError(f"no judgment of category {', '.join(sorted(strange))}; there are {', '.join(there)}")
     for category in categories or there:
-        rows = [row for row in judgments if (row.get("category") or "all") == category]
+        rows = [row for row in judgments if str(row.get("category") or "all") == category]
         battles = to_battles(rows, config.weight, config.version, config.first_game_only)
-        baselines = sorted({row.get("baseline") or FIRST_BASELINE for row in rows})
+        baselines = sorted({str(row.get("baseline") or FIRST_BASELINE) for row in rows})
         baseline = config.baseline or baselines[0]
         if len(baselines) > 1 and not config.baseline:
             raise ValueError(f"{category}: baselines {', '.join(baselines)}; choose the anchor with --baseline")
@@ -421,7 +421,7 @@ def show(judgments, config, categories=(), sides=None):
               f"{config.weight}{', first game only' if config.first_game_only else ''}; anchor {baseline} = 50; "
               f"style control {control}; {LEVEL[config.version]:.0%} of {config.rounds} resamples, "
               f"seed {config.seed}")  # fmt: skip
-        print(f"{'model':34}{'score, %':>9}  {'battles drawn':16}{'questions drawn':16}{'battles':>8}{'tokens':>8}")
+        print(f"{'model':34}{'score, %':>9}  {'battles drawn':18}{'questions drawn':18}{'battles':>8}{'tokens':>8}")
         for row in table:
             bounds = [f"({low - row['score']:+.2f}, {high - row['score']:+.2f})" for low, high in
                       (row["ci"], row["ci_questions"])]  # fmt: skip
@@ -429,7 +429,7 @@ def show(judgments, config, categories=(), sides=None):
             if side:  # ~: of answers whose tokens nobody counted, words and punctuation marks
                 about = "" if len(side["tokens"]) == len(side["answers"]) else "~"
                 tokens = f"{about}{np.mean([style_of(side, uid)[0] for uid in side['answers']]):.0f}"
-            print(f"{row['model']:34}{row['score']:9.2f}  {bounds[0]:16}{bounds[1]:16}{row['battles']:8}{tokens:>8}")
+            print(f"{row['model']:34}{row['score']:9.2f}  {bounds[0]:18}{bounds[1]:18}{row['battles']:8}{tokens:>8}")
         habits = judge_habits(rows, config.version)
         print("the judge: {rows} rows, {games} games, {nulls} without a label, {ties} ties; of {complete} "
               "complete rows {contradicting} contradict themselves (each answer won in one position), {disagreeing} "

@@ -49,9 +49,10 @@ def check_version(version):
 
 
 def text_of(game):
-    """Returns the judge's words in a game of either format."""
-    judgment = game.get("judgment") or ""
-    return judgment if isinstance(judgment, str) else judgment.get("answer") or ""
+    """Returns the judge's words in a game of either format, "" if there are none."""
+    judgment = game.get("judgment")
+    text = judgment.get("answer") if isinstance(judgment, dict) else judgment
+    return text if isinstance(text, str) else ""
 
 
 def label_of(game, version):
@@ -59,15 +60,18 @@ def label_of(game, version):
     if not game:
         return None
     label = game["score"] if "score" in game else parse_verdict(text_of(game), version)
-    label = TURNED.get(label, label) if version == "v2.0" else label
+    label = TURNED.get(str(label), label) if version == "v2.0" else label
     return label if label in LABELS else None
 
 
 def labels_of(row, version):
     """Returns the labels [2] of a judgment's games; a missing game is None, like a null one."""
-    if "games" not in row or "model" not in row or uid_of(row) is None:
+    games = [] if "games" in row and row["games"] is None else row.get("games")
+    if uid_of(row) is None or "model" not in row or not isinstance(games, list):
         raise ValueError(f"a judgment has uid, model and games; this row has {', '.join(row) or 'nothing'}")
-    return [label_of(game, version) for game in (list(row["games"] or []) + [None, None])[:2]]
+    if not all(game is None or isinstance(game, dict) for game in games):
+        raise ValueError(f"question {uid_of(row)}: a game is an object with a score, or null")
+    return [label_of(game, version) for game in (games + [None, None])[:2]]
 
 
 # ---- 2. files -------------------------------------------------------------------------------------------------------
@@ -79,24 +83,34 @@ def uid_of(row):
     return None if uid is None else str(uid)
 
 
+def dig(value, *path):
+    """Returns value[path[0]][path[1]]..., and None where there is no such thing."""
+    try:
+        for key in path:
+            value = value[key]
+        return value
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
 def to_question(row):
     """Returns {"uid", "category", "prompt"} of a row of either format, other fields kept. Raises ValueError."""
-    prompt = row.get("prompt", (row.get("turns") or [{}])[0].get("content"))
+    prompt = row.get("prompt", dig(row, "turns", 0, "content"))
     if uid_of(row) is None or not isinstance(prompt, str):
         raise ValueError(f"a question has uid and prompt; this row has {', '.join(row) or 'nothing'}")
-    return row | {"uid": uid_of(row), "category": row.get("category", "all"), "prompt": prompt}
+    return row | {"uid": uid_of(row), "category": str(row.get("category", "all")), "prompt": prompt}
 
 
 def to_answer(row):
     """Returns (text, tokens or None, metadata or None) of a row of model_answer/MODEL.jsonl, in either format."""
-    turn = (row.get("choices") or [{}])[0].get("turns", [{}])[0]
-    message = (row.get("messages") or [{}])[-1].get("content")
-    message = message.get("answer") if isinstance(message, dict) else message
-    meta = row.get("metadata") or row.get("conv_metadata") or {}
-    text = row.get("answer", turn.get("content", message))
-    if uid_of(row) is None or not isinstance(text, str):
+    old, new = dig(row, "choices", 0, "turns", 0), dig(row, "messages", -1, "content")
+    meta = row.get("metadata") or row.get("conv_metadata")
+    found = row.get("answer"), dig(old, "content"), dig(new, "answer"), new
+    text = next((text for text in found if isinstance(text, str)), None)
+    if uid_of(row) is None or text is None:
         raise ValueError(f"an answer has uid and answer, or messages; this row has {', '.join(row) or 'nothing'}")
-    return text, row.get("token_len", meta.get("token_len", turn.get("token_len"))), meta or None
+    counts = row.get("token_len"), dig(meta, "token_len"), dig(old, "token_len")
+    return text, next((n for n in counts if isinstance(n, int)), None), meta if isinstance(meta, dict) else None
 
 
 def read_answers(path):
@@ -123,7 +137,7 @@ def read_answers(path):
 def user_turns(row):
     """Returns what a person typed, a list of str, of a row with a prompt, turns or a conversation."""
     said = row.get("conversation_a") or row.get("conversation") or row.get("turns") or [{"content": row.get("prompt")}]
-    words = [turn.get("content") for turn in said if turn.get("role", "user") == "user"]
+    words = [dig(turn, "content") for turn in said if (dig(turn, "role") or "user") == "user"]
     if not words or not all(isinstance(word, str) for word in words):
         raise ValueError(f"a row has a prompt, turns or a conversation; this one: {', '.join(row) or 'nothing'}")
     return words

@@ -26,7 +26,7 @@ def cluster(texts, embed=None, min_size=8, seed=0):
     """Returns the topic of each text: [n] int; below 0: none, where no min_size texts are near each other.
 
     embed(texts) -> [n, d]: an embedding, by default TF-IDF in 256 dimensions. HDBSCAN, its outliers then given to the
-    nearest centroid by cosine; above 10,000 texts MiniBatchKMeans, 50 texts to a topic as in the paper.
+    nearest centroid by cosine; above 5,000 texts MiniBatchKMeans, some 50 to a topic as in the paper.
     """
     texts = list(texts)
     if min_size < 2:
@@ -44,7 +44,7 @@ def cluster(texts, embed=None, min_size=8, seed=0):
         if points.ndim != 2 or len(points) != len(texts):
             raise ValueError(f"embed must return a row for each of {len(texts)} texts, not {points.shape}")
     points = normalize(points)
-    if len(texts) > 10_000:
+    if len(texts) > 5_000:
         return MiniBatchKMeans(len(texts) // 50, random_state=seed, n_init=1).fit_predict(points)
     topics = HDBSCAN(min_cluster_size=min_size, min_samples=1, copy=True).fit_predict(points)
     if topics.max() >= 0:

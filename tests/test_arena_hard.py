@@ -144,6 +144,11 @@ def test_rows_of_the_first_format_are_read():
     assert to_battles([text]).y.tolist() == [0.5, 1]  # without a stored score: what the text says
     with pytest.raises(ValueError, match="has uid, model and games; this row has uid, model"):
         to_battles([dict(uid="1", model="m")])
+    for games in ("A>B", 3, ["A>B", "A>B"], {"score": "A>B"}):
+        with pytest.raises(ValueError, match="a judgment has|a game is an object"):
+            to_battles([dict(uid="1", model="m", games=games)])
+    for game in ({"score": ["A>B"]}, {"score": 1}, {"judgment": 7}, {"judgment": {"answer": None}}, {}):
+        assert to_battles([dict(uid="1", model="m", games=[game, game])]).models == []
     with pytest.raises(ValueError, match="weight=0"):
         to_battles([], weight=0)
 
@@ -657,9 +662,9 @@ def test_texts_of_a_topic_are_in_a_cluster():
 
 
 def test_many_texts_are_clustered_by_k_means():
-    texts, topics = many_prompts(each=2001)
+    texts, topics = many_prompts(each=1001)
     found = cluster(texts)
-    assert len(set(found)) > 100 and np.array_equal(found, cluster(texts))
+    assert len(set(found)) > 50 and np.array_equal(found, cluster(texts))
     mixed = [len(set(topics[found == k])) > 1 for k in set(found)]
     assert np.mean(mixed) < 0.05
 
@@ -1080,6 +1085,15 @@ def test_answers_in_three_formats(tmp_path):
     write_jsonl(path, [dict(uid="a", answer="# x y")])
     side = read_answers(path)
     assert side["model"] == "some-model" and arena_hard.style_of(side, "a") == [3, 1, 0, 0]
+    for odd in (
+        dict(uid="a", messages=7),
+        dict(uid="a", choices=[dict(turns=["x"])]),
+        dict(uid="a", answer=3),
+        dict(answer="x"),
+    ):
+        write_jsonl(path, [odd])
+        with pytest.raises(ValueError, match="an answer has uid and answer"):
+            read_answers(path)
     for rows, message in (([], "no answers"), ([dict(uid="a")], "an answer has uid and answer"),
                           ([dict(uid=k, model=k, answer="") for k in "ab"], "one file holds one model's")):  # fmt: skip
         write_jsonl(path, rows)
