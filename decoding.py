@@ -38,7 +38,7 @@ from common.sampling import (
     token_probs,
 )
 from decode_kernels import advance, append, argmax, cached_attention, embed, grouped_rms_norm, linear_step, mamba2_steps
-from kernels import pick_backend
+from kernels import fresh_casts, has_hooks, pick_backend
 from latent_moe import MLP
 from lla import LocalLinearAttention, lla_step
 from nano_hybrid import Attention, Block, Cache, Hybrid, KVState, LocalLinear, RMSNorm, apply_rope
@@ -257,12 +257,6 @@ def expand_batch(cache, rows, capacity, into=None):
 # `forward_step`.
 
 PLAIN = (nn.Linear, nn.Embedding, RMSNorm, Block, Mamba2, Attention, LocalLinear, MLP)
-
-
-def has_hooks(module):
-    """Returns whether calling `module` runs more than the forward of its class: a hook, or a forward set on it."""
-    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or everywhere)
 
 
 def is_plain(*modules):
@@ -536,13 +530,14 @@ def generate(
         kept, session = session is not None, session or DecodeSession()
         control, wants = control and control(B), logprobs is not None
         steps = _steps(model, prompt, pad, sampler, control, prefill_size, capacity, wants, rows, session, kept)
-    for token, logprob in itertools.islice(steps, max_new_tokens):
-        if rows.n_active() == 0:  # asked only now that a GPU has the next step to work on
-            return
-        if logprobs is not None:
-            logprobs.append(logprob.masked_fill(rows.done, 0.0))
-        yield torch.where(rows.done, -1, token)
-        rows.update(token)
+    with fresh_casts():
+        for token, logprob in itertools.islice(steps, max_new_tokens):
+            if rows.n_active() == 0:  # asked only now that a GPU has the next step to work on
+                return
+            if logprobs is not None:
+                logprobs.append(logprob.masked_fill(rows.done, 0.0))
+            yield torch.where(rows.done, -1, token)
+            rows.update(token)
 
 
 def _steps(model, ids, pad, sampler, control, prefill_size, capacity, wants_logprobs, active, session, kept):

@@ -42,7 +42,10 @@ def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
     """
     y = torch.zeros(x.shape, dtype=at_least_float32(x).dtype, device=x.device)
     for expert in range(len(up)):
-        token, k = torch.where(expert_ids == expert)  # [n], the rows of this expert
+        if x.is_meta:  # no ids are known there: an even load, which has the right cost
+            token = k = expert_ids.new_zeros(-(-expert_ids.numel() // len(up)))
+        else:
+            token, k = torch.where(expert_ids == expert)  # [n], the rows of this expert
         hidden = F.relu(x[token] @ up[expert].T).square()  # [n, F]
         out = hidden @ down[expert].T  # [n, C]
         y = y.index_add(0, token, out.to(y.dtype) * expert_weights[token, k, None].to(y.dtype))
@@ -489,7 +492,7 @@ def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
     expect("expert_ids", expert_ids, S, K)
     expect("expert_weights", expert_weights, S, K)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x, up, down = (t.to(torch.get_autocast_dtype(device)) for t in (x, up, down))
     if not x.dtype == up.dtype == down.dtype:
         raise ValueError(f"x is {x.dtype}, up {up.dtype}, down {down.dtype}; cast them to one, or use torch.autocast")

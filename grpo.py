@@ -51,8 +51,9 @@ Read     The table above, 1, 2; then `GRPO.batch` and `GRPO.rollouts` in 4, from
          `GRPO.loss`. `python grpo.py` compares five losses, `python train.py --recipe=grpo` learns several tasks at
          once, `python -m experiments.grpo` tests Nemotron's claims, `python -m benchmarks.grpo` times answers.
 Files    grpo.py + decoding.py + kernels.py + nano_hybrid.py + rollouts.py + decode_kernels.py + latent_moe.py +
-         lla.py + ssd.py + expert_kernels.py + common/data.py + common/objectives.py + common/tasks.py +
-         common/accounting.py + common/checkpoints.py + common/presets.py + common/sampling.py: 8,681 lines in all
+         lla.py + ssd.py + expert_kernels.py + common/data.py + common/fit.py + common/objectives.py +
+         common/ranges.py + common/tasks.py + common/accounting.py + common/checkpoints.py + common/files.py +
+         common/presets.py + common/sampling.py: 9,789 lines in all
 """
 
 import time
@@ -165,7 +166,7 @@ def row_mean(values, mask):
     return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def batch_denominator(mask, aggregate="token", max_tokens=None, micro_batches=1, processes=1):
+def denominator(mask, aggregate="token", max_tokens=None, micro_batches=1, processes=1):
     """Returns the number, a tensor [], that sums over the tokens of a batch are divided by. mask [B, T]: all of it.
 
     token     tokens in the mask: each token counts the same, so long answers count more        DAPO, section 3.3
@@ -180,7 +181,7 @@ def batch_denominator(mask, aggregate="token", max_tokens=None, micro_batches=1,
     """
     rollouts.check_choice("aggregate", aggregate, AGGREGATES)
     if aggregate == "constant" and not max_tokens:
-        raise ValueError('aggregate="constant" needs denominator=batch_denominator(mask, "constant", max_tokens)')
+        raise ValueError('aggregate="constant" needs denominator=denominator(mask, "constant", max_tokens)')
     tokens = (mask != 0).sum(1)  # [B]
     total = dict(token=tokens.sum(), sequence=(tokens > 0).sum(), constant=tokens.new_tensor(len(mask)))[aggregate]
     if processes > 1:
@@ -189,10 +190,10 @@ def batch_denominator(mask, aggregate="token", max_tokens=None, micro_batches=1,
     return total / (micro_batches * processes)
 
 
-def aggregate_tokens(values, mask, aggregate="token", denominator=None):
-    """Returns a scalar: the sum of values [B, T] in mask [B, T] / denominator, None for that of this mask alone."""
-    denominator = batch_denominator(mask, aggregate) if denominator is None else denominator
-    return (row_mean(values, mask) if aggregate == "sequence" else values * mask).sum() / denominator
+def aggregate_tokens(values, mask, aggregate="token", divisor=None):
+    """Returns a scalar: the sum of values [B, T] in mask [B, T] / divisor; None: that of this mask alone."""
+    divisor = denominator(mask, aggregate) if divisor is None else divisor
+    return (row_mean(values, mask) if aggregate == "sequence" else values * mask).sum() / divisor
 
 
 def ratio_terms(logprob, old_logprob, mask, kind="grpo"):
@@ -276,7 +277,7 @@ def policy_loss(
     logprob, old_logprob, behaviour_logprob, ref_logprob [B, T]: of the sampled tokens. Only logprob has a gradient, so
     `old_logprob=logprob` is right, and free, for the first update. advantages [B], an answer's, or [B, T]. mask [B, T],
     bool or 0 and 1; outside of it tensors may hold anything, NaN too. kind, clip, dual_clip: `clipped` and `cispo`.
-    aggregate, denominator: `batch_denominator`. correction, bounds: `correction_weights`; None is w = 1.
+    aggregate, denominator: see the function `denominator`. correction, bounds: `correction_weights`; None is w = 1.
     kl_kind: `kl_estimate`; kl_ratio: times w pi / pi_old, for samples that are not of pi. Computed in float32 (float64
     for float64). On-policy the loss is near 0, since A has mean 0: it does not measure progress. Raises ValueError for
     unknown kinds, shapes that do not fit, and what is missing.
@@ -360,7 +361,7 @@ class GRPOConfig:
     eval_temperature: float = 1.0  # of the answers to held-out prompts; 0: the likeliest tokens
     advantage: str = "grpo"  # grpo, nemotron, rloo, dr or batch: see advantages
     surrogate: str = "grpo"  # grpo, gspo or cispo: see policy_loss
-    aggregate: str = "token"  # token, sequence or constant: see batch_denominator
+    aggregate: str = "token"  # token, sequence or constant: see denominator
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
     clip_high: float = 0.28  # and up to 1 + clip_high
     entropy_coef: float = 0.02  # bonus for a nat of entropy: with less, small models settle on one answer for all
@@ -493,7 +494,7 @@ class GRPO(Objective):
             whole = {name: value.tensor_split(c.updates)[update].to(device) for name, value in answers.items()}
             counted, aggregate = whole["mask"], c.aggregate
         parts = dict(micro_batches=self.grad_accum, processes=self.world_size)
-        further["denominator"] = batch_denominator(counted, aggregate, self.max_new_tokens, **parts)
+        further["denominator"] = denominator(counted, aggregate, self.max_new_tokens, **parts)
         return {name: value.tensor_split(self.grad_accum)[micro] for name, value in whole.items()} | further
 
     def rollouts(self, model, step):
@@ -539,20 +540,20 @@ class GRPO(Objective):
 
     def loss(self, model, batch):
         """Returns (loss, metrics)."""
-        c, denominator = self.settings, batch["denominator"]
+        c, divisor = self.settings, batch["denominator"]
         if "targets" in batch:
             tokens = (batch["targets"] >= 0).sum()
             loss, metrics = model.loss(batch["ids"], batch["targets"])  # a mean over them
-            return loss * (tokens / denominator), metrics | dict(tokens=tokens)
+            return loss * (tokens / divisor), metrics | dict(tokens=tokens)
         mask = batch["mask"]
         logprob, entropy = model.logprobs(batch["ids"], mask, c.temperature)
         loss, metrics = policy_loss(
             logprob, batch.get("old_logprob", logprob), batch["advantages"], mask, c.surrogate,
-            (c.clip_low, c.clip_high), aggregate=c.aggregate, denominator=denominator,
+            (c.clip_low, c.clip_high), aggregate=c.aggregate, denominator=divisor,
             behaviour_logprob=batch["behaviour_logprob"], correction=c.correction if c.correction in BOUNDS else None,
             ref_logprob=batch.get("ref_logprob"), kl_coef=c.kl_coef, kl_kind="k3+",
         )  # fmt: skip
-        bonus = c.entropy_coef * aggregate_tokens(entropy, mask, c.aggregate, denominator)
+        bonus = c.entropy_coef * aggregate_tokens(entropy, mask, c.aggregate, divisor)
         entropy = entropy.detach().sum() / mask.sum().clamp(min=1)
         return loss - bonus, metrics | batch["metrics"] | dict(entropy=entropy, tokens=mask.sum())
 

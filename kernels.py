@@ -109,6 +109,15 @@ def fresh_casts():
         torch.clear_autocast_cache()
 
 
+def has_hooks(module):
+    """Returns whether calling `module` runs more than the forward of its class: a hook, or a forward set on it.
+
+    A fused op reads the module's weights instead of calling it, and would leave that out without a word.
+    """
+    everywhere = torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or everywhere)
+
+
 def expect(name, tensor, *shape, hint=""):
     """Raises ValueError unless `tensor` is None or has this shape: a kernel would read past its end."""
     if tensor is not None and tuple(tensor.shape) != shape:

@@ -24,7 +24,7 @@ Symbols  code                           paper   meaning
 Limits   One expert with weight 1 is an MLP; latent_size = C with identity projections is the standard layer; with all
          experts chosen the layer is a dense sum: see tests/test_latent_moe.py.
 Differs  The paper writes softmax scores. The released models, and so this file, score with a sigmoid.
-Files    latent_moe.py + expert_kernels.py + kernels.py: 1,754 lines in all
+Files    latent_moe.py + expert_kernels.py + kernels.py: 1,918 lines in all
 """
 
 import math
@@ -252,7 +252,11 @@ class MoE(nn.Module):
     """A mixture of experts; with config.latent_size, a LatentMoE. Parameter names: those of `transformers`' NemotronH.
 
     A forward changes nothing in the layer, so that it may be computed again (activation checkpointing) and the layer be
-    copied. In training it returns its load beside y, which a `Load` takes; after the optimizer's step comes `balance`.
+    copied. In training it returns its load beside y, which a `Load` takes:
+
+        load = Load(counted)                      # bool [B, T], False on padding
+        y = load.add(moe, *moe(x, load.counted))  # as many layers, as often as you like
+        loss = ... + 1e-4 * load.finish()         # then backward, the optimizer's step, and moe.balance()
     """
 
     def __init__(self, config):

@@ -32,7 +32,7 @@ Differs  The paper adds lambda to unnormalised weights; here, as in the authors'
          its rows have converged (theirs takes 32 steps), to 5e-4 in 16 bits (theirs 1e-6); 16-bit keys and directions
          are multiplied as float16; a decode step solves from moments; the layer learns its ridge, and queries and keys
          share a norm. Parallax (arXiv:2605.29157), which replaces the solve by a projection: experiments/parallax.py.
-Files    lla.py + kernels.py: 1,908 lines in all.
+Files    lla.py + kernels.py: 1,989 lines in all.
 Read     1, the comment that opens 2, 3, `_solve_kernel`, 4. Then `python lla.py`, and `python -m experiments.lla`.
 """
 
@@ -131,8 +131,7 @@ def local_fit(s, q, k, v, ridge, iters=None):
 
 def _each_head(q, k, v, ridge):
     """Returns q, k, v, ridge in float32 or float64, k and v once for each query head, ridge [1 or H, 1, 1]."""
-    group = q.shape[1] // k.shape[1]
-    q, k, v = (at_least_float32(t) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    q, k, v = (at_least_float32(t.repeat_interleave(q.shape[1] // t.shape[1], 1)) for t in (q, k, v))
     return q, k, v, torch.as_tensor(ridge, device=q.device, dtype=q.dtype).view(-1, 1, 1)
 
 
@@ -708,12 +707,11 @@ def lla_step_ref(q, k_cache, v_cache, ridge, length=None, pad=None, scale=None):
     """
     dtype, capacity = q.dtype, k_cache.shape[2]
     q, k, v, ridge = _each_head(q[:, :, None], k_cache, v_cache, ridge)
-    at = torch.arange(capacity, device=q.device)
-    seen = at < (capacity if length is None else length)  # [capacity]
+    at = torch.arange(capacity, device=q.device)[None, None, None]
+    seen = at < (capacity if length is None else length)  # [1, 1, 1, capacity]
     if pad is not None:
         seen = seen & (at >= pad[:, None, None, None])  # [B, 1, 1, capacity]
-    column = seen.mT if seen.dim() > 1 else seen[:, None]
-    k, v = (torch.where(column, t, 0.0) for t in (k, v))  # unseen positions may hold NaN
+    k, v = (torch.where(seen.mT, t, 0.0) for t in (k, v))  # unseen positions may hold NaN
     with no_autocast(q.device):
         logits = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~seen, -math.inf)
         return local_fit(logits.softmax(-1), q, k, v, ridge)[:, :, 0].to(dtype)
@@ -940,8 +938,7 @@ class LocalLinearAttention(nn.Module):
         """Returns [B, T, C]. cache: a pair [k, v] of the tokens before, or [] for none yet; it is extended in place."""
         q, k, v = self.qkv(lambda projection: projection(x))
         if cache is not None:
-            cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v))] if len(cache) else [k, v]
-            k, v = cache
+            k, v = cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v))] if len(cache) else [k, v]
         return self.o_proj(lla(q, k, v, self.ridge).transpose(1, 2).flatten(2))
 
 
@@ -962,11 +959,10 @@ def mesa_ref(q, k, v, ridge):
 
     One linear map per position, fitted to all pairs so far. q, k [B, H, T, D]; ridge > 0: a number, or a tensor [H].
     """
-    dtype = q.dtype
-    q, k, v, ridge = _each_head(q, k, v, ridge)
-    kk = (k[..., :, None] * k[..., None, :]).cumsum(2)  # [B, H, T, D, D]
-    x = solve(kk + ridge[..., None] * torch.eye(k.shape[-1], dtype=q.dtype, device=q.device), q)  # [B, H, T, D]
-    return ((x @ k.mT).tril() @ v).to(dtype)  # linear attention, queried with x
+    qf, kf, vf, ridge = _each_head(q, k, v, ridge)
+    kk = (kf[..., :, None] * kf[..., None, :]).cumsum(2)  # [B, H, T, D, D]
+    x = solve(kk + ridge[..., None] * torch.eye(kf.shape[-1], dtype=kf.dtype, device=k.device), qf)  # [B, H, T, D]
+    return ((x @ kf.mT).tril() @ vf).to(q.dtype)  # linear attention, queried with x
 
 
 MIXERS = {"softmax": softmax_attention, "linear": mesa_ref, "LLA": lla}  # each (q, k, v, ridge) -> o

@@ -33,10 +33,11 @@ Differs  From the authors' code, on purpose. If no token was drawn, the step unm
          factor on p. A step costs lambda / length, not 1 / 500: at the paper's 256 tokens lambda = .25 is its 2 points
          for a correct answer against .1 NFE / 50. By default only the planner learns from rewards (--joint: and the
          backbone), without a teacher (--distill_coef), also from decodings worse than their group (--advantage_floor).
-Files    mdlm_dultra.py + grpo.py + kernels.py + nano_hybrid.py + unmasking.py + decoding.py + latent_moe.py +
-         lla.py + rollouts.py + ssd.py + decode_kernels.py + expert_kernels.py + common/canvas.py +
-         common/checkpoints.py + common/data.py + common/fit.py + common/objectives.py + common/tasks.py +
-         common/accounting.py + common/presets.py + common/sampling.py: 9,891 lines in all
+Files    mdlm_dultra.py + grpo.py + kernels.py + latent_moe.py + nano_hybrid.py + rollouts.py + unmasking.py +
+         decoding.py + expert_kernels.py + lla.py + ssd.py + decode_kernels.py + common/canvas.py +
+         common/checkpoints.py + common/data.py + common/fit.py + common/objectives.py + common/ranges.py +
+         common/tasks.py + common/accounting.py + common/files.py + common/presets.py + common/sampling.py: 10,961
+         lines in all
 """
 
 import math
@@ -55,7 +56,7 @@ from common.fit import fit
 from common.objectives import NextToken, Objective, Recipe
 from common.ranges import check_ranges
 from common.tasks import ENVIRONMENTS, FILL_INS, environment, sample_task, score_all
-from grpo import advantages, batch_denominator, policy_loss
+from grpo import advantages, denominator, policy_loss
 from kernels import at_least_float32, fresh_casts, linear_logprob
 from latent_moe import new_load
 from nano_hybrid import PRESETS as HYBRIDS
@@ -169,7 +170,7 @@ class MaskedDiffusionLM(Hybrid):
 
     def logits(self, hidden):
         """Returns logits [..., V - 1] of hidden [..., C]: M, the last token, has none."""
-        return F.linear(hidden, self.lm_head.weight[: self.mask_id])
+        return F.linear(hidden, self.head_weight[: self.mask_id])
 
     def forward(self, ids, keys=None):
         """Returns float32 logits [B, T, V] of ids [B, T] int64, -inf for M."""
@@ -178,7 +179,7 @@ class MaskedDiffusionLM(Hybrid):
     def logprobs(self, ids, masked, keys=None, temperature=1.0, load=None):
         """Returns float32 [B, T]: log p of the tokens ids [B, T] that are masked [B, T], given the others; else 0."""
         hidden = self.encode(ids.masked_fill(masked, self.mask_id), keys, load=load)
-        weight, targets = self.lm_head.weight[: self.mask_id], ids[masked]
+        weight, targets = self.head_weight[: self.mask_id], ids[masked]
         logprob, _ = linear_logprob(hidden[masked], weight, targets, temperature)  # [n]
         return at_least_float32(hidden[..., 0]).new_zeros(ids.shape).masked_scatter(masked, logprob)
 
@@ -517,7 +518,7 @@ class DUltra(Objective):
         metrics = dict(train_reward=R.mean(), accuracy=(score == 1).float().mean(), nfe=decoded.nfe.float().mean())
         metrics |= dict(learnt_from=(A != 0).float().mean(), tokens=(decoded.order > 0).sum())
         batch = dict(ids=decoded.ids, order=decoded.order, keys=canvas.keys, advantages=A)
-        return batch | dict(metrics=metrics, denominator=batch_denominator(decoded.order > 0))
+        return batch | dict(metrics=metrics, denominator=denominator(decoded.order > 0))
 
     def loss(self, model, batch):
         """Returns (loss, metrics): of masked diffusion, of imitation, or dUltra's surrogate.
@@ -593,7 +594,7 @@ def step_logprob(model, batch, rows, steps, settings):
     eligible = current_block(masked, settings.block_size)
     logprob = planner_logprob(model.planner(hidden, eligible, masked, keys), eligible, action)
     if settings.joint:
-        weight = model.lm_head.weight[: model.mask_id]
+        weight = model.head_weight[: model.mask_id]
         of_tokens, _ = linear_logprob(hidden[action], weight, solved[action], settings.temperature)
         logprob = logprob + of_tokens.new_zeros(action.shape).masked_scatter(action, of_tokens).sum(1)
     return logprob

@@ -30,22 +30,20 @@ Symbols  B texts of T tokens; C hidden_size; V vocab_size; W conv_kernel; D head
          chunk_size         Q      tokens the scan takes at once: speed only, the result is the same
          A_log              A      A = -exp(A_log) < 0; a token's decay is exp(dt A)
          dt                 delta  softplus(dt + dt_bias): how strongly a token writes, and how much is forgotten
-Limits   One chunk is the recurrence; a prompt in pieces is the prompt at once; half a run plus a resume is the run:
-         tests/test_nano_hybrid.py, tests/test_train.py.
+Limits   One chunk is the recurrence; a prompt in pieces is the prompt at once: tests/test_nano_hybrid.py.
 Differs  From `transformers` 5: dt is not clamped below at time_step_min (neither NVIDIA's training code nor the
          published time_step_limit of [0, inf) does that), and A starts uniform in [1, 16] as in Megatron-LM, not 1..H.
          From Megatron-LM: an expert's up_proj starts with std * sqrt(hidden_size / its input width), and of a LatentMoE
          only fc2_latent_proj is divided by sqrt(layers). With one std for all, the routed path of the preset `super3`
          (LatentMoE) would start 370 times weaker than that of `nano3` (standard experts).
 Files    nano_hybrid.py + kernels.py + latent_moe.py + lla.py + ssd.py + expert_kernels.py + common/accounting.py +
-         common/checkpoints.py + common/objectives.py + common/presets.py + common/sampling.py + common/data.py:
-         5,532 lines in all
+         common/checkpoints.py + common/objectives.py + common/presets.py + common/ranges.py + common/sampling.py +
+         common/data.py + common/files.py: 6,559 lines in all
 Read     Mamba2 in ssd.py, then sections 3 and 4 here. `generate` is plain; decoding.py yields the same tokens fast.
          `python nano_hybrid.py` shows the claim; `python -m experiments.nano_hybrid` at length.
 """
 
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -56,12 +54,12 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from common import accounting
-from common.checkpoints import expect_weights, read_model, save_weights, without_memory
+from common.checkpoints import expect_weights, read_config, read_model, save_weights, without_memory
 from common.objectives import NextToken, Recipe
 from common.presets import SHAPES
 from common.ranges import check_ranges
 from common.sampling import check_sampling, draw, pad_left, token_probs
-from kernels import at_least_float32, linear_cross_entropy, linear_logprob, rms_norm
+from kernels import at_least_float32, fresh_casts, has_hooks, linear_cross_entropy, linear_logprob, rms_norm
 from latent_moe import MLP, MoE, MoEConfig, Router, balance_routers, before_padding, new_load
 from lla import MIN_RIDGE, LocalLinearAttention, lla
 from ssd import Mamba2
@@ -406,7 +404,8 @@ def through(layers, x, cache=None, load=None):
     attention_mask = cache.attention_mask(x.shape[1]) if cache else None
     for layer, state in zip(layers, cache.states if cache else [None] * len(layers)):
         if load and layer.routes:
-            x = load.add(layer.mixer, *layer(x, None, None, load.counted[:, -x.shape[1] :]))
+            counted = load.counted[:, -x.shape[1] :]  # multi-token prediction reads the last positions only
+            x = load.add(layer.mixer, *layer(x, None, None, counted))
         else:
             x = layer(x, state, attention_mask)
     if cache:
@@ -465,6 +464,7 @@ class Hybrid(nn.Module):
     """The language model. Parameter names are those of `transformers`' NemotronHForCausalLM."""
 
     parts = ()  # submodules whose learning rate is set apart
+    token_ids = {}  # bos, eos and pad of a released model, which are saved with it again
 
     def __init__(self, config):
         super().__init__()
@@ -527,6 +527,13 @@ class Hybrid(nn.Module):
         """Returns float32 logits [B, T, V] for ids [B, T] int64; with a cache, for the tokens after what it holds."""
         return at_least_float32(self.lm_head(self.model(ids, cache)))
 
+    @property
+    def head_weight(self):
+        """The weight of `lm_head`, as the losses read it. Raises ValueError if calling `lm_head` would do more."""
+        if has_hooks(self.lm_head) or type(self.lm_head) is not nn.Linear:
+            raise ValueError(f"losses read lm_head.weight: {type(self.lm_head).__name__} or its hooks do more")
+        return self.lm_head.weight
+
     def loss(self, ids, targets):
         """Returns (loss, metrics). ids, targets [B, T] int64; targets -100 are left out.
 
@@ -535,7 +542,7 @@ class Hybrid(nn.Module):
         """
         load = new_load(self, before_padding(targets != -100))
         hidden = self.model(ids, load=load)  # [B, T, C]
-        loss = self.cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        loss = self.cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
         metrics = {"loss": loss.detach()}
         if not load:
             return loss, metrics
@@ -555,7 +562,7 @@ class Hybrid(nn.Module):
             embedded = self.model.embeddings(ids[:, depth:])  # [B, T - depth, C]
             hidden = self.mtp(embedded, hidden[:, :-1], through=partial(through, load=load))  # [B, T - depth, C]
             flat, wanted = hidden.flatten(0, 1), targets[:, depth:].flatten()
-            losses.append(self.cross_entropy(flat, self.lm_head.weight, wanted))
+            losses.append(self.cross_entropy(flat, self.head_weight, wanted))
             with torch.no_grad():
                 metrics[f"mtp{depth}_loss"] = losses[-1].detach()
                 right = self.lm_head(flat[:512]).argmax(-1) == wanted[:512]
@@ -576,12 +583,13 @@ class Hybrid(nn.Module):
         mask bool [B, T-1] or None: positions that are not wanted are 0 in both, and cost no projection.
         """
         targets = ids[:, 1:]
+        rows = slice(None) if mask is None else mask.bool().flatten()
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
         load = new_load(self, before_padding(mask))
         hidden = self.model(ids[:, :-1], load=load)  # [B, T-1, C]
         if load:
             load.finish()  # the balance loss is left out: rewards come without it
-        outputs = linear_logprob(hidden[mask], self.lm_head.weight, targets[mask], temperature)
+        outputs = linear_logprob(hidden.flatten(0, 1)[rows], self.head_weight, targets.flatten()[rows], temperature)
         return tuple(v.new_zeros(mask.shape).masked_scatter(mask, v) for v in outputs)
 
     def num_parameters(self, active=False):
@@ -605,14 +613,15 @@ class Hybrid(nn.Module):
         check_sampling(temperature, top_k, top_p)
         cache, done = self.new_cache(pad), torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         stop = torch.tensor(list(stop), dtype=torch.int64, device=ids.device)
-        for _ in range(max_new_tokens):
-            hidden = self.model(ids, cache)[:, -1]  # [B, C]
-            token = draw(token_probs(self.lm_head(hidden), temperature, top_k, top_p), generator)  # [B]
-            yield torch.where(done, -1, token)
-            done |= torch.isin(token, stop)
-            if done.all():
-                return
-            ids = token[:, None]  # [B, 1]: the cache holds what came before
+        with fresh_casts():
+            for _ in range(max_new_tokens):
+                hidden = self.model(ids, cache)[:, -1]  # [B, C]
+                token = draw(token_probs(self.lm_head(hidden), temperature, top_k, top_p), generator)  # [B]
+                yield torch.where(done, -1, token)
+                done |= torch.isin(token, stop)
+                if done.all():
+                    return
+                ids = token[:, None]  # [B, 1]: the cache holds what came before
 
     def save_pretrained(self, directory, state_dict=None, **extra):
         """Writes config.json (with `extra` keys added) and model.safetensors, which `transformers` opens too.
@@ -620,21 +629,21 @@ class Hybrid(nn.Module):
         Not if the pattern has an L: `transformers` does not know local linear attention; `from_pretrained` here does.
         state_dict: the whole weights, where this process holds only a part of them (FSDP).
         """
-        config = asdict(self.config) | {"num_hidden_layers": len(self.config.hybrid_override_pattern)} | extra
-        save_weights(directory, config, state_dict or self.state_dict())
+        config = asdict(self.config) | {"num_hidden_layers": len(self.config.hybrid_override_pattern)}
+        save_weights(directory, config | self.token_ids | extra, state_dict or self.state_dict())
 
     @classmethod
     def from_pretrained(cls, directory, **overrides):
         """Returns the model saved in `directory`: by `save_pretrained`, by `transformers`, or one of NVIDIA's releases.
 
-        overrides: config fields to change (chunk_size, hidden_dropout). Weights keep the dtype they were saved in.
-        Where weights and flags of the config disagree, the weights are right: see `read_model`. Raises
-        FileNotFoundError or ValueError, saying which file is missing, damaged, quantised or does not fit.
+        overrides: config fields to change (chunk_size, hidden_dropout). Weights keep their dtype; where they disagree
+        with the config, they are right: see `read_model`. Raises FileNotFoundError or ValueError that names the file.
         """
         config, weights = read_model(directory, HybridConfig, overrides)
         with without_memory(directory):
             model = cls(config)
         model.load_weights(weights, directory)
+        model.token_ids = {name: id for name, id in read_config(directory).items() if name.endswith("_token_id")}
         return model
 
     def load_weights(self, tensors, source):
@@ -687,6 +696,4 @@ def demo(lengths=(64, 1024, 4096)):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        raise SystemExit("usage: python nano_hybrid.py; at length: python -m experiments.nano_hybrid")
     demo()

@@ -27,6 +27,8 @@ from common.checkpoints import read_config, replacing, text_ends
 from common.cli import fail, parse, pick_device, pick_dtype
 from common.data import ReleasedTokenizer, Tokenizer
 from common.files import NotText, read_document
+from common.memory import is_out_of_memory
+from common.ranges import check_ranges
 from common.sampling import draw, token_probs
 from common.tasks import BLANK, THINK_END
 from decoding import DraftStats, ThinkingBudget, generate
@@ -67,8 +69,7 @@ def check(config, folder, diffusion):
     """Raises ValueError for settings that do not go together, or that have no meaning for the model in `folder`."""
     if config.prompt is not None and config.prompt_file is not None:
         raise ValueError("--prompt and --prompt_file were both given; choose one")
-    if config.max_new_tokens < 1 or config.num_samples < 1:
-        raise ValueError("--max_new_tokens and --num_samples must be at least 1")
+    check_ranges(config)
     foreign = NOT_OF_DIFFUSION if diffusion else ONLY_OF_DIFFUSION
     given = {name for name in foreign if getattr(config, name) != getattr(SampleConfig, name)}
     if given:
@@ -80,8 +81,6 @@ def thinking_budget(config, tokenizer):
     """Returns the ThinkingBudget asked for, or None. With --think=0 the thinking is closed before it begins."""
     if config.think is None:
         return None
-    if config.think < 0:
-        raise ValueError(f"--think={config.think} must be at least 0")
     line_breaks = [i for i in range(tokenizer.n_vocab) if "\n" in tokenizer.decode([i])]
     grace = ThinkingBudget.grace if config.think else 0
     return ThinkingBudget(config.think, tokenizer.encode(THINK_END), line_breaks, grace)
@@ -376,6 +375,10 @@ def main(argv=None):
         return 0
     except (ValueError, OSError) as error:
         return fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return fail("no memory is left; take a smaller --num_samples or --max_new_tokens, or a shorter prompt")
     except KeyboardInterrupt:
         print()
         return 130

@@ -26,7 +26,7 @@ Differs  From the paper's Listing 1: any length, initial and final states, packe
          take chunks of 16, 32 or 64 tokens, whatever chunk_size says (released models: 128).
          From mamba_ssm's kernels: one kernel computes the states of all chunks, in a loop over time; the gradient
          of A is summed chunk by chunk (section 4 says why).
-Files    ssd.py + kernels.py: 1,905 lines in all.
+Files    ssd.py + kernels.py: 1,988 lines in all.
 Read     `ssd_recurrent_ref` first: it is what Mamba-2 *is*; then `ssd_ref`, then `Mamba2`.
 """
 
@@ -112,13 +112,11 @@ def _decay_between(a, documents=None):
     errors of all that was forgotten before j, a quotient of two exponentials would underflow.
     documents [..., Q], where given, keeps i and j of one document only.
     """
-    Q = a.shape[-1]
-    later = torch.ones(Q, Q, dtype=torch.bool, device=a.device).triu(1)  # [j, i]: i > j
-    sums = torch.where(later, a[..., None, :], 0.0).cumsum(-1)  # [..., Q, Q]
-    seen = later.T.logical_not()
-    if documents is not None:
-        seen = seen & (documents[..., :, None] == documents[..., None, :])
-    return torch.where(seen, sums.exp(), 0.0)
+    of_later = a[..., None, :].expand(*a.shape, a.shape[-1]).triu(1)  # [..., j, i]: a_i for i > j
+    decay = of_later.cumsum(-1).exp().triu()
+    if documents is None:
+        return decay
+    return torch.where(documents[..., :, None] == documents[..., None, :], decay, 0.0)
 
 
 def ssd_ref(x, dt, A, Bmat, Cmat, D=None, chunk_size=128, initial_state=None, return_final_state=False, seq_idx=None):
@@ -340,8 +338,9 @@ def _ssd_scan_kernel(x_ptr, b_ptr, c_ptr, dt_ptr, A_ptr, D_ptr, seq_ptr, states_
         y = tl.dot(c, tl.trans(state), input_precision=PRECISION) * from_start[:, None]  # [Q, P]
         # 1. from the chunk itself; dt goes into the matrix, so that x is used as it is
         decay = _decay_tile(a, s, seen, 0, EXACT)
-        M = (scores * decay * dt[None, :]).to(x.dtype)
-        y = tl.dot(M, x, acc=y, input_precision=PRECISION)
+        unit = tl.maximum(tl.max(dt, 0), 1.0) if x.dtype == tl.float16 else 1.0  # scores dt may be too large for it
+        M = (scores * decay * (dt / unit)[None, :]).to(x.dtype)
+        y = tl.dot(M, x, acc=y / unit, input_precision=PRECISION) * unit
         if D_ptr is not None:
             y += tl.load(D_ptr + head).to(tl.float32) * x.to(tl.float32)
         tl.store(y_ptr + (rows * H + head) * P + p[None, :], y, mask=in_p)
@@ -933,19 +932,18 @@ class Mamba2(nn.Module):
         channels = di + 2 * n_groups * state_size  # x, B and C go through the convolution together
         self.in_proj = nn.Linear(hidden_size, di + channels + num_heads, bias=use_bias)  # z | x B C | dt
         self.conv1d = nn.Conv1d(channels, channels, conv_kernel, groups=channels, bias=use_conv_bias)
-        evenly = torch.arange(num_heads) / max(1, num_heads - 1)  # transformers takes linspace off the meta device
-        self.A_log, self.D = nn.Parameter((1 + 15 * evenly).log()), nn.Parameter(torch.ones(num_heads))
-        dt = 10 ** (2 * evenly - 3)
+        self.A_log = nn.Parameter((1 + 15 * torch.arange(num_heads) / max(1, num_heads - 1)).log())
+        self.D = nn.Parameter(torch.ones(num_heads))
+        dt = torch.logspace(-3, -1, num_heads)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.norm = nn.RMSNorm(di, eps)  # holds the gated norm's weight
         self.out_proj = nn.Linear(di, hidden_size, bias=use_bias)
 
     @torch.no_grad()
     def reset_parameters(self, children=True):
-        """Draws A uniform in [1, 16] and dt log-uniform in [1e-3, 1e-1], where a new layer has both spread evenly.
+        """Draws A uniform in [1, 16], dt log-uniform in [1e-3, 1e-1] (a new layer has them evenly spread).
 
-        children: draws the projections, too. For a layer that was made on the meta device, after `to_empty`.
-        """
+        children: draws the projections, too, as after `to_empty`."""
         for part in self.children() if children else [self.conv1d]:
             part.reset_parameters()
         self.A_log.uniform_(1, 16).log_()

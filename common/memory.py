@@ -163,8 +163,8 @@ def in_units(n):
 
 def is_out_of_memory(error):
     """Returns whether an exception says that there was no memory left, on a GPU or on the CPU."""
-    said = "can't allocate memory" in str(error) or "not enough memory" in str(error)  # a CPU's: a plain RuntimeError
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
+    said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # of plain RuntimeErrors
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def buildable(model_config, name, largest):

@@ -1,4 +1,4 @@
-"""The range of every setting that is a number: of a run, of a model, of an objective. One table, one check.
+"""The range of every setting that is a number: of a run, a model, an objective, a sample. One table, one check.
 
 A number out of its range would otherwise be noticed late (a loss of NaN after an hour), or never. The bounds are wide:
 they keep out what cannot train, not what is unusual. What memory has room for is asked in common/accounting.py.
@@ -41,6 +41,8 @@ RANGES = {  # setting -> (lowest, highest), both included
     "pretrain": COUNT, "imitate": COUNT, "replay_rows": SIZE, "block_size": SIZE, "smoothing": (0.0, 0.49),
     "imitate_lr": (0.0, 10.0), "planner_lr": (0.0, 10.0), "backbone_lr": RATE, "efficiency": WEIGHT,
     "distill_coef": WEIGHT, "advantage_floor": (-1000.0, 1000.0),
+    # ---- sample.SampleConfig
+    "max_new_tokens": SIZE, "num_samples": (1, 2**16), "top_k": SIZE, "top_p": SHARE, "draft": COUNT, "think": COUNT,
 }  # fmt: skip
 SAID = {bool: "true or false", str: "a string", int: "a whole number", float: "a number"}
 

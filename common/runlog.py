@@ -295,8 +295,10 @@ def report_divergence(run, bad):
 
     bad: steps in a row whose loss or gradient was not finite, or None if the weights are not.
     """
-    why = f"loss or gradient was not finite {bad} steps in a row" if bad else "the loss is not finite"
-    why = "the weights are not finite" if bad is None else why
+    if bad is None:
+        why = "the weights are not finite"
+    else:
+        why = f"loss or gradient was not finite {bad} steps in a row" if bad else "the loss is not finite"
     left = f"{run.directory} keeps the checkpoint of step {run.saved_at}" if run.saved_at else "there is no checkpoint"
     print0(f"stopped at step {run.step}: {why}. This model is not saved; {left}. "
            "Try a smaller --lr, a longer --warmup, or --dtype=float32")  # fmt: skip

@@ -623,3 +623,12 @@ def test_a_released_tokenizer_knows_its_size_and_flushes_what_is_cut(name, tmp_p
         ids = tokenizer.encode(text)
         ids = ids[: len(ids) - cut]
         assert "".join(tokenizer.stream(iter(ids))) == tokenizer.decode(ids)
+
+
+def test_ends_of_text_of_a_released_model_are_saved_again(tmp_path):
+    model = Hybrid(HybridConfig(**TINY))
+    model.save_pretrained(tmp_path / "a", bos_token_id=1, eos_token_id=[2, 11])
+    Hybrid.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    config = read_config(tmp_path / "b")
+    assert config["bos_token_id"] == 1 and config["eos_token_id"] == [2, 11]
+    assert Hybrid.token_ids == {} and Hybrid(HybridConfig(**TINY)).token_ids == {}

@@ -8,6 +8,7 @@ from typing import get_type_hints
 import pytest
 import torch
 
+import sample
 import train
 from common.cli import fail, parse, peek, pick_device, pick_dtype
 from common.ranges import RANGES, check_ranges, type_of
@@ -87,6 +88,7 @@ CONFIGS = {  # class -> (what makes one, with values that go together; what its 
     train.TrainConfig: (lambda **v: train.check(replace(TRAINABLE, **v)), "--"),
     HybridConfig: (HybridConfig, ""),
     **{settings: (settings, "--") for settings in train.SETTINGS.values()},
+    sample.SampleConfig: (lambda **v: sample.check(sample.SampleConfig(**v), "out/a", "block_size" in v), "--"),
 }
 TRAINABLE = train.TrainConfig(preset="tiny", tokenizer="bytes", context=8, batch_size=1, steps=1, lr=1e-3, warmup=0,
                               decay=0.5, compile=False, eval_every=1, save_every=1, optimizer="muon")  # fmt: skip

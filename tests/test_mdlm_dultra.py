@@ -17,7 +17,7 @@ from common.data import Tokenizer
 from common.objectives import RunInfo
 from common.tasks import BLANK, FILL_INS, environment, sample_task, sudoku_grids
 from experiments.mdlm_dultra import Study, aup, plot_frontiers, report, run_study
-from grpo import GRPO, advantages, batch_denominator
+from grpo import GRPO, advantages, denominator
 from mdlm_dultra import (
     EPS,
     DUltra,
@@ -729,7 +729,7 @@ def test_the_gradient_of_rewards_is_the_sum_over_parts_of_the_batch(joint):
     found, model = objective("add:2", 16, joint=joint, temperature=1.0 if joint else 0.0, efficiency=2.0)
     batch = found.batch(model, 3)
     batch["order"][:8] *= batch["order"][:8] > 2  # as if these rows had had fewer masks
-    batch["denominator"] = batch_denominator(batch["order"] > 0)
+    batch["denominator"] = denominator(batch["order"] > 0)
     parameters = [p for p in model.parameters() if joint] or list(model.planner.parameters())
 
     def gradient(rows):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.accounting import CG_STEPS
 from conftest import TINY, scramble
@@ -477,12 +478,22 @@ def test_a_layer_made_on_the_meta_device_begins_like_any_other(make):
         assert (a.mean() - c.mean()).abs() <= 0.25 * c.std(), name
 
 
-def test_shapes_and_gradients_are_known_on_the_meta_device():
-    with torch.device("meta"):
-        model, ids = Hybrid(HybridConfig(**TINY | dict(hybrid_override_pattern="M*L-"))), torch.zeros(2, 9).long()
-    assert model(ids).is_meta and model(ids).shape == (2, 9, TINY["vocab_size"])
+@pytest.mark.parametrize("shape", [{}, SUPER], ids=["plain", "super"])
+def test_shapes_gradients_and_flops_are_known_on_the_meta_device(shape):
+    shape, flops = TINY | shape | dict(hybrid_override_pattern="MEL-"), []  # PyTorch counts no attention on a CPU
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model, ids = Hybrid(HybridConfig(**shape)).train(), torch.zeros(2, 16).long()
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(ids)
+            flops.append(counter.get_total_flops())
     model.loss(ids, ids)[0].backward()
-    assert all(p.grad.is_meta for p in model.parameters())
+    assert all(p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())
+    with torch.device("meta"), torch.no_grad():
+        cache = model.new_cache()
+        assert model(ids, cache).shape == (2, 16, 64) and model(ids[:, :1], cache).shape == (2, 1, 64)
+        assert [v.shape for v in model.logprobs(ids)] == [(2, 15), (2, 15)]
+    assert flops[0] == flops[1]  # with an even load of the experts, which costs what any other does
 
 
 # ---- initialisation, loss ----
@@ -564,8 +575,6 @@ def test_dropout_is_for_training_only():
 
 
 def test_flops_are_those_that_pytorch_counts():
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = Hybrid(HybridConfig(**(TINY | dict(hybrid_override_pattern="--")))).train()
     ids = draw_ids(1, 11)
     with FlopCounterMode(display=False) as counter:

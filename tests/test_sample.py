@@ -86,6 +86,18 @@ def test_padding_of_the_vocabulary_is_never_printed(run, capsys):
     assert make(capsys, "--prompt=x", "--temperature=0").rstrip("\n") == "x" + 12 * "\0"
 
 
+def test_memory_that_runs_out_is_one_line(run, monkeypatch, capsys):
+    def running_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(sample, "go_on", running_out)
+    assert sample.main(["--prompt=x", "--device=cpu"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: no memory is left; take a smaller --num_samples")
+    monkeypatch.setattr(sample, "go_on", lambda *args: torch.ones(2) @ torch.ones(3))  # a mistake of ours
+    with pytest.raises(RuntimeError, match="size"):
+        sample.main(["--prompt=x", "--device=cpu"])
+
+
 def test_a_stream_is_the_same_text(run, capsys):
     assert make(capsys, "--prompt=é", "--stream") == make(capsys, "--prompt=é", "--stream=false")
 
@@ -96,7 +108,7 @@ def test_a_thought_is_closed_for_who_thinks_too_long(run, capsys):
         thought, closed, _ = text.removeprefix("m3=<think>\n").partition("</think>")
         assert closed and (thought == "" if budget == 0 else 0 < len(thought.encode()) and "\n" not in thought[3:-1])
     assert sample.main(["--prompt=x", "--think=-1", "--device=cpu"]) == 2
-    assert "--think=-1 must be at least 0" in capsys.readouterr().err
+    assert "--think=-1 must be a whole number of at least 0" in capsys.readouterr().err
 
 
 def test_local_linear_attention_writes(run, capsys):
@@ -140,9 +152,11 @@ def test_a_prompt_from_a_file_and_a_run_by_path(run, capsys):
         (["--prompt=a", "--prompt_file=b"], None, "choose one"),
         (["--prompt_file=missing.txt"], None, "missing.txt"),
         (["--prompt_file=binary.txt"], None, "binary.txt is not UTF-16: "),
-        (["--temperature=-1"], None, "temperature >= 0"),
-        (["--top_p=2"], None, "0 < top_p <= 1"),
-        (["--num_samples=0"], None, "must be at least 1"),
+        (["--temperature=-1"], None, "--temperature=-1.0 must be a number from 0 to 100"),
+        (["--top_p=2"], None, "--top_p=2.0 must be a number from 0 to 1"),
+        (["--top_p=0"], None, "0 < top_p <= 1"),
+        (["--num_samples=0"], None, "--num_samples=0 must be a whole number of at least 1"),
+        (["--num_samples=1000000000000"], None, "must be a whole number from 1 to 65536"),
         (["--tempreture=1"], None, "unrecognized arguments"),
         ([], "weights", "model.safetensors is damaged or not a safetensors file"),
         ([], "config", "config.json is not valid JSON"),
@@ -310,11 +324,11 @@ def test_a_planner_fills_in_the_blanks_and_leaves_the_rest(task_model, capsys):
         (["--rule=planner:much"], "planner takes no 'much'"),
         (["--rule=ancestral:0"], "ancestral takes no '0'"),
         (["--think=0"], "--think has no meaning here"),
-        (["--block_size=0"], "block_size >= 1"),
-        (["--block_size=0", "--cache=dual"], "block_size >= 1"),
+        (["--block_size=0"], "--block_size=0 must be a whole number of at least 1"),
+        (["--block_size=0", "--cache=dual"], "--block_size=0 must be a whole number of at least 1"),
         (["--cache=dual"], "cache='dual' is of blocks: it needs a block_size"),
         (["--cache=both", "--block_size=4"], "cache='both', expected prefix or dual"),
-        (["--temperature=-1"], "temperature >= 0"),
+        (["--temperature=-1"], "--temperature=-1.0 must be a number from 0 to 100"),
         (["--prompt=1234123412341234"], "nothing to fill in"),
         (["--prompt=" + "_" * 17], "the prompt has 17 letters, the model 16 positions"),
     ],

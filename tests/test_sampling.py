@@ -424,3 +424,42 @@ def test_a_growing_state_of_ones_own_goes_by_its_own_forward(monkeypatch):
     expected = tokens_of(model.generate(PROMPTS, 20, 0))
     assert tokens_of(decoding.generate(model, PROMPTS, 20, 0)) == expected
     assert tokens_of(decoding.generate(model, PROMPTS, 20, 0, draft=2)) == expected
+
+
+@pytest.mark.parametrize("change", ["lora lm_head", "pre-hook lm_head"])
+@pytest.mark.parametrize("call", ["loss", "logprobs"])
+def test_losses_do_not_read_around_a_head_that_does_more(change, call):
+    model, ids = CHANGES[change](tiny(**EVERYTHING)), torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="losses read lm_head.weight"):
+        getattr(model, call)(*(ids, ids)[: 2 if call == "loss" else 1])
+    assert torch.isfinite(model(ids)).all()
+
+
+def test_adapters_inside_layers_are_trained():
+    model = replace_linears(
+        tiny(**EVERYTHING, **MTP), ["in_proj", "q_proj", "o_proj", "up_proj"], LoRALinear.of
+    ).train()
+    ids = torch.arange(12)[None]
+    model.loss(ids, ids)[0].backward()
+    adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    assert len(adapters) >= 6 and all(m.a.grad.abs().sum() > 0 and m.b.grad.abs().sum() > 0 for m in adapters)
+
+
+@pytest.mark.parametrize("generate", [Hybrid.generate, decoding.generate], ids=["plain", "fast"])
+def test_generation_inside_an_autocast_context_of_training_sees_new_weights_and_leaves_no_casts(generate):
+    model, ids = tiny(torch.float32, hybrid_override_pattern="M-"), torch.tensor([[1, 2, 3, 4]])
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.loss(ids, ids)[0].backward()
+        before = tokens_of(generate(model, [[1, 2]], 12, 0))
+        optimizer.step()
+        now = tokens_of(generate(model, [[1, 2]], 12, 0))
+        optimizer.zero_grad()
+        model.loss(ids, ids)[0].backward()  # with gradients again, of the weights as they are
+    with torch.autocast("cpu", torch.bfloat16):
+        assert now == tokens_of(generate(model, [[1, 2]], 12, 0)) != before
+    got = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.loss(ids, ids)[0].backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(got, model.parameters()))

@@ -190,7 +190,7 @@ def layer():
     """A small layer with conv weights and biases that matter."""
     torch.manual_seed(0)
     layer = ssd.Mamba2(12, 2, 8, 8, 1, chunk_size=4)
-    layer.init_weights()
+    layer.reset_parameters(children=False)
     return layer.to(DEVICE)
 
 

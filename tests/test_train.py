@@ -958,6 +958,7 @@ def test_free_memory_is_asked_of_the_system(monkeypatch):
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee"), MemoryError(), None,
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ])  # fmt: skip
 def test_memory_that_runs_out_is_one_line_and_keeps_the_checkpoint(error, flags, monkeypatch, capsys):
     loss = NextToken.loss

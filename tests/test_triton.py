@@ -466,6 +466,18 @@ def test_experts_in_float16_are_finite_where_the_definition_is():
         assert got.isfinite().all() and (got.double() - want.double()).norm() < 3e-3 * want.double().norm()
 
 
+def test_the_scan_in_float16_is_finite_where_the_definition_is():
+    """C.B = 20,000, and dt = 5 times that is too large for float16, but dt x is not, nor y."""
+    B_or_C = 50 + draw(1, 20, 1, 8, seed=2)
+    tensors, results = [(draw(1, 20, 2, 8) / 10).half(), (4 + draw(1, 20, 2).abs()).float(), B_or_C.half()], []
+    for backend in ("torch", "triton"):
+        leaves = [t.to(DEVICE).requires_grad_() for t in (*tensors, tensors[2].detach().clone())]
+        y = ssd.ssd(*leaves[:2], -torch.ones(2, device=DEVICE), *leaves[2:], backend=backend)
+        results.append([y, *torch.autograd.grad(y.float().sum() / 1e4, leaves)])
+    for want, got in zip(*results):
+        assert got.isfinite().all() and (got.double() - want.double()).norm() < 3e-3 * want.double().norm()
+
+
 def frozen_cases():
     """Yields (autograd function, op of leaves, shapes of the leaves): every op with a backward of its own."""
     targets, ids = torch.tensor([1, 4, -100], device=DEVICE), torch.tensor([[0, 1], [1, 2]], device=DEVICE)
