@@ -350,13 +350,13 @@ class JudgmentFile:
             append_jsonl(self.path, row)
 
     def close(self):
-        """Writes both files anew: a row for each question, and the games that are in none."""
+        """Writes both files anew: a row for each question, by uid, and the games that are in none."""
         lone = [dict(uid=uid, game=k, found=game) for (uid, k), game in self.games.items()
                 if uid not in self.rows or (list(self.rows[uid]["games"] or []) + [None] * 2)[k] != game]  # fmt: skip
         if lone:
             write_jsonl(self.part, lone)
         if self.rows:
-            write_jsonl(self.path, self.rows.values())
+            write_jsonl(self.path, [self.rows[uid] for uid in sorted(self.rows)])  # whichever thread was faster
         if not lone:
             self.part.unlink(missing_ok=True)
 

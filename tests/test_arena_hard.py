@@ -730,7 +730,7 @@ def test_each_question_is_two_games_and_one_row(tmp_path):
     out, judge = tmp_path / "a" / "mine.jsonl", Judge()
     rows = run(QUESTIONS, MINE, BASE, judge, out, workers=3)
     assert sorted(judge.asked) == sorted(all_games())
-    assert rows == sorted(read_jsonl(out), key=lambda row: row["uid"]) and len(rows) == 6
+    assert rows == read_jsonl(out) and len(rows) == 6  # by uid, whichever thread was faster
     assert rows[0].keys() == {"uid", "category", "judge", "model", "baseline", "games"}
     assert [game["score"] for game in rows[0]["games"]] == ["B>A", "A>B"]
     assert rows[0]["games"][0]["judgment"] == {"answer": "[[B>A]]"}
