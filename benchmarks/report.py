@@ -718,9 +718,47 @@ Confidence, entropy, margin and token of bfloat16 logits [8 x 256, 126,464]: LLa
 {table(["kernel, ms", "a copy of the logits, ms", "of the copy's rate", "PyTorch, ms"], [row])}"""
 
 
-# ---- 9. the page -----------------------------------------------------------------------------------------
+# ---- 9. benchmarks of models -----------------------------------------------------------------------------
 
-SECTIONS = (training, models, kernels, ssd_claims, decoding, passkey, lla, latent_moe, rewards, studies, diffusion)
+
+def arena_hard():
+    """Returns the section on benchmarks: arena_hard.json."""
+    found = record("arena_hard")
+    quality = [[name, *(f"{value:.4f}" for value in row.values())] for name, row in found["quality"].items()]
+    picked, drawn = zip(*found["world"])
+    rows = [[who, f"{mean(values):.1f}", " ".join(f"{x:.1f}" for x in values)]
+            for who, values in (("picked by BenchBuilder", picked), ("drawn at random", drawn))]  # fmt: skip
+    ahead = sum(a > b for a, b in found["world"])
+    verbose = []
+    for version in ("v0.1", "v2.0"):
+        without, controlled = zip(*found[f"verbose, {version}"])
+        verbose.append([version, spread(without, 0), spread(controlled, 0)])
+    return f"""## Arena-Hard
+
+[`arena_hard.json`](assets/bench/arena_hard.json). {sources(found)}
+
+Benchmarks compared with Chatbot Arena by their released statistics: 20 models, the authors' figures to the last digit.
+
+{table(["benchmark", *next(iter(found["quality"].values()))], quality)}
+
+Claim (BenchBuilder): prompts that meet many criteria, from topics that do, separate models better. Found, in a world
+of 12 models where harder prompts show more of a model's skill: yes, with {ahead} of {len(picked)} seeds. Share of
+pairs of models separated by 120 prompts, in %.
+
+{table(["prompts", "mean", "by seed"], rows)}
+
+Claim (style control): a verbose model loses what its length won it. Found: yes. Elo of a verbose model above its true
+place, with a judge that likes long answers.
+
+{table(["protocol", "without style control", "with it"], verbose)}
+
+A bootstrap of 1,000 resamples, 20 models and 10,000 battles takes {found["bootstrap_seconds"]} s."""
+
+
+# ---- 10. the page ----------------------------------------------------------------------------------------
+
+SECTIONS = (training, models, kernels, ssd_claims, decoding, passkey, lla, latent_moe, rewards, studies, diffusion,
+            arena_hard)  # fmt: skip
 
 
 def render():

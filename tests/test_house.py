@@ -206,6 +206,17 @@ EXAMPLES = {  # ten lines with each, run in a folder with the files that its doc
         done = decode(model, masked, threshold(0.9))
         assert (done.ids != model.mask_id).all() and 1 <= done.nfe.item() <= 16
     """,
+    "arena_hard.py": """
+        from arena_hard import bootstrap, bt_ratings, interval, parse_verdict, run, separability, to_battles, win_rate
+        questions = [{"uid": str(i), "category": "all", "prompt": "?"} for i in range(9)]
+        mine, base = ({"model": m, "answers": {str(i): f"{m} {i}" for i in range(9)}} for m in ("mine", "base"))
+        rows = run(questions, mine, base, lambda prompt, a, b: f"[[{'A>B' if int(a[-1]) % 3 else 'B>A'}]]", "out.jsonl")
+        battles = to_battles(rows)
+        ratings = bt_ratings(battles.a, battles.b, battles.y, 2, anchor=0)
+        assert abs(win_rate(ratings, 0)[1] - 50) < 1e-9 and parse_verdict("[[A=B]]") == "A=B"
+        ci = interval(bootstrap(battles.a, battles.b, battles.y, 2, anchor=0))
+        assert separability(ci) == 0
+    """,
     "rollouts.py": """
         from rollouts import dpo_loss
         chosen, rejected = torch.randn(2, 5, requires_grad=True)
