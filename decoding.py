@@ -261,6 +261,8 @@ PLAIN = (nn.Linear, nn.Embedding, RMSNorm, Block, Mamba2, Attention, LocalLinear
 
 def is_plain(*modules):
     """Returns whether these modules do with their weights what their names say: no subclass (LoRA, 4 bits), no hook."""
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return False
     return all(type(module) in PLAIN and not has_hooks(module) for module in modules)
 
 
@@ -352,7 +354,8 @@ def step_of(layer):
 def can_record(model):
     """Returns whether a step can be a CUDA graph: it would not run a hook again, nor ask the host for a length."""
     growing = [layer for layer in model.layers if layer.stateful and isinstance(layer.mixer.new_state(), KVState)]
-    return all(step_of(layer) is not forward_step for layer in growing) and not any(map(has_hooks, model.modules()))
+    fused = is_plain() and all(step_of(layer) is not forward_step for layer in growing)
+    return fused and not any(map(has_hooks, model.modules()))
 
 
 def identity_of(model):

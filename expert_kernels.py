@@ -492,7 +492,7 @@ def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
     expect("expert_ids", expert_ids, S, K)
     expect("expert_weights", expert_weights, S, K)
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         x, up, down = (t.to(torch.get_autocast_dtype(device)) for t in (x, up, down))
     if not x.dtype == up.dtype == down.dtype:
         raise ValueError(f"x is {x.dtype}, up {up.dtype}, down {down.dtype}; cast them to one, or use torch.autocast")

@@ -91,7 +91,7 @@ def at_least_float32(x):
 
 def no_autocast(device):
     """Returns a context in which autocast is off, for a torch.device: the meta device has none, and refuses it."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @contextmanager
@@ -114,8 +114,7 @@ def has_hooks(module):
 
     A fused op reads the module's weights instead of calling it, and would leave that out without a word.
     """
-    everywhere = torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or everywhere)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def expect(name, tensor, *shape, hint=""):
@@ -923,7 +922,7 @@ class _Logprob(torch.autograd.Function):
 def _product_dtype(hidden, weight):
     """Returns the dtype of hidden @ weight.T: that of autocast where it is on, as for any torch product."""
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or use torch.autocast")

@@ -517,7 +517,7 @@ def test_mistakes_of_a_step_are_named(change, message):
 @NEEDS_TRITON
 def test_the_kernels_refuse_float64():
     with pytest.raises(ValueError, match="float64"):
-        lla.lla_triton(*qkv(), 1.0)
+        lla.lla_triton(*(t.to(DEVICE) for t in qkv()), 1.0)
 
 
 @NEEDS_TRITON

@@ -463,3 +463,17 @@ def test_generation_inside_an_autocast_context_of_training_sees_new_weights_and_
     with torch.autocast("cpu", torch.bfloat16):
         model.loss(ids, ids)[0].backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(got, model.parameters()))
+
+
+def test_hooks_on_all_modules_run_at_every_step():
+    """Counters of FLOPs and profilers set them: nothing is refused, nothing left out."""
+    model, seen = tiny(**EVERYTHING, **MTP), []
+    expected = tokens_of(model.generate(PROMPTS, 8, 0))
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(type(m).__name__))
+    try:
+        assert tokens_of(decoding.generate(model, PROMPTS, 8, 0)) == expected
+        ids = torch.tensor([[1, 2, 3]])
+        assert model.loss(ids, ids)[0].isfinite()
+    finally:
+        handle.remove()
+    assert seen.count("Mamba2") == 2 * 8 + 2 and seen.count("Attention") == 8 + 1
