@@ -193,6 +193,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, size, width))
         self.reset_parameters()
 
+    @torch.compiler.disable  # with the reshaping: of a view that leaves a compiled graph, torch 2.11 can lose the shape
+    def forward(self, u, ids, weights):
+        """Returns [..., l] of u [..., l]; ids, weights [S, K]: the experts of each token, and what each counts."""
+        return expert_mlp(u.flatten(0, -2), self.up_proj, self.down_proj, ids, weights).view(u.shape)
+
     def reset_parameters(self):
         """Draws the weights."""
         nn.init.normal_(self.up_proj, std=0.02)
@@ -286,7 +291,7 @@ class MoE(nn.Module):
         ids, weights = choose_experts(scores.flatten(0, -2), self.gate.e_score_correction_bias, self.config)  # [S, K]
         latent = self.config.latent_size is not None
         u = self.fc1_latent_proj(x) if latent else x  # [B, T, l]
-        o = expert_mlp(u.flatten(0, -2), self.experts.up_proj, self.experts.down_proj, ids, weights).view(u.shape)
+        o = self.experts(u, ids, weights)  # [B, T, l]
         y = (self.fc2_latent_proj(o) if latent else o) + self.shared_experts(x)
         return y if counted is None else (y, *expert_load(scores, ids, counted))
 
