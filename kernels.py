@@ -128,6 +128,8 @@ def number_documents(seq_idx):
 
     A document ends where the number changes: if the number comes again later, that is another document.
     """
+    if seq_idx is not None and seq_idx.is_floating_point():
+        raise ValueError(f"seq_idx is {seq_idx.dtype}; the numbers of documents are whole: pass an int tensor")
     return None if seq_idx is None else F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
 
 

@@ -17,6 +17,7 @@ import itertools
 import os
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from mdlm_dultra import MaskedDiffusionLM, decode, rule_of
 from nano_hybrid import Hybrid
 
 OUT = Path("out")
+LONGEST_PROMPT = 1 << 24  # bytes, of a pipe or device
 NOT_OF_DIFFUSION = ("top_k", "top_p", "draft", "think")
 ONLY_OF_DIFFUSION = ("rule", "block_size", "cache")
 
@@ -138,14 +140,23 @@ def matrices_to(model, dtype):
 
 
 def read_prompt(config):
-    """Returns the text of the prompt."""
+    """Returns the text of the prompt. What is no file, such as the pipe of <(...), is read once, into one."""
     if config.prompt_file is None:
         return config.prompt or ""
-    try:
-        document = read_document(config.prompt_file, config.prompt_file)
-    except NotText as error:
-        raise ValueError(f"--prompt_file={config.prompt_file} is {': '.join(error.args)}") from None
-    return "".join(document.pieces(0, document.length))
+    flag, path = f"--prompt_file={config.prompt_file}", Path(config.prompt_file)
+    with tempfile.TemporaryDirectory() as folder:
+        if not path.is_file():
+            with path.open("rb") as source:
+                text = source.read(LONGEST_PROMPT + 1)
+            if len(text) > LONGEST_PROMPT:
+                raise ValueError(f"{flag} is longer than {LONGEST_PROMPT:,} bytes")
+            path = Path(folder) / "prompt"
+            path.write_bytes(text)
+        try:
+            document = read_document(config.prompt_file, path)
+        except NotText as error:
+            raise ValueError(f"{flag} is {': '.join(error.args)}") from None
+        return "".join(document.pieces(0, document.length))
 
 
 def load_tokenizer(folder):

@@ -46,7 +46,10 @@ def replacing(path):
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors writes files that nobody else may read
         with partial.open("rb+") as file:  # to be written to: Windows syncs no file that is only read
             os.fsync(file.fileno())  # on the disk before it takes the name, or a power cut could leave it empty
         os.replace(partial, path)

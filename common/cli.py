@@ -21,6 +21,7 @@ from typing import get_type_hints
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from common.ranges import type_of
 
@@ -157,6 +158,7 @@ class Interrupt:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+        tqdm.write("stopping after this step, to save it; once more, and it stops at once", file=sys.stderr)
 
 
 # ---- the runs in a folder -------------------------------------------------------------------------------------------

@@ -264,7 +264,10 @@ def map_tokens(path):
     if size % 2:
         raise ValueError(f"{name} is not a file of token ids: {size} bytes do not divide into uint16 or uint32")
     halves = np.memmap(path, "<u2", "r") if size else np.zeros(0, "<u2")
-    return halves.view("<u4") if is_uint32(halves) else halves
+    width = bytes_per_id(halves)
+    if size % width:
+        raise ValueError(f"{name} holds ids of {width} bytes and was cut short: {size:,} bytes; copy it again")
+    return halves.view(f"<u{width}")
 
 
 def is_text(head):
@@ -276,21 +279,25 @@ def is_text(head):
     return all(c >= " " or c in "\t\n\r\f" for c in text)
 
 
-def is_uint32(halves):
-    """Returns whether a file without a header holds uint32: if every second uint16 is the upper half of a token id.
+def bytes_per_id(halves):
+    """Returns 2, 4 or 8, for uint16, uint32 or 64-bit ids in a file without a header, read as uint16 `halves`.
 
-    In uint32 these are below 16, up to a vocabulary of 2^20, and most lower halves are not. Of uint16 tokens of a text,
-    every second one is as large as the others.
+    The upper half of an id of 32 bits is below 16, up to a vocabulary of 2^20; of one of 64 bits two quarters more are
+    0. In a text of uint16 tokens every second one is as large as the others, and is not always 0.
     """
-    if len(halves) % 2 or len(halves) < 64:
-        return False
-    large = 0
-    for start in range(0, len(halves), READ_AT_ONCE):
+    if len(halves) < 64:
+        return 2
+    largest = np.zeros(4, dtype=np.int64)  # in each place of four
+    nonzero, large = 0, 0  # lower halves, if it is uint32: how many are not 0, how many at least 16
+    for start in range(0, len(halves) // 4 * 4, READ_AT_ONCE):
         block = halves[start : start + READ_AT_ONCE]
-        if block[1::2].max() >= 16:
-            return False
-        large += np.count_nonzero(block[::2] >= 16)
-    return large > len(halves) / 4
+        block = block[: len(block) // 4 * 4].reshape(-1, 4)  # [n, 4]
+        largest, lower = np.maximum(largest, block.max(0)), block[:, ::2]
+        nonzero, large = nonzero + np.count_nonzero(lower), large + np.count_nonzero(lower >= 16)
+    if largest[1] < 16 and not largest[2:].any() and nonzero > len(halves) / 16:
+        return 8
+    upper = max(largest[1], largest[3])
+    return 4 if (upper == 0 and nonzero > len(halves) / 8) or (upper < 16 and large > len(halves) / 4) else 2
 
 
 def largest_token(name, tokens, tokenizer):

@@ -1,7 +1,7 @@
 """The range of every setting that is a number: of a run, a model, an objective, a sample. One table, one check.
 
 A number out of its range would otherwise be noticed late (a loss of NaN after an hour), or never. The bounds are wide:
-they keep out what cannot train, not what is unusual. What memory has room for is asked in common/accounting.py.
+they keep out what cannot train, not what is unusual. What fits into memory is asked in common/memory.py.
 """
 
 import sys
@@ -42,7 +42,8 @@ RANGES = {  # setting -> (lowest, highest), both included
     "imitate_lr": (0.0, 10.0), "planner_lr": (0.0, 10.0), "backbone_lr": RATE, "efficiency": WEIGHT,
     "distill_coef": WEIGHT, "advantage_floor": (-1000.0, 1000.0),
     # ---- sample.SampleConfig
-    "max_new_tokens": SIZE, "num_samples": (1, 2**16), "top_k": SIZE, "top_p": SHARE, "draft": COUNT, "think": COUNT,
+    "max_new_tokens": SIZE, "num_samples": (1, 2**16), "top_k": SIZE, "top_p": (1e-6, 1.0), "draft": COUNT,
+    "think": COUNT,
 }  # fmt: skip
 SAID = {bool: "true or false", str: "a string", int: "a whole number", float: "a number"}
 

@@ -632,3 +632,13 @@ def test_ends_of_text_of_a_released_model_are_saved_again(tmp_path):
     config = read_config(tmp_path / "b")
     assert config["bos_token_id"] == 1 and config["eos_token_id"] == [2, 11]
     assert Hybrid.token_ids == {} and Hybrid(HybridConfig(**TINY)).token_ids == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_all_files_of_a_checkpoint_can_be_read_by_whom_the_umask_lets(tmp_path):
+    old = os.umask(0o022)
+    try:
+        Hybrid(HybridConfig(**TINY)).save_pretrained(tmp_path)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}

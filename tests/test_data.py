@@ -570,7 +570,7 @@ def test_token_files_of_every_kind_are_read(tmp_path):
 def test_uint16_of_few_kinds_stays_uint16(value, tmp_path):
     for tokens in ([value] * 200, [value, 0] * 100, [0, value] * 100, [value] * 201):
         np.array(tokens, np.uint16).tofile(tmp_path / "a.bin")
-        wide = tokens == [value, 0] * 100 and value >= 16  # as uint32 these are 100 equal ids
+        wide = tokens == [value, 0] * 100 and value > 0  # as uint32 these are 100 equal ids
         assert map_tokens(tmp_path / "a.bin").tolist() == ([value] * 100 if wide else tokens)
 
 
@@ -775,3 +775,16 @@ def test_compressors_are_bits_per_byte():
     assert all(0 < value < 0.1 for value in corpus.compressors().values())
     corpus.val = np.random.default_rng(0).integers(0, 256, 10_000)
     assert all(8 < value < 8.2 for value in corpus.compressors().values())
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64, np.int64])
+@pytest.mark.parametrize("largest", [4, 256, 50_000])
+def test_the_width_of_ids_without_a_header_is_seen_in_the_file(tmp_path, dtype, largest):
+    ids = np.random.default_rng(0).integers(0, largest, 1000)
+    ids.astype(dtype).tofile(tmp_path / "a.bin")
+    tokens = map_tokens(tmp_path / "a.bin")
+    assert len(tokens) == 1000 and np.array_equal(tokens.astype(np.int64), ids)
+    if dtype != np.uint16:
+        (tmp_path / "cut.bin").write_bytes(ids.astype(dtype).tobytes()[:-2])
+        with pytest.raises(ValueError, match=f"holds ids of {np.dtype(dtype).itemsize} bytes and was cut short"):
+            map_tokens(tmp_path / "cut.bin")

@@ -1,6 +1,9 @@
 """sample.py: what it prints, how it streams, what it refuses."""
 
 import json
+import os
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,8 +156,8 @@ def test_a_prompt_from_a_file_and_a_run_by_path(run, capsys):
         (["--prompt_file=missing.txt"], None, "missing.txt"),
         (["--prompt_file=binary.txt"], None, "binary.txt is not UTF-16: "),
         (["--temperature=-1"], None, "--temperature=-1.0 must be a number from 0 to 100"),
-        (["--top_p=2"], None, "--top_p=2.0 must be a number from 0 to 1"),
-        (["--top_p=0"], None, "0 < top_p <= 1"),
+        (["--top_p=2"], None, "--top_p=2.0 must be a number from 1e-06 to 1"),
+        (["--top_p=0"], None, "--top_p=0.0 must be a number from 1e-06 to 1"),
         (["--num_samples=0"], None, "--num_samples=0 must be a whole number of at least 1"),
         (["--num_samples=1000000000000"], None, "must be a whole number from 1 to 65536"),
         (["--tempreture=1"], None, "unrecognized arguments"),
@@ -344,3 +347,16 @@ def test_an_autoregressive_model_has_no_rules(run, capsys):
     assert "--cache has no meaning here: out/a is no masked diffusion model" in capsys.readouterr().err
     assert sample.main(["--rule=threshold:0.9", "--device=cpu"]) == 2
     assert "--rule has no meaning here: out/a is no masked diffusion model" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_prompt_from_a_pipe_is_read(run, capsys):
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=lambda: Path("pipe").write_bytes("class Foo(é".encode()))
+    writer.start()
+    text = make(capsys, "--prompt_file=pipe", "--temperature=0")
+    writer.join()
+    assert text.startswith("class Foo(é")
+    if Path("/dev/zero").exists():
+        assert sample.main(["--prompt_file=/dev/zero", "--device=cpu"]) == 2
+        assert "--prompt_file=/dev/zero is longer than 16,777,216 bytes" in capsys.readouterr().err

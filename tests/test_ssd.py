@@ -289,3 +289,10 @@ def test_the_inside_of_a_layer_names_what_does_not_fit(k, shape, name):
     inputs[k] = torch.ones(shape)
     with pytest.raises(ValueError, match=f"{name} is"):
         ssd.mamba2_inner(*inputs, 2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_numbers_of_documents_are_whole(backend):
+    x, dt, A = torch.randn(1, 4, 2, 8), torch.rand(1, 4, 2), -torch.ones(2)
+    with pytest.raises(ValueError, match="seq_idx is torch.float32; the numbers of documents are whole"):
+        ssd.ssd(x, dt, A, torch.randn(1, 4, 1, 8), torch.randn(1, 4, 1, 8), seq_idx=torch.rand(1, 4), backend=backend)
