@@ -43,8 +43,8 @@ from arena_hard import (
     to_battles,
     win_rate,
 )  # fmt: skip
-from common.jsonl import append_jsonl, ask_once, read_jsonl, write_jsonl
-from common.judging import game_prompt, read_answers, replay_judge, token_judge
+from common.jsonl import append_jsonl, ask_once, locked, read_jsonl, write_jsonl
+from common.judging import function_judge, game_prompt, read_answers, replay_judge, token_judge
 from common.topics import topic_names
 from conftest import ROOT
 
@@ -731,12 +731,12 @@ def test_each_question_is_two_games_and_one_row(tmp_path):
     rows = run(QUESTIONS, MINE, BASE, judge, out, workers=3)
     assert sorted(judge.asked) == sorted(all_games())
     assert rows == read_jsonl(out) and len(rows) == 6  # by uid, whichever thread was faster
-    assert rows[0].keys() == {"uid", "category", "judge", "model", "baseline", "games"}
+    assert rows[0].keys() == {"uid", "category", "judge", "settings", "version", "model", "baseline", "games"}
     assert [game["score"] for game in rows[0]["games"]] == ["B>A", "A>B"]
     assert rows[0]["games"][0]["judgment"] == {"answer": "[[B>A]]"}
     assert "{answer} {0} %s" in rows[0]["games"][0]["prompt"]  # braces stay
     assert to_battles(rows).y.tolist() == [0] * 12
-    assert sorted(p.name for p in out.parent.iterdir()) == ["mine.jsonl"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["mine.jsonl", "mine.jsonl.lock"]
     again = Judge()
     assert run(QUESTIONS, MINE, BASE, again, out) == rows and again.asked == []
 
@@ -751,7 +751,7 @@ def test_a_judge_that_raises_costs_its_question_and_no_more(tmp_path, capsys):
     rows = run(QUESTIONS, MINE, BASE, again, out)
     assert again.asked == [(QUESTIONS[2]["prompt"], "mine q2 {}", "base q2")]  # the first game had its answer
     assert len(rows) == 6 and [g["score"] for g in rows[2]["games"]] == ["B>A", "A>B"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.jsonl", "mine.jsonl.lock"]
 
 
 @pytest.mark.parametrize("dies_at", [1, 2, 5, 8])
@@ -790,7 +790,7 @@ def test_a_kill_between_two_games_and_in_the_middle_of_a_row(tmp_path):
     assert len(judge.asked) == 9  # of twelve games three were answered: two of q0, and the first of q1
     whole = out.read_bytes()
     out.write_bytes(whole[: -len(whole.splitlines()[-1]) // 2])
-    kept = {row["uid"] for row in read_jsonl(out)}
+    kept = {row["uid"] for row in read_jsonl(out, cut_off=True)}
     judge = Judge()
     assert len(run(QUESTIONS, MINE, BASE, judge, out)) == 6 and len(kept) == 5
     assert len(judge.asked) == 2 and len(out.read_bytes().splitlines()) == 6
@@ -839,13 +839,86 @@ def test_mistakes_are_named_before_anything_is_asked(tmp_path):
     assert judge.asked == [] and not out.exists()
     run(QUESTIONS, MINE, BASE, judge, out)
     before = out.read_bytes()
-    with pytest.raises(ValueError, match="holds judgments with model 'mine', not 'other'"):
+    with pytest.raises(ValueError, match="holds judgments made with model 'mine', not 'other'"):
         run(QUESTIONS, dict(MINE, model="other"), BASE, judge, out)
     with pytest.raises(ValueError, match="baseline 'base', not 'other'"):
         run(QUESTIONS, MINE, dict(BASE, model="other"), judge, out)
     with pytest.raises(ValueError, match="about other answers to q4 than these"):
         run(QUESTIONS, dict(MINE, answers=MINE["answers"] | {"q4": "new"}), BASE, judge, out)
     assert out.read_bytes() == before
+
+
+def test_one_process_at_a_time_writes_a_file(tmp_path):
+    out, asked = tmp_path / "mine.jsonl", []
+
+    def judge(prompt, a, b):
+        if not asked:
+            asked.append(prompt)
+            script = "import sys; from common.jsonl import locked\nwith locked(sys.argv[1]): pass"
+            other = subprocess.run([sys.executable, "-c", script, str(out)], cwd=ROOT, capture_output=True, text=True)
+            asked.append(other.stderr.strip().splitlines()[-1])
+        return "[[A=B]]"
+
+    assert len(run(QUESTIONS, MINE, BASE, judge, out, workers=1)) == 6
+    assert asked[1] == f"ValueError: {out}: another process is writing it; wait, or another --out"
+    with locked(out):
+        with pytest.raises(ValueError, match="another process is writing it"):
+            run(QUESTIONS, MINE, BASE, judge, out)
+        with pytest.raises(ValueError, match="another process is writing it"):
+            ask_once(["a"], str.upper, out)
+    assert len(run(QUESTIONS, MINE, BASE, judge, out)) == 6 == len(read_jsonl(out))
+
+
+def test_another_judge_or_protocol_does_not_get_the_old_verdicts(tmp_path):
+    out, judge = tmp_path / "mine.jsonl", Judge()
+    judge.settings = "temperature 0"
+    run(QUESTIONS[:2], MINE, BASE, judge, out)
+    before, other = out.read_bytes(), Judge()
+    other.settings = "temperature 1"
+    for change, message in ((dict(judge=other), "made with settings 'temperature 0', not 'temperature 1'"),
+                            (dict(judge=Judge()), "made with settings 'temperature 0', not None"),
+                            (dict(judge=lambda *_: "[[A=B]]"), "made with judge 'judge', not '<lambda>'"),
+                            (dict(version="v0.1"), "made with version 'v2.0', not 'v0.1'; choose another")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run(QUESTIONS, MINE, BASE, **dict(judge=judge, out=out) | change)
+    assert out.read_bytes() == before and other.asked == []
+    (tmp_path / "lone.jsonl.part").write_text(json.dumps(dict(uid="q0", game=0, found={}, version="v0.1")) + "\n")
+    with pytest.raises(ValueError, match="made with version 'v0.1'"):  # a game whose row was not complete
+        run(QUESTIONS, MINE, BASE, judge, tmp_path / "lone.jsonl")
+
+
+def test_another_version_reads_the_text_again(tmp_path):
+    rows = run(QUESTIONS[:1], MINE, BASE, lambda *_: "[[A>B]], no: [[B>A]]", tmp_path / "x.jsonl")
+    assert to_battles(rows).y.tolist() == [0, 1] and len(to_battles(rows, version="v0.1").y) == 0
+    del rows[0]["games"][0]["judgment"]  # no text: its score
+    assert to_battles(rows, version="v0.1").y.tolist() == [0]
+
+
+def test_a_judge_file_with_dataclasses_and_a_neighbour(tmp_path):
+    (tmp_path / "neighbour_of_a_judge.py").write_text("LABEL = '[[B>A]]'\n")
+    (tmp_path / "json.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                                      "from neighbour_of_a_judge import LABEL\n@dataclass\nclass A:\n    x: int = 1\n"
+                                      "def rate(prompt, a, b):\n    return LABEL\n")  # fmt: skip
+    judge = function_judge(f"{tmp_path / 'json.py'}:rate")
+    assert judge("", "", "") == "[[B>A]]" and judge.name == "json_rate" and sys.modules["json"] is json
+    sys.path.remove(str(tmp_path))
+
+
+def test_a_replay_of_rows_that_are_odd(tmp_path):
+    path = tmp_path / "r.jsonl"
+    write_jsonl(path, [judgment("q0", "A>B", "B>A", "mine"), dict(uid="q1", model="mine", games=None)])
+    judge = replay_judge(path, QUESTIONS, MINE, BASE)
+    rows = run(QUESTIONS, MINE, BASE, judge, tmp_path / "again.jsonl")  # scores without text
+    assert [[game["score"] for game in row["games"]] for row in rows] == [["A>B", "B>A"]]
+    for row, message in ((dict(uid="q0", model="mine"), "has uid, model and games"),
+                         (dict(uid="q0", model="mine", games=[{}] * 3), "games are two"),
+                         (dict(uid="q0", model="mine", games=["A>B", "A>B"]), "games are two")):  # fmt: skip
+        write_jsonl(path, [row])
+        with pytest.raises(ValueError, match=message):
+            replay_judge(path, QUESTIONS, MINE, BASE)
+    for model in (["m"], {"m": 1}, None):
+        with pytest.raises(ValueError, match="model is a name"):
+            to_battles([judgment("q0", "A>B", "B>A", model)])
 
 
 def test_empty_answers_and_the_same_model_twice(tmp_path):
@@ -1022,7 +1095,9 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
 def test_json_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": "\xe2\x80\xa8"}\n\n{"a": 2}\n{"a": 3')
-    assert [row["a"] for row in read_jsonl(path)] == ["\u2028", 2]  # the last line was cut off
+    assert [row["a"] for row in read_jsonl(path, cut_off=True)] == ["\u2028", 2]  # the last line was cut off
+    with pytest.raises(ValueError, match="line 4: not JSON"):  # of a file that is not ours
+        read_jsonl(path)
     path.write_bytes(b'{"a": 1}\n{"a": 2}')
     assert len(read_jsonl(path)) == 2
     path.write_bytes(b'{"a": 1}\n{"a"\n{"a": 2}\n')
@@ -1031,15 +1106,21 @@ def test_json_lines(tmp_path):
     path.write_bytes(b"[1]\n")
     with pytest.raises(ValueError, match="line 1: a JSON object is expected"):
         read_jsonl(path)
-    path.write_bytes(b"\xff\xfe\n{}\n")
-    with pytest.raises(ValueError, match="line 1"):
-        read_jsonl(path)
+    for line, message in (("caf\xe9".encode("latin-1"), "line 2: not UTF-8"), (b"[" * 100_000, "nested too deeply")):
+        path.write_bytes(b'{}\n{"a": ' + line + b"}\n")
+        with pytest.raises(ValueError, match=message):
+            read_jsonl(path)
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+    assert read_jsonl(path) == [{"a": 1}]  # as Windows' editors write UTF-8
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(b'{"a": 9}\n'))
     path.write_bytes(b"")
     assert read_jsonl(tmp_path) == [{"a": 9}]
-    (tmp_path / "y.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match="y.jsonl.gz"):
-        read_jsonl(tmp_path)
+    broken = bytearray(gzip.compress(b'{"a": 9}\n' * 99))
+    broken[12:20] = b"\xff" * 8
+    for data in (b"no gzip", broken[:-9], bytes(broken)):
+        (tmp_path / "y.jsonl.gz").write_bytes(data)
+        with pytest.raises(ValueError, match="y.jsonl.gz: no whole gzip file"):
+            read_jsonl(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no .jsonl"):
         read_jsonl(tmp_path / "empty")
@@ -1122,11 +1203,12 @@ def test_judge_then_replay(files, tmp_path, capsys):
     assert main(files) == 0
     said = capsys.readouterr().out
     assert said.count("anchor base = 50") == 2 and "style control off" in said and "seed 0" in said
-    assert "hard_prompt: judge" in said and "creative_writing: judge" in said and "without a label" in said
-    folder = tmp_path / "out" / "judge"
+    for words in ("hard_prompt: judge judge_judge", "creative_writing: judge judge_judge", "without a label"):
+        assert words in said
+    folder = tmp_path / "out" / "judge_judge"
     assert main([f"--judgments={folder}", "--category=hard_prompt", "--category=creative_writing", "--weight=1"]) == 0
     said = capsys.readouterr().out
-    assert said.index("hard_prompt: judge judge; protocol v2.0, a strong verdict counts 1") < said.index(
+    assert said.index("hard_prompt: judge judge_judge; protocol v2.0, a strong verdict counts 1") < said.index(
         "creative_writing:"
     )
     assert main([f"--judgments={folder}", f"--answers={tmp_path / 'base.jsonl'}", "--style"]) == 2
