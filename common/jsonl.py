@@ -19,6 +19,17 @@ except ImportError:  # Windows
     fcntl = None
 
 
+def files_of(path):
+    """Returns the list of .jsonl and .jsonl.gz files in a folder, by name; of a file: that file. Raises ValueError."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.name.endswith((".jsonl", ".jsonl.gz")))
+    if not files:
+        raise ValueError(f"{path}: no .jsonl or .jsonl.gz file in this folder")
+    return files
+
+
 def read_jsonl(path, cut_off=False):
     """Returns the list of dicts of a .jsonl or .jsonl.gz file; of a folder: of all such files in it, by name.
 
@@ -28,10 +39,7 @@ def read_jsonl(path, cut_off=False):
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith((".jsonl", ".jsonl.gz")))
-        if not files:
-            raise ValueError(f"{path}: no .jsonl or .jsonl.gz file in this folder")
-        return [row for file in files for row in read_jsonl(file, cut_off)]
+        return [row for file in files_of(path) for row in read_jsonl(file, cut_off)]
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

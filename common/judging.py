@@ -91,6 +91,14 @@ def uid_of(row):
     return None if uid is None else str(uid)
 
 
+FIRST_BASELINE = "gpt-4-0314"  # of v0.1, whose rows do not name one
+
+
+def baseline_of(row):
+    """Returns the name of the model that a judgment's model was compared with."""
+    return str(row.get("baseline") or FIRST_BASELINE)
+
+
 def dig(value, *path):
     """Returns value[path[0]][path[1]]..., and None where there is no such thing."""
     try:
@@ -166,6 +174,32 @@ def judge_name(judge):
 def rough_tokens(text):
     """Returns a stand-in for a number of tokens: words and punctuation marks; no vocabulary is needed."""
     return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+def style_counts(text):
+    """Returns the Markdown elements of an answer: {"header_count": {"h1", ...}, "list_count", "bold_count"}.
+
+    What stands between triple backticks does not count. Source: arena-hard-auto, `utils/add_markdown_info.py`; as
+    there, the text of such a block is removed wherever it recurs, and one with a backtick inside is no block.
+    """
+    for block in re.findall(r"```([^`]*)```", text):
+        text = text.replace(block, "") if block else text
+    lines = {"ordered": r"^\s*\d+\.\s", "unordered": r"^\s*[-*+]\s"}
+    bold = {"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"}
+    return {
+        "header_count": {f"h{k}": len(re.findall(rf"^#{{{k}}}\s", text, re.M)) for k in range(1, 7)},
+        "list_count": {name: len(re.findall(pattern, text, re.M)) for name, pattern in lines.items()},
+        "bold_count": {name: len(re.findall(pattern, text)) for name, pattern in bold.items()},
+    }
+
+
+def style_of(side, uid):
+    """Returns [4]: tokens, headers, lists, bold of a stored answer, see `read_answers`; counted where nothing says."""
+    text, kinds = side["answers"][uid], ("header_count", "list_count", "bold_count")
+    counts = {name: side["metadata"].get(uid, {}).get(name) for name in kinds}
+    if not all(isinstance(n, dict) and all(isinstance(k, int) and k >= 0 for k in n.values()) for n in counts.values()):
+        counts = style_counts(text)
+    return [side["tokens"].get(uid, rough_tokens(text)), *(sum(counts[name].values()) for name in kinds)]
 
 
 # ---- 3. judges ------------------------------------------------------------------------------------------------------
