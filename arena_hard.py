@@ -23,10 +23,9 @@ Differs  Ratings are the exact maximum: a model that always won is at +inf, wher
          solved to convergence. Nulls and failed requests are asked again, answered games never. Topics: TF-IDF and
          HDBSCAN in the place of a remote embedding and BERTopic; pass `embed` for a model of your own.
 Files    arena_hard.py + common/cli.py + common/endpoint.py + common/jsonl.py + common/judging.py + common/ranges.py
-         + common/ratings.py + common/topics.py: 1,741 lines in all
+         + common/ratings.py + common/topics.py: 1,889 lines in all
 """
 
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -40,8 +39,9 @@ from tqdm import tqdm
 
 from common.cli import Parser, add_fields, fail, print_anything
 from common.endpoint import Chat
-from common.jsonl import ask_once, read_jsonl, write_jsonl
+from common.jsonl import ask_once, files_of, read_jsonl, write_jsonl
 from common.judging import (
+    baseline_of,
     check_version,
     file_name,
     judge_name,
@@ -50,15 +50,17 @@ from common.judging import (
     openai_judge,
     parse_verdict,
     read_answers,
-    rough_tokens,
     run,
+    style_counts,
+    style_of,
+    to_games,
     to_question,
     uid_of,
     user_turns,
 )  # fmt: skip
 from common.ranges import SIZE, check_ranges
-from common.ratings import bootstrap, bt_ratings, checked, interval, standing, win_rate
-from common.topics import ANNOTATION, cluster, heuristic, topic_names
+from common.ratings import bootstrap, bt_ratings, checked, interval, is_separated, standing, win_rate
+from common.topics import ANNOTATION, cluster, heuristic, parse_criteria, topic_names
 
 __all__ = [
     "parse_verdict", "openai_judge", "run",  # the judge's protocol: common/judging.py
@@ -69,7 +71,7 @@ __all__ = [
 
 # ---- 1. battles -----------------------------------------------------------------------------------------------------
 
-FIRST_BASELINE = "gpt-4-0314"  # of v0.1, whose rows do not name one
+MOST_COPIES = 1000  # of a strong verdict
 
 
 class Battles(NamedTuple):
@@ -88,8 +90,8 @@ def to_battles(judgments, weight=3, version="v2.0", first_game_only=False):
     A strong verdict counts `weight` times. A game without a label is left out; in v2.0 its whole row is.
     """
     check_version(version)
-    if weight != int(weight) or weight < 1:
-        raise ValueError(f"weight={weight}: how many battles a strong verdict counts, 1 or more")
+    if not (1 <= weight <= MOST_COPIES and weight == int(weight)):
+        raise ValueError(f"weight={weight}: how many battles a strong verdict counts, 1 to {MOST_COPIES}")
     found = []
     for row in judgments:
         labels = labels_of(row, version)[: 1 if first_game_only else 2]
@@ -97,9 +99,10 @@ def to_battles(judgments, weight=3, version="v2.0", first_game_only=False):
             continue
         for game, label in enumerate(labels):
             if label:
+                # game 1: A is the baseline, game 2: B is
                 y = 0.5 if label == "A=B" else float(label.startswith("A") == (game == 0))
                 copies = int(weight) if ">>" in label else 1
-                found += [(str(row.get("baseline") or FIRST_BASELINE), str(row["model"]), y, uid_of(row))] * copies
+                found += [(baseline_of(row), str(row["model"]), y, uid_of(row))] * copies
     models = sorted({name for battle in found for name in battle[:2]})
     index = {name: i for i, name in enumerate(models)}
     a, b = (np.array([index[battle[side]] for battle in found], dtype=int) for side in (0, 1))
@@ -171,6 +174,8 @@ def paired(*columns):
     columns = [np.asarray(column, dtype=float) for column in columns]
     if any(column.shape != columns[0].shape or column.ndim != 1 or len(column) < 2 for column in columns):
         raise ValueError(f"one number for each of two models or more is expected, not {[c.shape for c in columns]}")
+    if np.isnan(columns).any():
+        raise ValueError("a number is nan; leave models without one out")
     i, j = np.triu_indices(len(columns[0]), 1)
     return [(column[i], column[j]) for column in columns]
 
@@ -184,11 +189,10 @@ def strict_agreement(score, ref):
 def order_forecast(mean, var, ref):
     """Returns (p, label) [pairs]: the probability that i is below j, of two normal scores, and whether it is in ref."""
     (mean_i, mean_j), (var_i, var_j), (ref_i, ref_j) = paired(mean, var, ref)
-    if np.minimum(var_i, var_j).min() < 0:
-        raise ValueError("var: a variance is negative")
-    difference, spread = mean_j - mean_i, np.sqrt(var_i + var_j)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(difference == 0, 0, difference / spread)  # no spread: +-inf, so 0 or 1
+    if not (np.isfinite(var_i + var_j) & (np.minimum(var_i, var_j) >= 0)).all():
+        raise ValueError("var: a variance is negative, or not finite")
+    with np.errstate(divide="ignore", invalid="ignore"):  # no spread: +-inf, so 0 or 1; both at inf: a tie
+        z = np.where(mean_i == mean_j, 0, (mean_j - mean_i) / np.sqrt(var_i + var_j))
     return ndtr(z), (ref_i < ref_j).astype(float)
 
 
@@ -211,23 +215,6 @@ def log_loss(mean, var, ref):
 # by the two models and by the difference of the two answers' style, so that a rating is what is left.
 
 
-def style_counts(text):
-    """Returns the Markdown elements of an answer: {"header_count": {"h1", ...}, "list_count", "bold_count"}.
-
-    What stands between triple backticks does not count. Source: arena-hard-auto, `utils/add_markdown_info.py`; as
-    there, the text of such a block is removed wherever it recurs, and one with a backtick inside is no block.
-    """
-    for block in re.findall(r"```([^`]*)```", text):
-        text = text.replace(block, "") if block else text
-    lines = {"ordered": r"^\s*\d+\.\s", "unordered": r"^\s*[-*+]\s"}
-    bold = {"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"}
-    return {
-        "header_count": {f"h{k}": len(re.findall(rf"^#{{{k}}}\s", text, re.M)) for k in range(1, 7)},
-        "list_count": {name: len(re.findall(pattern, text, re.M)) for name, pattern in lines.items()},
-        "bold_count": {name: len(re.findall(pattern, text)) for name, pattern in bold.items()},
-    }
-
-
 CONTROLS = {"all": (0, 1, 2, 3), "length": (0,), "markdown": (1, 2, 3)}  # columns: tokens, headers, lists, bold
 
 
@@ -235,8 +222,9 @@ def style_features(style_a, style_b, version, control="all"):
     """Returns the standardised difference in style [n, 4] of answers with style_a and style_b [n, 4].
 
     v0.1: (a - b) / (a + b + 1) for each column. v2.0: (a - b) / (a + b) for tokens; the other columns are elements per
-    token. The mean is subtracted too, and there is no intercept: a usual difference in style belongs to the ratings. A
-    column that is constant, or that `control` does not name, is 0.
+    token. The mean is subtracted too, and there is no intercept, as the authors do: a usual difference in style belongs
+    to the ratings. So with one model beside one baseline next to nothing is corrected; it takes models of different
+    style. A column that is constant, or that `control` does not name, is 0.
     """
     check_version(version)
     if control not in CONTROLS:
@@ -259,42 +247,45 @@ def style_features(style_a, style_b, version, control="all"):
 def style_fit(a, b, y, style_a, style_b, n_models, version="v0.1", baseline=0, control="all"):
     """Returns (ratings [n_models], Elo with the baseline at 1000; coef [4]) of battles between answers with styles.
 
-    style_a, style_b [n, 4]: tokens, headers, lists, bold; coef is per standard deviation of `style_features`, in
-    natural log odds. v0.1: half the square of all weights is added to the loss (ratings in units of 400 too), each
-    battle counted twice; a model without battles is nan. v2.0: no penalty, so +-inf and nan as in `bt_ratings`.
-    Raises ValueError if style alone decides every battle of v2.0: there is no maximum. Source: arena-hard-auto,
+    a must be the baseline where it plays, as in `to_battles`: the subtracted mean is of a - b. style_a, style_b [n, 4]:
+    tokens, headers, lists, bold; coef is per standard deviation of `style_features`, in natural log odds. Battles of a
+    model against itself are left out. v0.1: half the square of all weights is added to the loss (ratings in units of
+    400 too), each battle counted twice; a model without battles is nan. v2.0: no penalty, so +-inf and nan as in
+    `bt_ratings`.
+    Raises ValueError if style decides battles of v2.0 so that there is no maximum. Source: arena-hard-auto,
     `construct_style_matrices` and `fit_bt`; `print_leaderboard_with_style_features`.
     """
     a, b, y = checked(a, b, y, n_models, baseline)
+    if len(style_a) != len(y) or len(style_b) != len(y):
+        raise ValueError(f"{len(y)} battles, and styles of {len(style_a)}, {len(style_b)}")
+    a, b, y, style_a, style_b = (np.asarray(x)[a != b] for x in (a, b, y, style_a, style_b))
     features = style_features(style_a, style_b, version, control)
-    if len(features) != len(y):
-        raise ValueError(f"{len(y)} battles, and styles of {len(features)}")
     return style_solve(a, b, y, np.ones(len(y)), features, n_models, version, baseline)
 
 
 def style_solve(a, b, y, weight, features, n_models, version, baseline):
-    """Returns (ratings, coef), see `style_fit`, of battles that count weight [n] times. features [n, 4]."""
-    weight = np.where(a == b, 0, weight)  # a model against itself
+    """Returns (ratings, coef), see `style_fit`, of battles a != b that count weight [n] times. features [n, 4]."""
     wins = np.zeros((n_models, n_models), dtype=bool)
     wins[a[weight * y > 0], b[weight * y > 0]] = wins[b[weight * (1 - y) > 0], a[weight * (1 - y) > 0]] = True
     if version == "v2.0":
-        elo, scale, C = standing(wins, baseline), 1.0, np.inf
+        place, scale, C = standing(wins, baseline), 1.0, np.inf  # [n_models]: 0 for those that get a finite rating
     else:
-        elo, scale, C = np.where(wins.any(0) | wins.any(1), 0, np.nan), np.log(10), 1.0
-        elo[baseline] = 0
-    inside = (weight > 0) & (elo[a] == 0) & (elo[b] == 0)
+        place, scale, C = np.where(wins.any(0) | wins.any(1), 0, np.nan), np.log(10), 1.0
+        place[baseline] = 0
+    inside = (weight > 0) & (place[a] == 0) & (place[b] == 0)
     a, b, y, weight, features = a[inside], b[inside], y[inside], weight[inside], features[inside]
     models, rows = np.zeros((len(y), n_models)), np.arange(len(y))
     models[rows, a], models[rows, b] = scale, -scale
-    free = np.flatnonzero((elo == 0) & ((np.arange(n_models) != baseline) | (version == "v0.1")))
+    free = np.flatnonzero((place == 0) & ((np.arange(n_models) != baseline) | (version == "v0.1")))
     X, weight = np.c_[models[:, free], features], weight * (2 if version == "v0.1" else 1)
-    X, weight = np.r_[X, -X], np.r_[weight * y, weight * (1 - y)]  # rows that won; a tie is half a win for each
-    X, weight = X[weight > 0], weight[weight > 0] / 2
-    X, outcome, weight = np.r_[X, -X], np.repeat([1, 0], len(X)), np.r_[weight, weight]  # two classes, always
+    won, weight = np.r_[X, -X], np.r_[weight * y, weight * (1 - y)]  # a tie is half a win for each
+    won, weight = won[weight > 0], weight[weight > 0] / 2
+    X, outcome, weight = np.r_[won, -won], np.repeat([1, 0], len(won)), np.r_[weight, weight]  # two classes, always
     solver = LogisticRegression(C=C, fit_intercept=False, solver="newton-cg", tol=1e-9, max_iter=1000)
     coef = solver.fit(X, outcome, weight).coef_[0] if len(X) else np.zeros(X.shape[1])
-    if version == "v2.0" and len(X) and (X @ coef)[: len(X) // 2].min() > 0:  # no battle went against it
-        raise ValueError("style decides every battle, so that no finite ratings fit; use version v0.1 or plain ratings")
+    if version == "v2.0" and len(won) and (won @ coef).max() > 8 and is_separated(won):
+        raise ValueError("style decides battles so that no finite ratings fit; use version v0.1 or plain ratings")
+    elo = place.copy()
     elo[free] = coef[: len(free)] * 400 / (1.0 if version == "v0.1" else np.log(10))
     elo += 1000 - elo[baseline]
     return elo, coef[len(free) :]
@@ -304,16 +295,6 @@ def style_solve(a, b, y, weight, features, n_models, version, baseline):
 #
 # The seven criteria: specificity, domain knowledge, complexity, problem solving, creativity, technical accuracy, real
 # world. How many of them a prompt meets is its score. The annotator's instruction is in common/topics.py.
-
-
-def parse_criteria(text):
-    """Returns the 7 flags of an annotator's reply such as "[1, 3, 6]": a comma, then one white-space character.
-
-    All False without such a list, or with two different ones. Source: arena-hard-auto, `BenchBuilder/category.py`.
-    """
-    found = set(re.findall(r"\[[1-7](?:,\s[1-7])*\]", text or ""))
-    numbers = re.findall("[1-7]", found.pop()) if len(found) == 1 else ()
-    return [str(k) in numbers for k in range(1, 8)]
 
 
 def select(scores, clusters, min_prompt=6, min_cluster=6):
@@ -335,6 +316,8 @@ def sample(indices, clusters, n_clusters=250, per_cluster=2, seed=0):
     indices: what `select` left; clusters [n]: of all prompts. Raises ValueError if too few clusters have that many.
     """
     indices, clusters = np.unique(np.asarray(indices, dtype=int)), np.asarray(clusters)
+    if len(indices) and not 0 <= indices[0] <= indices[-1] < len(clusters):
+        raise ValueError(f"indices must be of {len(clusters)} prompts, and are {indices[0]} to {indices[-1]}")
     by_cluster = {k: indices[clusters[indices] == k] for k in np.unique(clusters[indices]) if k >= 0}
     rich = [k for k, members in by_cluster.items() if len(members) >= per_cluster]
     if len(rich) < n_clusters or min(n_clusters, per_cluster) < 1:
@@ -356,8 +339,14 @@ def leaderboard(battles, baseline, version="v2.0", rounds=100, seed=0, styles=No
     baseline: a name in battles.models. ci: (lower, upper), battles drawn, as the authors do; ci_questions: whole
     questions drawn. 95 % of the resamples in v0.1, 90 % in v2.0. styles, control: (style_a, style_b), see `style_fit`.
     """
-    models, a, b, y, uid = battles
+    check_version(version)
+    if baseline not in battles.models:
+        raise ValueError(f"no battle of {baseline!r}; there are {', '.join(battles.models) or 'none'}")
+    models, (a, b, y, uid) = battles.models, battles[1:]
     n, anchor, level = len(models), models.index(baseline), LEVEL[version]
+    if (others := a != b).any():  # battles of a model against itself say nothing
+        a, b, y, uid = a[others], b[others], y[others], uid[others]
+        styles = styles and [style[others] for style in styles]
     if styles is None:
         elo = bt_ratings(a, b, y, n, anchor=anchor)
         samples = [bootstrap(a, b, y, n, rounds, seed, anchor, groups) for groups in (None, uid)]
@@ -387,17 +376,9 @@ def leaderboard(battles, baseline, version="v2.0", rounds=100, seed=0, styles=No
 LEVEL = {"v0.1": 0.95, "v2.0": 0.9}
 
 
-def style_of(side, uid):
-    """Returns [4]: tokens, headers, lists, bold of a stored answer, see `read_answers`; counted where nothing says."""
-    text, meta = side["answers"][uid], side["metadata"].get(uid, {})
-    counts = meta if "header_count" in meta else style_counts(text)
-    elements = [sum(counts[name].values()) for name in ("header_count", "list_count", "bold_count")]
-    return [side["tokens"].get(uid, rough_tokens(text)), *elements]
-
-
 def show(judgments, config, categories=(), sides=None):
     """Prints a leaderboard for each category of judgment rows. sides: {model: its answers}, for style and tokens."""
-    judgments = list({(uid_of(row), row.get("model")): row for row in judgments}.values())  # the last row counts
+    judgments = list({(uid_of(row), str(row.get("model"))): row for row in judgments}.values())  # the last row counts
     judges = sorted({str(row.get("judge", "unknown")) for row in judgments})
     there = sorted({str(row.get("category") or "all") for row in judgments})
     if len(judges) > 1:
@@ -407,33 +388,43 @@ def show(judgments, config, categories=(), sides=None):
     for category in categories or there:
         rows = [row for row in judgments if str(row.get("category") or "all") == category]
         battles = to_battles(rows, config.weight, config.version, config.first_game_only)
-        baselines = sorted({str(row.get("baseline") or FIRST_BASELINE) for row in rows})
-        baseline = config.baseline or baselines[0]
+        if not len(battles.y):
+            print(f"\n{category}: no verdict in {len(rows)} rows")
+            continue
+        baselines = sorted({baseline_of(row) for row in rows})
         if len(baselines) > 1 and not config.baseline:
             raise ValueError(f"{category}: baselines {', '.join(baselines)}; choose the anchor with --baseline")
-        if not len(battles.y) or baseline not in battles.models:
-            raise ValueError(f"{category}: {len(battles.y)} battles, none of {baseline}; in it are {battles.models}")
-        styles = styles_of(battles, sides) if config.style else None
-        table = leaderboard(battles, baseline, config.version, config.rounds, config.seed, styles, config.control)
-        control = f"on ({config.control})" if config.style else "off"
-        said = sorted({row["settings"] for row in rows if row.get("settings")}) or judges
-        print(f"\n{category}: judge {' / '.join(said)}; protocol {config.version}, a strong verdict counts "
-              f"{config.weight}{', first game only' if config.first_game_only else ''}; anchor {baseline} = 50; "
-              f"style control {control}; {LEVEL[config.version]:.0%} of {config.rounds} resamples, "
-              f"seed {config.seed}")  # fmt: skip
-        print(f"{'model':34}{'score, %':>9}  {'battles drawn':18}{'questions drawn':18}{'battles':>8}{'tokens':>8}")
-        for row in table:
-            bounds = [f"({low - row['score']:+.2f}, {high - row['score']:+.2f})" for low, high in
-                      (row["ci"], row["ci_questions"])]  # fmt: skip
-            side, tokens = (sides or {}).get(row["model"]), "-"
-            if side:  # ~: of answers whose tokens nobody counted, words and punctuation marks
-                about = "" if len(side["tokens"]) == len(side["answers"]) else "~"
-                tokens = f"{about}{np.mean([style_of(side, uid)[0] for uid in side['answers']]):.0f}"
-            print(f"{row['model']:34}{row['score']:9.2f}  {bounds[0]:18}{bounds[1]:18}{row['battles']:8}{tokens:>8}")
-        habits = judge_habits(rows, config.version)
-        print("the judge: {rows} rows, {games} games, {nulls} without a label, {ties} ties; of {complete} "
-              "complete rows {contradicting} contradict themselves (each answer won in one position), {disagreeing} "
-              "differ at all".format(**habits))  # fmt: skip
+        show_category(category, rows, battles, config.baseline or baselines[0], config, sides or {})
+
+
+def show_category(category, rows, battles, baseline, config, sides):
+    """Prints the leaderboard of one category's rows and battles, and the judge's habits."""
+    styles = styles_of(battles, sides) if config.style else None
+    table = leaderboard(battles, baseline, config.version, config.rounds, config.seed, styles, config.control)
+    said = sorted({str(row.get("settings") or row.get("judge", "unknown")) for row in rows})
+    control = f"on ({config.control})" if config.style else "off"
+    print(f"\n{category}: judge {' / '.join(said)}; protocol {config.version}, a strong verdict "
+          f"counts {config.weight}{', first game only' if config.first_game_only else ''}; anchor {baseline} = "
+          f"50; style control {control}; {LEVEL[config.version]:.0%} of {config.rounds} resamples, "
+          f"seed {config.seed}")  # fmt: skip
+    print(f"{'model':34}{'score, %':>9}  {'battles drawn':18}{'questions drawn':18}{'battles':>8}{'tokens':>8}")
+    asked = {uid_of(row) for row in rows}
+    for row in table:
+        bounds = [f"({low - row['score']:+.2f}, {high - row['score']:+.2f})" for low, high in
+                  (row["ci"], row["ci_questions"])]  # fmt: skip
+        side, tokens = sides.get(row["model"], dict(answers={})), "-"
+        if uids := asked & set(side["answers"]):  # ~: of answers whose tokens nobody counted, words and marks
+            about = "" if uids <= set(side["tokens"]) else "~"
+            tokens = f"{about}{np.mean([style_of(side, uid)[0] for uid in uids]):.0f}"
+        print(f"{row['model']:34}{row['score']:9.2f}  {bounds[0]:18}{bounds[1]:18}{row['battles']:8}{tokens:>8}")
+    if config.style and len(table) == 2:
+        print("one model beside one baseline: their usual difference in style cannot be told from skill, and stays in")
+    others = [row for row in rows if baseline_of(row) != str(row["model"])]
+    print("the judge: {rows} rows, {games} games, {nulls} without a label, {ties} ties; of {complete} "
+          "complete rows {contradicting} contradict themselves (each answer won in one position), {disagreeing} "
+          "differ at all".format(**judge_habits(others, config.version)))  # fmt: skip
+    if itself := len(rows) - len(others):
+        print(f"left out: {itself} rows of a model against itself")
 
 
 def styles_of(battles, sides):
@@ -468,7 +459,7 @@ class Config:
     version: str = "v2.0"  # protocol: v0.1 or v2.0
     weight: int = 3  # battles that a strong verdict counts
     baseline: str = ""  # the anchor, by default what the judgments were made against
-    style: bool = False  # style control
+    style: bool = False  # style control; needs several models: with one beside one baseline it corrects nothing
     control: str = "all"  # which: all, length or markdown
     first_game_only: bool = False  # leave the second game out
     rounds: int = 100  # bootstrap resamples
@@ -496,8 +487,8 @@ FORMS = {
 
 def replay(config, categories):
     """Prints the leaderboards of stored judgments."""
-    files = sorted(Path(config.answers).glob("*.jsonl*")) if Path(config.answers).is_dir() else [Path(config.answers)]
-    sides = {side["model"]: side for side in map(read_answers, files if config.answers else ())}
+    sides = map(read_answers, files_of(config.answers) if config.answers else ())
+    sides = {side["model"]: side for side in sides}
     show(read_jsonl(config.judgments), config, categories, sides)
 
 
@@ -506,9 +497,13 @@ def judge_answers(config, categories):
     for name in ("answers", "against", "judge"):
         if not getattr(config, name):
             raise ValueError(f"--questions needs --{name} too")
-    questions = [to_question(row) for row in read_jsonl(config.questions)]
-    questions = [q for q in questions if not categories or q["category"] in categories]
+    if not (rows := read_jsonl(config.questions)):
+        raise ValueError(f"{config.questions}: no question in it")
+    questions = [q for q in map(to_question, rows) if not categories or q["category"] in categories]
     mine, base = read_answers(config.answers), read_answers(config.against)
+    to_games(questions, mine, base)  # a missing answer is found before anything is asked
+    if config.baseline not in ("", mine["model"], base["model"]):
+        raise ValueError(f"--baseline={config.baseline} is neither {base['model']} nor {mine['model']}")
     judgments = []
     for creative in (False, True):  # the judge does not write a poem of its own first
         part = [q for q in questions if q["category"].startswith("creative") == creative]
@@ -534,6 +529,8 @@ def build(config, categories=()):
         text = "\n".join(turns)
         if len(text) > 32 and row.get("language", "English") == "English":
             prompts.setdefault(text[:10_000], dict(uid=uid_of(row), prompt=turns[0]))
+    if not prompts:
+        raise ValueError(f"{config.build}: no English prompt of more than 32 characters in {len(rows)} rows")
     texts = list(prompts)
     scores = np.array([sum(flags) for flags in annotate(texts, config)])
     topics = cluster(texts, min_size=config.min_size, seed=config.seed)
@@ -581,8 +578,9 @@ def main(argv=None):
             raise ValueError(f"--{strange[0]} means nothing with --{forms[0]}")
         config = Config(**given)
         check_version(config.version)
-        at_least_1 = dict.fromkeys(("weight", "rounds", "workers", "clusters", "per_cluster"), SIZE)
-        check_ranges(config, **at_least_1, min_size=(2, SIZE[1]), max_tokens=(0, SIZE[1]))
+        at_least_1 = dict.fromkeys(("workers", "clusters", "per_cluster"), SIZE)
+        most = dict(weight=(1, MOST_COPIES), rounds=(1, 10**6))
+        check_ranges(config, **at_least_1, **most, min_size=(2, SIZE[1]), max_tokens=(0, SIZE[1]))
         dict(judgments=replay, questions=judge_answers, build=build)[forms[0]](config, categories)
     except (ValueError, OSError) as error:
         return fail(error)
@@ -595,6 +593,8 @@ def main(argv=None):
 if __name__ == "__main__":
     if sys.argv[1:]:
         sys.exit(main())
-    from experiments.arena_hard import demo
-
+    try:
+        from experiments.arena_hard import demo
+    except ImportError as error:  # the file was copied alone
+        sys.exit(fail(f"the demo is in experiments/arena_hard.py ({error}); --help shows what else there is"))
     demo()

@@ -43,8 +43,8 @@ class Chat:
         return reply.choices[0].message.content or ""
 
     def settings(self):
-        """Returns what a result depends on, beside the messages."""
-        return f"{self.model} at {self.client.base_url}, temperature {self.temperature}, max_tokens {self.max_tokens}"
+        """Returns what a result depends on, beside the messages. Not the address: a server may move."""
+        return f"{self.model}, temperature {self.temperature}, max_tokens {self.max_tokens}"
 
     def cost(self, price_in=0.0, price_out=0.0):
         """Returns what this process has used. Prices: dollars for a million tokens of prompt and of reply."""

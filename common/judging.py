@@ -9,13 +9,14 @@ import importlib.util
 import re
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.endpoint import Chat
-from common.jsonl import append_jsonl, read_jsonl, write_jsonl
+from common.jsonl import append_jsonl, locked, read_jsonl, write_jsonl
 
 # ---- 1. verdicts ----------------------------------------------------------------------------------------------------
 
@@ -55,11 +56,15 @@ def text_of(game):
     return text if isinstance(text, str) else ""
 
 
-def label_of(game, version):
-    """Returns the label of a stored game: its score, or what its text says if it has none; None for a null game."""
+def label_of(game, version, made=None):
+    """Returns the label of a stored game; None for a null game.
+
+    That is its score, or what its text says if it has none, or if its score is of another protocol, `made`.
+    """
     if not game:
         return None
-    label = game["score"] if "score" in game else parse_verdict(text_of(game), version)
+    reads = "score" not in game or (made not in (None, version) and text_of(game))
+    label = parse_verdict(text_of(game), version) if reads else game["score"]
     label = TURNED.get(str(label), label) if version == "v2.0" else label
     return label if label in LABELS else None
 
@@ -69,9 +74,12 @@ def labels_of(row, version):
     games = [] if "games" in row and row["games"] is None else row.get("games")
     if uid_of(row) is None or "model" not in row or not isinstance(games, list):
         raise ValueError(f"a judgment has uid, model and games; this row has {', '.join(row) or 'nothing'}")
-    if not all(game is None or isinstance(game, dict) for game in games):
-        raise ValueError(f"question {uid_of(row)}: a game is an object with a score, or null")
-    return [label_of(game, version) for game in (games + [None, None])[:2]]
+    if not isinstance(row["model"], (str, int)):
+        raise ValueError(f"question {uid_of(row)}: model is a name, not {str(row['model'])[:60]}")
+    if len(games) > 2 or not all(game is None or isinstance(game, dict) for game in games):
+        raise ValueError(f"question {uid_of(row)}: games are two, and a game is an object with a score, or null")
+    made = row.get("version", "v0.1" if "question_id" in row else "v2.0")
+    return [label_of(game, version, made) for game in (games + [None, None])[:2]]
 
 
 # ---- 2. files -------------------------------------------------------------------------------------------------------
@@ -81,6 +89,14 @@ def uid_of(row):
     """Returns the question of a row, as a string, in either format; None if it names none."""
     uid = row.get("uid", row.get("question_id"))
     return None if uid is None else str(uid)
+
+
+FIRST_BASELINE = "gpt-4-0314"  # of v0.1, whose rows do not name one
+
+
+def baseline_of(row):
+    """Returns the name of the model that a judgment's model was compared with."""
+    return str(row.get("baseline") or FIRST_BASELINE)
 
 
 def dig(value, *path):
@@ -110,7 +126,8 @@ def to_answer(row):
     if uid_of(row) is None or text is None:
         raise ValueError(f"an answer has uid and answer, or messages; this row has {', '.join(row) or 'nothing'}")
     counts = row.get("token_len"), dig(meta, "token_len"), dig(old, "token_len")
-    return text, next((n for n in counts if isinstance(n, int)), None), meta if isinstance(meta, dict) else None
+    tokens = next((n for n in counts if isinstance(n, int) and n >= 0), None)
+    return text, tokens, meta if isinstance(meta, dict) else None
 
 
 def read_answers(path):
@@ -120,7 +137,8 @@ def read_answers(path):
     """
     found = dict(model=None, answers={}, tokens={}, metadata={})
     for row in read_jsonl(path):
-        name = row.get("model", row.get("model_id")) or Path(path).name.split(".jsonl")[0]
+        name = row.get("model", row.get("model_id"))
+        name = str(name) if name else Path(path).name.split(".jsonl")[0]
         if found["model"] not in (None, name):
             raise ValueError(f"{path}: answers of {found['model']} and of {name}; one file holds one model's")
         text, tokens, metadata = to_answer(row)
@@ -156,6 +174,32 @@ def judge_name(judge):
 def rough_tokens(text):
     """Returns a stand-in for a number of tokens: words and punctuation marks; no vocabulary is needed."""
     return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+def style_counts(text):
+    """Returns the Markdown elements of an answer: {"header_count": {"h1", ...}, "list_count", "bold_count"}.
+
+    What stands between triple backticks does not count. Source: arena-hard-auto, `utils/add_markdown_info.py`; as
+    there, the text of such a block is removed wherever it recurs, and one with a backtick inside is no block.
+    """
+    for block in re.findall(r"```([^`]*)```", text):
+        text = text.replace(block, "") if block else text
+    lines = {"ordered": r"^\s*\d+\.\s", "unordered": r"^\s*[-*+]\s"}
+    bold = {"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"}
+    return {
+        "header_count": {f"h{k}": len(re.findall(rf"^#{{{k}}}\s", text, re.M)) for k in range(1, 7)},
+        "list_count": {name: len(re.findall(pattern, text, re.M)) for name, pattern in lines.items()},
+        "bold_count": {name: len(re.findall(pattern, text)) for name, pattern in bold.items()},
+    }
+
+
+def style_of(side, uid):
+    """Returns [4]: tokens, headers, lists, bold of a stored answer, see `read_answers`; counted where nothing says."""
+    text, kinds = side["answers"][uid], ("header_count", "list_count", "bold_count")
+    counts = {name: side["metadata"].get(uid, {}).get(name) for name in kinds}
+    if not all(isinstance(n, dict) and all(isinstance(k, int) and k >= 0 for k in n.values()) for n in counts.values()):
+        counts = style_counts(text)
+    return [side["tokens"].get(uid, rough_tokens(text)), *(sum(counts[name].values()) for name in kinds)]
 
 
 # ---- 3. judges ------------------------------------------------------------------------------------------------------
@@ -212,6 +256,7 @@ def openai_judge(base_url, model, api_key=None, temperature=0.0, max_tokens=None
     check_version(version)
     chat = Chat(base_url, model, api_key, temperature, max_tokens or {"v0.1": 4096, "v2.0": 16000}[version], retries,
                 timeout)  # fmt: skip
+    settings = chat.settings() + (f", system prompt {zlib.crc32(system.encode()):08x}" if system else "")
     own, with_own = OWN_ANSWER if own_answer else ("", "")
     system = system or JUDGE_PROMPT.replace("{own}", own).replace("{with_own}", with_own)
 
@@ -224,7 +269,7 @@ def openai_judge(base_url, model, api_key=None, temperature=0.0, max_tokens=None
             text += "\n" + chat(messages + again)
         return text
 
-    judge.name, judge.chat, judge.settings = model, chat, chat.settings()
+    judge.name, judge.chat, judge.settings = model, chat, settings
     return judge
 
 
@@ -243,14 +288,18 @@ def token_judge(*answers):
 
 def replay_judge(path, questions, answers, baseline):
     """Returns a judge that says what the judgments in `path` say about these answers; others it cannot judge."""
-    rows = [row for row in read_jsonl(path) if row.get("model") == answers["model"]]
+    rows, games = [row for row in read_jsonl(path) if str(row.get("model")) == answers["model"]], {}
     stored, sides = {}, (baseline["answers"], answers["answers"])
-    games = {uid_of(row): row["games"] for row in rows if row.get("baseline", baseline["model"]) == baseline["model"]}
+    for row in rows:
+        labels = labels_of(row, "v2.0")  # checks the row; a game may have a score and no text
+        if row.get("baseline", baseline["model"]) == baseline["model"]:
+            said = [(text_of(game or {}), label) for game, label in zip(row["games"] or (), labels)]
+            games[uid_of(row)] = [text or (f"[[{label}]]" if label else None) for text, label in said]
     for question in questions:
-        for k, game in enumerate(games.get(question["uid"]) or ()):
+        for k, text in enumerate(games.get(question["uid"], ())):
             key = question["prompt"], *(side.get(question["uid"]) for side in (sides[k], sides[1 - k]))
-            if game:
-                stored.setdefault(key, []).append(text_of(game))
+            if text:
+                stored.setdefault(key, []).append(text)
 
     def judge(prompt, answer_a, answer_b):
         texts = stored.get((prompt, answer_a, answer_b))
@@ -258,25 +307,35 @@ def replay_judge(path, questions, answers, baseline):
             raise ValueError(f"{path} has no such game of {answers['model']} against {baseline['model']}")
         return texts.pop(0) if len(texts) > 1 else texts[0]  # equal answers: game 1, then game 2
 
-    judge.name = rows[0].get("judge", "replay") if rows else "replay"
+    judge.name = str(rows[0].get("judge", "replay")) if rows else "replay"
     return judge
 
 
 def function_judge(where):
-    """Returns the function that FILE.py:NAME names. Raises ValueError if there is none."""
+    """Returns the judge that FILE.py:NAME names, called FILE_NAME. Raises ValueError if there is none.
+
+    The file may import what lies beside it.
+    """
     file, _, name = where.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"{where}: there is no file {file!r}; a judge is FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"judge_file_{Path(file).stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    if (folder := str(Path(file).resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
     judge = getattr(module, name, None)
     if not callable(judge):
         raise ValueError(f"{file} has no function {name!r}; a judge is FILE.py:FUNCTION")
-    return judge
+
+    def named(*game):
+        return judge(*game)
+
+    named.name, named.settings = f"{Path(file).stem}_{name}", getattr(judge, "settings", None)
+    return named
 
 
 def named_judge(where, questions, answers, baseline, model="", **options):
@@ -300,28 +359,33 @@ class JudgmentFile:
     """A judgment file of one model against one baseline, one row a question, and beside it PATH.part: lone games.
 
     A game that was answered is on the disk before the next one is asked, a row is appended whole when both its games
-    are, and `close` leaves one row for each question. So a kill loses what was being asked, and no answer.
+    are, and `close` leaves one row for each question. So a kill loses what was being asked, and no answer. Whoever uses
+    it holds `locked(path)`. about: what all rows have in common: judge, settings, version, model, baseline; a stored
+    row that says something else raises ValueError.
     """
 
-    def __init__(self, path, model, baseline, judge):
+    def __init__(self, path, about):
         self.path, self.part, self.lock = Path(path), Path(f"{path}.part"), threading.Lock()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows, self.games = {}, {}  # uid -> row; (uid, 0 or 1) -> game with a label
-        for row in read_jsonl(self.path) if self.path.exists() else ():
-            for name, wanted in (("model", model), ("baseline", baseline), ("judge", judge)):
-                if wanted is not None and row.get(name, wanted) != wanted:
-                    raise ValueError(
-                        f"{path} holds judgments with {name} {row[name]!r}, not {wanted!r}; write elsewhere"
-                    )
-            labels_of(row, "v2.0")  # checks it
+        self.about, self.rows, self.games = about, {}, {}  # uid -> row; (uid, 0 or 1) -> game with a label
+        for row in read_jsonl(self.path, cut_off=True) if self.path.exists() else ():
+            self.same(row)
+            labels = labels_of(row, about["version"])  # checks it
             self.rows[uid_of(row)] = row
-        for row in self.rows.values():
-            self.games |= {
-                (uid_of(row), k): game for k, game in enumerate(row["games"] or ()) if label_of(game, "v2.0")
-            }
-        for line in read_jsonl(self.part) if self.part.exists() else ():
-            self.games[line["uid"], line["game"]] = line["found"]
+            self.games |= {(uid_of(row), k): row["games"][k] for k in (0, 1) if labels[k]}
+        for line in read_jsonl(self.part, cut_off=True) if self.part.exists() else ():
+            self.same(line)
+            if not isinstance(line.get("found"), dict) or line.get("game") not in (0, 1):
+                raise ValueError(f"{self.part}: a line has uid, game and found; this one: {', '.join(line)}")
+            self.games[uid_of(line), line["game"]] = line["found"]
         self.close()  # without a line that was cut off, or said twice
+
+    def same(self, row):
+        """Raises ValueError if a row was made by another judge, protocol, ... than this file is about."""
+        for name, wanted in self.about.items():
+            if row.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"{self.path} holds judgments made with {name} {row[name]!r}, not {wanted!r}; choose another --out"
+                )
 
     def check(self, todo):
         """Raises ValueError if a stored game is about other answers than those of `to_games`."""
@@ -331,7 +395,7 @@ class JudgmentFile:
                 asked = self.games.get((uid, k), {}).get("prompt")
                 asked = asked[-1]["content"] if isinstance(asked, list) and asked else asked
                 if asked and asked != game_prompt(*shown):
-                    raise ValueError(f"{self.path} is about other answers to {uid} than these; write elsewhere")
+                    raise ValueError(f"{self.path} is about other answers to {uid} than these; choose another --out")
 
     def is_done(self, uid):
         """Returns whether a question's row is there, and both its games have a label."""
@@ -341,7 +405,7 @@ class JudgmentFile:
         """Writes a game down whose row is not complete yet."""
         with self.lock:
             self.games[uid, k] = game
-            append_jsonl(self.part, dict(uid=uid, game=k, found=game))
+            append_jsonl(self.part, self.about | dict(uid=uid, game=k, found=game))
 
     def append(self, row):
         """Writes a row down; it takes the place of an earlier one of its question."""
@@ -351,7 +415,7 @@ class JudgmentFile:
 
     def close(self):
         """Writes both files anew: a row for each question, by uid, and the games that are in none."""
-        lone = [dict(uid=uid, game=k, found=game) for (uid, k), game in self.games.items()
+        lone = [self.about | dict(uid=uid, game=k, found=game) for (uid, k), game in self.games.items()
                 if uid not in self.rows or (list(self.rows[uid]["games"] or []) + [None] * 2)[k] != game]  # fmt: skip
         if lone:
             write_jsonl(self.part, lone)
@@ -386,14 +450,26 @@ def run(questions, answers, baseline, judge, out, version="v2.0", workers=4):
     questions: [{"uid", "category", "prompt"}]; answers, baseline: {"model", "answers": {uid: text}}; judge(prompt,
     answer_a, answer_b) -> text, called from `workers` threads. A second run asks only what is missing, was cut off, or
     had no label. A judge that raises costs its question, which then has no row. Raises ValueError, before it asks
-    anything, for answers that are missing, or that are not those which `out` is about.
+    anything, for answers that are missing, or that are not those which `out` is about; for an `out` that another
+    judge, settings (judge.settings) or protocol wrote, or that another process is writing.
     """
     check_version(version)
     todo = to_games(questions, answers, baseline)
-    file = JudgmentFile(out, answers["model"], baseline["model"], getattr(judge, "name", None))
-    file.check(todo)
-    about = dict(judge=judge_name(judge), model=answers["model"], baseline=baseline["model"])
-    about |= {"settings": judge.settings} if hasattr(judge, "settings") else {}
+    about = dict(judge=judge_name(judge), settings=getattr(judge, "settings", None), version=version,
+                 model=answers["model"], baseline=baseline["model"])  # fmt: skip
+    with locked(out):
+        file = JudgmentFile(out, about)
+        file.check(todo)
+        errors = ask_games(todo, judge, file, workers)
+    if errors:
+        first = f"{type(errors[0]).__name__}: {' '.join(str(errors[0]).split())[:200]}"
+        print(f"{len(errors)} questions failed, the first with {first}; run it again to ask them", file=sys.stderr)
+    return [file.rows[question["uid"]] for question, _ in todo if question["uid"] in file.rows]
+
+
+def ask_games(todo, judge, file, workers):
+    """Returns the errors of a judge that is asked each game of `to_games` that a JudgmentFile lacks, and kept there."""
+    version, model = file.about["version"], file.about["model"]
 
     def ask(question, pair):
         uid, games = question["uid"], []
@@ -407,19 +483,16 @@ def run(questions, answers, baseline, judge, out, version="v2.0", workers=4):
                 if game["score"] and k == 0:
                     file.keep(uid, k, game)
             games.append(game)
-        file.append(dict(uid=uid, category=question["category"], **about, games=games))
+        file.append(dict(uid=uid, category=question["category"], **file.about, games=games))
 
     errors, pool = [], ThreadPoolExecutor(max(1, workers))
     try:
         asked = [pool.submit(ask, question, pair) for question, pair in todo if not file.is_done(question["uid"])]
-        for future in (bar := tqdm(as_completed(asked), f"judging {answers['model']}", len(asked), disable=not asked)):
+        for future in (bar := tqdm(as_completed(asked), f"judging {model}", len(asked), disable=not asked)):
             if error := future.exception():
                 errors.append(error)
                 bar.set_postfix(failed=len(errors))
     finally:  # after Ctrl-C too: what was sent is waited for, and kept
         pool.shutdown(wait=True, cancel_futures=True)
         file.close()
-    if errors:
-        first = f"{type(errors[0]).__name__}: {' '.join(str(errors[0]).split())[:200]}"
-        print(f"{len(errors)} questions failed, the first with {first}; run it again to ask them", file=sys.stderr)
-    return [file.rows[question["uid"]] for question, _ in todo if question["uid"] in file.rows]
+    return errors

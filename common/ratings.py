@@ -9,6 +9,7 @@ R = 400 / ln(10) theta + 1000: P(a wins) = 1 / (1 + 10^((R_b - R_a) / 400)).
 """
 
 import numpy as np
+from scipy.optimize import linprog
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 from scipy.special import expit
@@ -26,6 +27,9 @@ def bt_ratings(a, b, y, n_models, weight=None, anchor=None, anchor_rating=1000.0
     weight = np.ones(len(y)) if weight is None else np.asarray(weight, dtype=float)
     if weight.shape != y.shape or not (np.isfinite(weight) & (weight >= 0)).all():
         raise ValueError(f"weight: {weight.shape} numbers >= 0 are expected to be one for each of {len(y)} battles")
+    if 1e-12 * weight.max(initial=0) > weight[weight > 0].min(initial=np.inf):
+        raise ValueError("weight: the largest is more than 1e12 times the smallest; they differ too much")
+    weight = weight / (weight.max(initial=0) or 1)  # only their proportions count
     wins = np.zeros((n_models, n_models))
     np.add.at(wins, (a, b), weight * y)
     np.add.at(wins, (b, a), weight * (1 - y))
@@ -38,13 +42,13 @@ def checked(a, b, y, n_models, anchor=None):
     a, b, y = np.asarray(a), np.asarray(b), np.asarray(y, dtype=float)
     if not (a.shape == b.shape == y.shape and y.ndim == 1):
         raise ValueError(f"a, b, y must be as long as each other, and are {a.shape}, {b.shape}, {y.shape}")
-    if len(y) and not (np.mod(np.r_[a, b], 1) == 0).all():
+    if len(y) and (np.r_[a, b].dtype.kind not in "iuf" or not (np.mod(np.r_[a, b], 1) == 0).all()):
         raise ValueError("a and b must be indices: whole numbers")
     if n_models < 1 or (len(y) and not (np.minimum(a, b).min() >= 0 and np.maximum(a, b).max() < n_models)):
         raise ValueError(f"a and b must be indices of n_models={n_models} models, 0 to {n_models - 1}")
     if not ((y >= 0) & (y <= 1)).all():
         raise ValueError("y must be outcomes for a: 1 a win, 0 a loss, 0.5 a tie")
-    if anchor is not None and not 0 <= anchor < n_models:
+    if anchor is not None and anchor not in range(n_models):
         raise ValueError(f"anchor={anchor} is not the index of one of {n_models} models")
     return a.astype(int), b.astype(int), y
 
@@ -101,20 +105,36 @@ def maximise(wins):
         hessian = np.eye(n) * curvature.sum(2)[:, :, None] - curvature
         # A constant added to theta changes nothing: fix it. (A model alone has no curvature.)
         hessian += np.maximum(curvature.sum((1, 2)) / n**2, n == 1)[:, None, None]
-        step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        try:
+            step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        except np.linalg.LinAlgError:
+            break
         length = np.ptp(step, axis=1)  # [R]
         theta += step * (np.log1p(length) / np.maximum(length, 1e-300))[:, None]
         if length.max() < 1e-8:  # convergence is quadratic: what is left is its square
             return theta - theta.mean(1, keepdims=True)
-    raise RuntimeError("Bradley-Terry: no convergence; the battles' weights differ too much")
+    raise ValueError("the weights of the battles differ too much for ratings in float64")
+
+
+def is_separated(won):
+    """Returns whether logistic regression on rows won [n, k], each an outcome 1, has no finite maximum.
+
+    So it is if coefficients d exist with won d >= 0 everywhere and > 0 somewhere: along them the likelihood rises for
+    ever (Albert and Anderson, 1984). A linear programme finds them.
+    """
+    won = np.unique(won, axis=0)
+    best = linprog(-won.sum(0), A_ub=-won, b_ub=np.zeros(len(won)), bounds=(-1, 1))
+    return best.status == 0 and -best.fun > 1e-6 * len(won)
 
 
 def win_rate(ratings, baseline):
     """Returns the expected win rate against the baseline in percent, for Elo [..., n_models]; its own is 50.
 
-    Without meaning, nan: against a baseline that is at the same infinity.
+    Without meaning, nan: against a baseline that is at the same infinity. Raises ValueError for no model's index.
     """
     ratings = np.asarray(ratings, dtype=float)
+    if ratings.ndim < 1 or baseline not in range(ratings.shape[-1]):
+        raise ValueError(f"baseline={baseline} is not the index of one of {ratings.shape[-1:]} models")
     with np.errstate(invalid="ignore"):
         rates = 100 * expit((ratings - ratings[..., [baseline]]) * np.log(10) / 400)
     rates[..., baseline] = 50

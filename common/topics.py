@@ -97,3 +97,13 @@ def heuristic(prompt):
     """Returns a reply like an annotator's, by one regular expression for each criterion: a stand-in for tests."""
     hits = [str(k) for k, hint in enumerate(HINTS, 1) if re.search(hint, prompt, re.I | re.S)]
     return f"[{', '.join(hits)}]"
+
+
+def parse_criteria(text):
+    """Returns the 7 flags of an annotator's reply such as "[1, 3, 6]": a comma, then one white-space character.
+
+    All False without such a list, or with two different ones. Source: arena-hard-auto, `BenchBuilder/category.py`.
+    """
+    found = set(re.findall(r"\[[1-7](?:,\s[1-7])*\]", text or ""))
+    numbers = re.findall("[1-7]", found.pop()) if len(found) == 1 else ()
+    return [str(k) in numbers for k in range(1, 8)]

@@ -262,7 +262,8 @@ def demo(seeds=10, verbose_seeds=5):
     for k, name in enumerate(("filtered", "random")):
         column = [row[k] for row in record["world"]]
         print(f"{name:10}" + "".join(f"{x:7.1f}" for x in column) + f"{np.mean(column):7.1f}  %")
-    print("\n3. A judge that likes long answers: Elo of a verbose model above its true place, mean of seeds\n")
+    print("\n3. A judge that likes long answers: Elo of a verbose model above its true place, "
+          f"mean of {verbose_seeds} seeds\n")  # fmt: skip
     for version in ("v0.1", "v2.0"):
         record[f"verbose, {version}"] = [verbose_model(seed, version) for seed in range(verbose_seeds)]
         plain, controlled = np.mean(record[f"verbose, {version}"], axis=0)

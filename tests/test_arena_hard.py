@@ -43,8 +43,8 @@ from arena_hard import (
     to_battles,
     win_rate,
 )  # fmt: skip
-from common.jsonl import append_jsonl, ask_once, read_jsonl, write_jsonl
-from common.judging import game_prompt, read_answers, replay_judge, token_judge
+from common.jsonl import append_jsonl, ask_once, locked, read_jsonl, write_jsonl
+from common.judging import function_judge, game_prompt, read_answers, replay_judge, token_judge
 from common.topics import topic_names
 from conftest import ROOT
 
@@ -269,6 +269,38 @@ def test_the_order_of_battles_and_of_sides_is_irrelevant():
 def test_what_is_no_battle_is_named(a, b, y, options, message):
     with pytest.raises(ValueError, match=message):
         bt_ratings(a, b, y, 2, **options)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: bt_ratings([0], [1], [1], 2, anchor=0.5), "anchor=0.5"),
+        (lambda: bt_ratings(["m"], ["n"], [1], 2), "whole numbers"),
+        (lambda: bt_ratings([0, 0], [1, 1], [1, 0], 2, weight=[1e300, 1e-300]), "differ too much"),
+        (lambda: win_rate([1000, 900], 2), "baseline=2"),
+        (lambda: win_rate([1000, 900], -1), "baseline=-1"),
+        (lambda: to_battles([], weight=INF), "weight=inf"),
+        (lambda: to_battles([], weight=NAN), "weight=nan"),
+        (lambda: to_battles([], weight=1001), "1 to 1000"),
+        (lambda: sample([0, 5], [0, 0, 0], 1, 1), "0 to 5"),
+        (lambda: sample([-1, 2], [0, 0, 0], 1, 1), "-1 to 2"),
+        (lambda: strict_agreement([1, NAN], [1, 2]), "nan"),
+        (lambda: brier([1, NAN], [1, 1], [1, 2]), "nan"),
+        (lambda: brier([1, 2], [1, INF], [1, 2]), "not finite"),
+        (lambda: leaderboard(to_battles([judgment("q", "A>B", "A>B")]), "x"), "no battle of 'x'; there are base, m"),
+        (lambda: leaderboard(to_battles([judgment("q", "A>B", "A>B")]), "m", "v3"), "v0.1 or v2.0"),
+    ],
+)
+def test_what_an_edge_contract_says(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_two_models_at_the_same_infinity_are_tied():
+    assert brier([INF, INF], [0, 0], [1, 2]) == 0.25
+    assert bt_ratings([0, 0], [1, 1], [1, 0], 2, weight=[3e300, 1e300]) == pytest.approx(
+        bt_ratings([0, 0], [1, 1], [1, 0], 2, weight=[3, 1])
+    )
 
 
 def test_a_bootstrap_is_a_refit_of_drawn_battles():
@@ -526,6 +558,19 @@ def test_style_control_is_the_minimum_of_its_loss(version):
     np.testing.assert_allclose(coef, w[n:], atol=1e-6)
 
 
+def test_style_that_decides_some_battles_only_has_no_maximum():
+    """Quasi-separation: whoever writes headings wins, the other battles are even."""
+    style = np.tile([100, 0, 0, 0], (40, 1))
+    y, heading = np.r_[np.tile([0, 1], 15), [1] * 5, [0] * 5], np.r_[[0] * 30, [1] * 5, [-1] * 5]
+    style_a, style_b = style.copy(), style.copy()
+    style_a[heading > 0, 1] = style_b[heading < 0, 1] = 9
+    with pytest.raises(ValueError, match="no finite ratings fit"):
+        style_fit([0] * 40, [1] * 40, y, style_a, style_b, 2, "v2.0")
+    y[-1] = 1  # one battle against it
+    elo, coef = style_fit([0] * 40, [1] * 40, y, style_a, style_b, 2, "v2.0")
+    assert np.isfinite(elo).all() and 0 < coef[1] < 3
+
+
 def test_equal_style_changes_nothing():
     a, b, y, style, _ = styled_battles()
     elo, coef = style_fit(a, b, y, style, style, 5, "v2.0")
@@ -568,7 +613,7 @@ def test_style_control_at_its_edges():
         style_fit(a, b, y, style_a[:1], style_b[:1], 5)
     long, short = np.tile([900, 0, 0, 0], (20, 1)), np.tile([100, 0, 0, 0], (20, 1))
     won = np.arange(20) % 2  # the longer answer wins, always
-    with pytest.raises(ValueError, match="style decides every battle"):
+    with pytest.raises(ValueError, match="style decides battles so that no finite ratings fit"):
         style_fit([0] * 20, [1] * 20, won, np.where(won[:, None], long, short), np.where(won[:, None], short, long), 2,
                   "v2.0")  # fmt: skip
 
@@ -731,12 +776,12 @@ def test_each_question_is_two_games_and_one_row(tmp_path):
     rows = run(QUESTIONS, MINE, BASE, judge, out, workers=3)
     assert sorted(judge.asked) == sorted(all_games())
     assert rows == read_jsonl(out) and len(rows) == 6  # by uid, whichever thread was faster
-    assert rows[0].keys() == {"uid", "category", "judge", "model", "baseline", "games"}
+    assert rows[0].keys() == {"uid", "category", "judge", "settings", "version", "model", "baseline", "games"}
     assert [game["score"] for game in rows[0]["games"]] == ["B>A", "A>B"]
     assert rows[0]["games"][0]["judgment"] == {"answer": "[[B>A]]"}
     assert "{answer} {0} %s" in rows[0]["games"][0]["prompt"]  # braces stay
     assert to_battles(rows).y.tolist() == [0] * 12
-    assert sorted(p.name for p in out.parent.iterdir()) == ["mine.jsonl"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["mine.jsonl", "mine.jsonl.lock"]
     again = Judge()
     assert run(QUESTIONS, MINE, BASE, again, out) == rows and again.asked == []
 
@@ -751,7 +796,7 @@ def test_a_judge_that_raises_costs_its_question_and_no_more(tmp_path, capsys):
     rows = run(QUESTIONS, MINE, BASE, again, out)
     assert again.asked == [(QUESTIONS[2]["prompt"], "mine q2 {}", "base q2")]  # the first game had its answer
     assert len(rows) == 6 and [g["score"] for g in rows[2]["games"]] == ["B>A", "A>B"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.jsonl", "mine.jsonl.lock"]
 
 
 @pytest.mark.parametrize("dies_at", [1, 2, 5, 8])
@@ -790,7 +835,7 @@ def test_a_kill_between_two_games_and_in_the_middle_of_a_row(tmp_path):
     assert len(judge.asked) == 9  # of twelve games three were answered: two of q0, and the first of q1
     whole = out.read_bytes()
     out.write_bytes(whole[: -len(whole.splitlines()[-1]) // 2])
-    kept = {row["uid"] for row in read_jsonl(out)}
+    kept = {row["uid"] for row in read_jsonl(out, cut_off=True)}
     judge = Judge()
     assert len(run(QUESTIONS, MINE, BASE, judge, out)) == 6 and len(kept) == 5
     assert len(judge.asked) == 2 and len(out.read_bytes().splitlines()) == 6
@@ -839,13 +884,86 @@ def test_mistakes_are_named_before_anything_is_asked(tmp_path):
     assert judge.asked == [] and not out.exists()
     run(QUESTIONS, MINE, BASE, judge, out)
     before = out.read_bytes()
-    with pytest.raises(ValueError, match="holds judgments with model 'mine', not 'other'"):
+    with pytest.raises(ValueError, match="holds judgments made with model 'mine', not 'other'"):
         run(QUESTIONS, dict(MINE, model="other"), BASE, judge, out)
     with pytest.raises(ValueError, match="baseline 'base', not 'other'"):
         run(QUESTIONS, MINE, dict(BASE, model="other"), judge, out)
     with pytest.raises(ValueError, match="about other answers to q4 than these"):
         run(QUESTIONS, dict(MINE, answers=MINE["answers"] | {"q4": "new"}), BASE, judge, out)
     assert out.read_bytes() == before
+
+
+def test_one_process_at_a_time_writes_a_file(tmp_path):
+    out, asked = tmp_path / "mine.jsonl", []
+
+    def judge(prompt, a, b):
+        if not asked:
+            asked.append(prompt)
+            script = "import sys; from common.jsonl import locked\nwith locked(sys.argv[1]): pass"
+            other = subprocess.run([sys.executable, "-c", script, str(out)], cwd=ROOT, capture_output=True, text=True)
+            asked.append(other.stderr.strip().splitlines()[-1])
+        return "[[A=B]]"
+
+    assert len(run(QUESTIONS, MINE, BASE, judge, out, workers=1)) == 6
+    assert asked[1] == f"ValueError: {out}: another process is writing it; wait, or another --out"
+    with locked(out):
+        with pytest.raises(ValueError, match="another process is writing it"):
+            run(QUESTIONS, MINE, BASE, judge, out)
+        with pytest.raises(ValueError, match="another process is writing it"):
+            ask_once(["a"], str.upper, out)
+    assert len(run(QUESTIONS, MINE, BASE, judge, out)) == 6 == len(read_jsonl(out))
+
+
+def test_another_judge_or_protocol_does_not_get_the_old_verdicts(tmp_path):
+    out, judge = tmp_path / "mine.jsonl", Judge()
+    judge.settings = "temperature 0"
+    run(QUESTIONS[:2], MINE, BASE, judge, out)
+    before, other = out.read_bytes(), Judge()
+    other.settings = "temperature 1"
+    for change, message in ((dict(judge=other), "made with settings 'temperature 0', not 'temperature 1'"),
+                            (dict(judge=Judge()), "made with settings 'temperature 0', not None"),
+                            (dict(judge=lambda *_: "[[A=B]]"), "made with judge 'judge', not '<lambda>'"),
+                            (dict(version="v0.1"), "made with version 'v2.0', not 'v0.1'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run(QUESTIONS, MINE, BASE, **dict(judge=judge, out=out) | change)
+    assert out.read_bytes() == before and other.asked == []
+    (tmp_path / "lone.jsonl.part").write_text(json.dumps(dict(uid="q0", game=0, found={}, version="v0.1")) + "\n")
+    with pytest.raises(ValueError, match="made with version 'v0.1'"):  # a game whose row was not complete
+        run(QUESTIONS, MINE, BASE, judge, tmp_path / "lone.jsonl")
+
+
+def test_another_version_reads_the_text_again(tmp_path):
+    rows = run(QUESTIONS[:1], MINE, BASE, lambda *_: "[[A>B]], no: [[B>A]]", tmp_path / "x.jsonl")
+    assert to_battles(rows).y.tolist() == [0, 1] and len(to_battles(rows, version="v0.1").y) == 0
+    del rows[0]["games"][0]["judgment"]  # no text: its score
+    assert to_battles(rows, version="v0.1").y.tolist() == [0]
+
+
+def test_a_judge_file_with_dataclasses_and_a_neighbour(tmp_path):
+    (tmp_path / "neighbour_of_a_judge.py").write_text("LABEL = '[[B>A]]'\n")
+    (tmp_path / "json.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                                      "from neighbour_of_a_judge import LABEL\n@dataclass\nclass A:\n    x: int = 1\n"
+                                      "def rate(prompt, a, b):\n    return LABEL\n")  # fmt: skip
+    judge = function_judge(f"{tmp_path / 'json.py'}:rate")
+    assert judge("", "", "") == "[[B>A]]" and judge.name == "json_rate" and sys.modules["json"] is json
+    sys.path.remove(str(tmp_path))
+
+
+def test_a_replay_of_rows_that_are_odd(tmp_path):
+    path = tmp_path / "r.jsonl"
+    write_jsonl(path, [judgment("q0", "A>B", "B>A", "mine"), dict(uid="q1", model="mine", games=None)])
+    judge = replay_judge(path, QUESTIONS, MINE, BASE)
+    rows = run(QUESTIONS, MINE, BASE, judge, tmp_path / "again.jsonl")  # scores without text
+    assert [[game["score"] for game in row["games"]] for row in rows] == [["A>B", "B>A"]]
+    for row, message in ((dict(uid="q0", model="mine"), "has uid, model and games"),
+                         (dict(uid="q0", model="mine", games=[{}] * 3), "games are two"),
+                         (dict(uid="q0", model="mine", games=["A>B", "A>B"]), "games are two")):  # fmt: skip
+        write_jsonl(path, [row])
+        with pytest.raises(ValueError, match=message):
+            replay_judge(path, QUESTIONS, MINE, BASE)
+    for model in (["m"], {"m": 1}, None):
+        with pytest.raises(ValueError, match="model is a name"):
+            to_battles([judgment("q0", "A>B", "B>A", model)])
 
 
 def test_empty_answers_and_the_same_model_twice(tmp_path):
@@ -1022,7 +1140,9 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
 def test_json_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": "\xe2\x80\xa8"}\n\n{"a": 2}\n{"a": 3')
-    assert [row["a"] for row in read_jsonl(path)] == ["\u2028", 2]  # the last line was cut off
+    assert [row["a"] for row in read_jsonl(path, cut_off=True)] == ["\u2028", 2]  # the last line was cut off
+    with pytest.raises(ValueError, match="line 4: not JSON"):  # of a file that is not ours
+        read_jsonl(path)
     path.write_bytes(b'{"a": 1}\n{"a": 2}')
     assert len(read_jsonl(path)) == 2
     path.write_bytes(b'{"a": 1}\n{"a"\n{"a": 2}\n')
@@ -1031,15 +1151,21 @@ def test_json_lines(tmp_path):
     path.write_bytes(b"[1]\n")
     with pytest.raises(ValueError, match="line 1: a JSON object is expected"):
         read_jsonl(path)
-    path.write_bytes(b"\xff\xfe\n{}\n")
-    with pytest.raises(ValueError, match="line 1"):
-        read_jsonl(path)
+    for line, message in (("caf\xe9".encode("latin-1"), "line 2: not UTF-8"), (b"[" * 100_000, "nested too deeply")):
+        path.write_bytes(b'{}\n{"a": ' + line + b"}\n")
+        with pytest.raises(ValueError, match=message):
+            read_jsonl(path)
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+    assert read_jsonl(path) == [{"a": 1}]  # as Windows' editors write UTF-8
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(b'{"a": 9}\n'))
     path.write_bytes(b"")
     assert read_jsonl(tmp_path) == [{"a": 9}]
-    (tmp_path / "y.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match="y.jsonl.gz"):
-        read_jsonl(tmp_path)
+    broken = bytearray(gzip.compress(b'{"a": 9}\n' * 99))
+    broken[12:20] = b"\xff" * 8
+    for data in (b"no gzip", broken[:-9], bytes(broken)):
+        (tmp_path / "y.jsonl.gz").write_bytes(data)
+        with pytest.raises(ValueError, match="y.jsonl.gz: no whole gzip file"):
+            read_jsonl(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no .jsonl"):
         read_jsonl(tmp_path / "empty")
@@ -1085,6 +1211,10 @@ def test_answers_in_three_formats(tmp_path):
     write_jsonl(path, [dict(uid="a", answer="# x y")])
     side = read_answers(path)
     assert side["model"] == "some-model" and arena_hard.style_of(side, "a") == [3, 1, 0, 0]
+    for broken in (dict(header_count=None), dict(header_count=dict(h1=1)), meta | dict(bold_count=[1])):
+        write_jsonl(path, [dict(uid="a", model=5, answer="# x y", metadata=broken | dict(token_len=7))])
+        side = read_answers(path)
+        assert side["model"] == "5" and arena_hard.style_of(side, "a") == [7, 1, 0, 0]  # counted
     for odd in (
         dict(uid="a", messages=7),
         dict(uid="a", choices=[dict(turns=["x"])]),
@@ -1122,11 +1252,12 @@ def test_judge_then_replay(files, tmp_path, capsys):
     assert main(files) == 0
     said = capsys.readouterr().out
     assert said.count("anchor base = 50") == 2 and "style control off" in said and "seed 0" in said
-    assert "hard_prompt: judge" in said and "creative_writing: judge" in said and "without a label" in said
-    folder = tmp_path / "out" / "judge"
+    for words in ("hard_prompt: judge judge_judge", "creative_writing: judge judge_judge", "without a label"):
+        assert words in said
+    folder = tmp_path / "out" / "judge_judge"
     assert main([f"--judgments={folder}", "--category=hard_prompt", "--category=creative_writing", "--weight=1"]) == 0
     said = capsys.readouterr().out
-    assert said.index("hard_prompt: judge judge; protocol v2.0, a strong verdict counts 1") < said.index(
+    assert said.index("hard_prompt: judge judge_judge; protocol v2.0, a strong verdict counts 1") < said.index(
         "creative_writing:"
     )
     assert main([f"--judgments={folder}", f"--answers={tmp_path / 'base.jsonl'}", "--style"]) == 2
@@ -1162,6 +1293,7 @@ def test_judge_then_replay(files, tmp_path, capsys):
         (["--clusters=3"], "--clusters means nothing with --questions"),
         (["--build=x"], "no two"),
         (["--weight=0"], "--weight=0 must be a whole number of at least 1"),
+        (["--rounds=1000001"], "--rounds=1000001 must be a whole number from 1 to 1e+06"),
         (["--rounds=0"], "--rounds=0 must be a whole number of at least 1"),
         (["--seed=-1"], "--seed=-1"),
         (["--weight=2.5"], "invalid int value"),
@@ -1196,13 +1328,15 @@ def test_files_that_are_no_judges(files, tmp_path, capsys):
 def test_judgments_that_make_no_table(tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     for rows, message in (
-        ([judgment("1", None, None)], "all: 0 battles, none of base"),
         ([judgment("1", "A>B", "A>B", judge="x"), judgment("2", "A>B", "A>B", judge="y")], "several judges, x, y"),
         ([judgment("1", "A>B", "B>A"), judgment("2", "A>B", "B>A", baseline="c")], "choose the anchor with --baseline"),
         ([dict(uid="1")], "a judgment has uid, model and games"),
     ):
         write_jsonl(path, rows)
         assert main([f"--judgments={path}"]) == 2 and message in capsys.readouterr().err
+    for odd in (dict(model=["m"]), dict(model={"m": 1}), dict(games=[{}] * 3)):
+        write_jsonl(path, [judgment("1", "A>B", "B>A") | odd])
+        assert main([f"--judgments={path}"]) == 2 and "error: question 1: " in capsys.readouterr().err
     write_jsonl(path, [judgment("1", "B>A", "A>B"), judgment("1", "A>B", "B>A")])
     assert main([f"--judgments={path}", "--rounds=5"]) == 0
     said = capsys.readouterr().out
@@ -1211,6 +1345,78 @@ def test_judgments_that_make_no_table(tmp_path, capsys):
         ["base", "50.00"],
         ["m", "0.00"],
     ]
+
+
+def test_a_category_without_a_verdict_and_settings_of_any_type(tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    write_jsonl(path, [judgment("1", None, None, category="a"),
+                       judgment("2", "A>B", "B>A", category="b", settings={"t": [0]})])  # fmt: skip
+    assert main([f"--judgments={path}", "--rounds=5"]) == 0
+    said = capsys.readouterr().out
+    assert "a: no verdict in 1 rows\n\nb: judge {'t': [0]}; protocol" in said
+
+
+def test_a_model_against_itself_is_on_a_line_of_its_own(tmp_path, capsys):
+    path, answers = tmp_path / "x.jsonl", tmp_path / "answers"
+    answers.mkdir()
+    rows = [judgment(f"{i}", *(("B>A", "A>B") if i % 3 else ("A>B", "A=B"))) for i in range(9)]
+    write_jsonl(path, rows + [judgment(f"{i}", "A>B", "A>B", model="base") for i in range(4)])
+    for name, text in (("m", "# head\n**long**"), ("base", "short")):
+        write_jsonl(answers / f"{name}.jsonl", [dict(uid=f"{i}", answer=text * (i + 1)) for i in range(30)])
+    assert main([f"--judgments={path}", f"--answers={answers}", "--style", "--version=v0.1", "--rounds=5"]) == 0
+    said = capsys.readouterr().out
+    assert "the judge: 9 rows, 18 games, 0 without a label, 3 ties; of 9 complete rows 0 contradict" in said
+    assert "left out: 4 rows of a model against itself" in said
+    assert "one model beside one baseline: their usual difference in style cannot be told from skill" in said
+    tokens = {line.split()[0]: line.split()[-1] for line in said.splitlines() if line.startswith(("m ", "base "))}
+    assert tokens == {"m": "~35", "base": "~1"}  # of questions 0 to 8: 7 words and marks, times 5; not of all 30
+
+    battles, itself = to_battles(rows), to_battles(rows + [judgment("9", "A>B", "A>B", model="base")])
+    assert leaderboard(battles, "base", rounds=9) == leaderboard(itself, "base", rounds=9)
+    a, b, y, style_a, style_b = styled_battles()
+    more = np.r_[a, 1], np.r_[b, 1], np.r_[y, 1], np.r_[style_a, [[9000, 0, 0, 0]]], np.r_[style_b, style_b[:1]]
+    for version in ("v0.1", "v2.0"):
+        for x, same in zip(style_fit(*more, 5, version), style_fit(a, b, y, style_a, style_b, 5, version)):
+            assert np.array_equal(x, same)
+
+
+@released
+def test_the_released_folder_has_the_published_habits(capsys):
+    assert main([f"--judgments={DATA / 'judgments' / 'DeepSeek-R1-Distill-Llama-70B'}", "--rounds=5"]) == 0
+    said = capsys.readouterr().out
+    assert "the judge: 181 rows, 362 games, 8 without a label" in said and " 8 contradict themselves" in said
+    assert "rows of a model against itself" in said
+
+
+def test_mistakes_of_files_are_found_before_anything_is_asked(files, tmp_path, capsys):
+    (tmp_path / "judge.py").write_text(
+        "from pathlib import Path\ndef judge(*_):\n    Path(__file__).with_name('asked').touch()\n    return '[[A=B]]'"
+    )
+    assert main([*files, "--baseline=other"]) == 2
+    assert "--baseline=other is neither base nor mine" in capsys.readouterr().err
+    rows = read_jsonl(tmp_path / "mine.jsonl")
+    write_jsonl(tmp_path / "mine.jsonl", rows[:-1])  # the last one is of the second category
+    assert main(files) == 2 and "mine has no answer to 1 of 6 questions, such as q5" in capsys.readouterr().err
+    (tmp_path / "q.jsonl").write_text("")
+    assert main(files) == 2 and "q.jsonl: no question in it" in capsys.readouterr().err
+    assert not (tmp_path / "asked").exists()
+
+
+def test_prompts_that_are_too_short_build_nothing(tmp_path, capsys):
+    for rows in ([], [dict(prompt="short")]):
+        write_jsonl(tmp_path / "p.jsonl", rows)
+        assert main([f"--build={tmp_path / 'p.jsonl'}", f"--out={tmp_path}"]) == 2
+        assert f"no English prompt of more than 32 characters in {len(rows)} rows" in capsys.readouterr().err
+
+
+def test_the_file_alone_says_where_its_demo_is(tmp_path):
+    import shutil
+
+    shutil.copy(ROOT / "arena_hard.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    done = subprocess.run([sys.executable, "arena_hard.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: the demo is in experiments/arena_hard.py")
 
 
 def test_build_a_benchmark_offline(tmp_path, capsys):
