@@ -180,6 +180,7 @@ def load_tokenizer(folder):
 def go_on(config, model, tokenizer, prompt, stop):
     """Prints continuations of the prompt, and what drafts came to."""
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
+    began = time.perf_counter()
     prompt, first = heal(config, model, tokenizer, prompt, generator)
     prompts = [prompt + row for row in first.tolist()]
     steps = generate(
@@ -187,7 +188,7 @@ def go_on(config, model, tokenizer, prompt, stop):
         stop=stop, generator=generator, budget=thinking_budget(config, tokenizer), draft=config.draft,
         draft_stats=(stats := DraftStats()), vocab_size=tokenizer.n_vocab,
     )  # fmt: skip
-    print_samples(config, tokenizer, prompt, itertools.chain(first.unbind(1), steps), stop)
+    print_samples(config, tokenizer, prompt, itertools.chain(first.unbind(1), steps), stop, began)
     if stats.forwards:
         shares = ", ".join(f"{a / max(1, d):.0%}" for a, d in zip(stats.accepted, stats.drafted))
         rate = stats.tokens / stats.forwards
@@ -214,9 +215,12 @@ def heal(config, model, tokenizer, prompt, generator):
     return prompt[:-1], draw(probs.expand(config.num_samples, -1), generator)[:, None]
 
 
-def print_samples(config, tokenizer, prompt, steps, stop):
-    """Prints prompt and continuations, and the speed. steps: iterator of tokens [num_samples], -1 where a row ended."""
-    rows, times, totals = [[] for _ in range(config.num_samples)], [time.perf_counter()], [0]
+def print_samples(config, tokenizer, prompt, steps, stop, began):
+    """Prints prompt and continuations, and the speed. steps: iterator of tokens [num_samples], -1 where a row ended.
+
+    began: when the model began to read, by time.perf_counter.
+    """
+    rows, times, totals = [[] for _ in range(config.num_samples)], [began], [0]
 
     def collect():
         """Keeps the tokens of every row, and yields those of the first as they come."""
