@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import BYTES, milliseconds, provenance, time_one
+from common.runlog import save_plot
 from lla import lla_ref, lla_step_triton, lla_triton
 
 PEAK = 989e12  # FLOP/s of an H100 or H200, dense bfloat16
@@ -146,10 +147,7 @@ def plot_memory(found, path):
     axes.grid(alpha=0.3)
     ratio = found["FlashLLA"][-1][1] / found["softmax attention"][-1][1]
     axes.set_title(f"FlashLLA: {ratio:.1f} times the memory of softmax attention, at any length", fontsize=11)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"plot: {path}")
+    save_plot(figure, path)
 
 
 def bench_step():

@@ -271,6 +271,16 @@ def plot(log, path, name, baselines):
     plt.close(figure)
 
 
+def save_plot(figure, path):
+    """Writes a matplotlib figure to `path`, closes it, and says where it is."""
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
 def median(log, name):
     """Returns the median of a number over the rows that have it: a run may have begun on another kind of device."""
     return statistics.median(row[name] for row in log.rows if row.get(name) is not None)

@@ -33,6 +33,7 @@ from benchmarks.harness import provenance
 from common import tasks
 from common.data import Tokenizer
 from common.fit import learn
+from common.runlog import save_plot
 from common.tasks import THINK_END, Chain, Sort
 from decoding import ThinkingBudget
 from grpo import ALGORITHMS, GRPO, PRESETS, GRPOConfig
@@ -349,10 +350,7 @@ def plot(results, path):
         if axes.get_legend_handles_labels()[1] and name != "length":
             axes.legend(frameon=False, fontsize=8)
             axes.grid(alpha=0.3)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"plot: {path}")
+    save_plot(figure, path)
 
 
 def main(names):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import ROOT, provenance
 from common.data import load_corpus
+from common.runlog import save_plot
 from latent_moe import MoE, MoEConfig, layer_cost, new_load, to_latent
 
 # ---- 1. the model -----------------------------------------------------------------------------------------
@@ -196,10 +197,7 @@ def draw(results, path):
     title = f"Equal active parameters: alpha 4 is {abs(gap):.3f} nats {'better' if gap < 0 else 'worse'} than standard"
     axes.set(ylabel="validation loss, nats per token", title=title)
     axes.grid(axis="y", alpha=0.3)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"plot: {path}")
+    save_plot(figure, path)
 
 
 if __name__ == "__main__":

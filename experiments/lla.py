@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.harness import provenance
+from common.runlog import save_plot
 from lla import MIXERS, LocalLinearAttention, fit_errors, piecewise_linear
 
 SEEDS = (0, 1, 2)
@@ -288,10 +289,7 @@ def draw(errors, path, d=32, S=256, width=16):
     figure.suptitle(
         f"LLA keeps learning in each segment: softmax attention's error is {ratio[d, S]:.1f} times LLA's at d = {d}"
     )
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"plot: {path}")
+    save_plot(figure, path)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 from benchmarks.harness import provenance
 from common.data import Tokenizer
 from common.fit import fit
+from common.runlog import save_plot
 from mdlm_dultra import DUltra, DUltraConfig
 from nano_hybrid import HybridConfig
 from unmasking import planner_rule, rule_of
@@ -216,10 +217,7 @@ def plot_frontiers(rows, path):
         panel.set(xlabel="forwards of the backbone (NFE)", ylabel="held-out tasks solved", ylim=(-0.02, 1.03))
         panel.legend(frameon=False, fontsize=8)
         panel.grid(alpha=0.3)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"plot: {path}")
+    save_plot(figure, path)
 
 
 def main(task=None, seeds=None):

@@ -16,6 +16,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from common.objectives import to_device
+from common.runlog import save_plot
 from decoding import GraphedStep, Sampler, decode_step, step_logits, to_static
 from nano_hybrid import PRESETS, Hybrid, HybridConfig
 
@@ -142,10 +143,7 @@ def plot_speeds(lengths, found, ratio, path):
     title = f"After {lengths[-1]:,} tokens the hybrid writes {ratio:.1f} times as fast"
     axes.set(xlabel="tokens before", ylabel="tokens/s, all texts", title=title)
     axes.grid(alpha=0.3)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"plot: {path}")
+    save_plot(figure, path)
 
 
 # ---- 2. passkeys --------------------------------------------------------------------------------------------------
@@ -322,10 +320,7 @@ def plot_passkeys(found, lengths, context, path):
         axes.set(xlabel="tokens in the text", title=name)
     panels[0].set_ylabel("depth of the key")
     figure.suptitle(f"How often every digit of a key is found again; trained on texts of up to {context} tokens")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"plot: {path}")
+    save_plot(figure, path)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import provenance
+from common.runlog import save_plot
 from kernels import pick_backend
 from ssd import ssd, ssd_recurrent_ref, ssd_ref
 
@@ -119,10 +120,7 @@ def plot(took, row, machine):
     axes.set(xlabel="tokens", ylabel="forward, ms", title=title)
     axes.grid(alpha=0.3)
     path = Path(__file__).parent.parent / "out" / "ssd.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    print(f"plot: {path}")
+    save_plot(figure, path)
 
 
 if __name__ == "__main__":
