@@ -111,19 +111,17 @@ def row_pearson(W, V):
     if W.shape != V.shape or W.ndim != 2:
         raise ValueError(f"two win matrices of one shape are expected, not {list(W.shape)} and {list(V.shape)}")
     both = ~(np.isnan(W) | np.isnan(V))
-    found = [pearson(w[k], v[k]) for w, v, k in zip(W, V, both)]
+    found = [pearson(w[k], v[k]) for w, v, k in zip(W, V, both) if k.any()]
     found = [r for r in found if not np.isnan(r)]
     return float(np.mean(found)) if found else np.nan
 
 
 def pearson(x, y):
-    """Returns Pearson's r along the last axis of x [..., n] and y [n]; nan where there is no variance."""
-    if y.size < 2 or np.ptp(y) == 0:
-        return np.full(x.shape[:-1], np.nan)[()]
-    varies = np.ptp(x, axis=-1) > 0  # exact: the mean of equal numbers need not be that number
-    x, y = x - x.mean(-1, keepdims=True), y - y.mean()
-    norms = np.sqrt((x**2).sum(-1) * (y**2).sum())
-    return np.where(varies, (x @ y) / np.where(varies, norms, 1), np.nan)[()]
+    """Returns Pearson's r [...] along the last axis of x and y [..., n]; nan where one has no variance."""
+    varies = (np.ptp(x, axis=-1) > 0) & (np.ptp(y, axis=-1) > 0)  # exact: the mean of equal numbers need not be theirs
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    norms = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.where(varies, (x * y).sum(-1) / np.where(varies, norms, 1), np.nan)[()]
 
 
 def order_metrics(a, b, y, r1, r2, n_models):
@@ -288,9 +286,8 @@ def downstream(scores, rating, q=None, rounds=2000, seed=0):
     r, rng = float(pearson(x, rating)), np.random.default_rng(seed)
     if len(x) < 3 or np.isnan(r):
         return dict(r=np.nan, ci=(np.nan, np.nan), p=np.nan)
-    chosen = rng.integers(len(x), size=(rounds, len(x)))
-    drawn = np.array([pearson(x[k], rating[k]) for k in chosen])
-    permuted = pearson(rng.permuted(np.tile(rating, (rounds, 1)), axis=1), x)
+    drawn = rng.integers(len(x), size=(rounds, len(x)))
+    drawn, permuted = pearson(x[drawn], rating[drawn]), pearson(x, rng.permuted(np.tile(rating, (rounds, 1)), axis=1))
     extreme = np.sum(np.abs(permuted) >= abs(r) - 1e-12)
     return dict(r=r, ci=tuple(interval(drawn[:, None])[0].tolist()), p=float((1 + extreme) / (1 + rounds)))
 
