@@ -26,7 +26,6 @@ Files    ppe.py: 0 lines in all
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import kendalltau, rankdata, spearmanr
@@ -34,19 +33,16 @@ from tqdm import tqdm
 
 from arena_hard import agreement, brier, separability
 from common.cli import fail, parse
-from common.judging import file_name
 from common.ranges import check_ranges
 from common.ratings import bootstrap, bt_ratings, checked, interval
 from common.reward_models import (
     DOMAINS,
-    function_reward,
     hf_reward,
     is_votes,
-    join_csv,
     load,
     read_data,
     read_scores,
-    score,
+    score_by,
     to_arrays,
     write_scores,
 )  # fmt: skip
@@ -55,7 +51,7 @@ __all__ = [
     "accuracy", "win_matrix", "row_pearson", "human_metrics",  # votes
     "best_of_k", "oracle_curve", "auc", "conflict_accuracy", "correctness_metrics",  # checked samples
     "over_domains", "downstream",  # what foretells the policy
-    "load", "hf_reward", "function_reward",  # files, reward models: common/reward_models.py
+    "load", "hf_reward",  # files, reward models: common/reward_models.py
 ]  # fmt: skip
 
 # ---- 1. human preference: seven metrics -----------------------------------------------------------------------------
@@ -303,9 +299,7 @@ SLICES = {  # of the votes: the paper's seven domains. Released files have no co
 LANGUAGES = {"English": lambda row: row["language"] == "English", "Chinese": lambda row: row["language"] == "Chinese",
              "non-English": lambda row: row["language"] != "English"}  # fmt: skip
 CORRECTNESS = "accuracy auc max_score argmax_k end_score loss".split()
-HEADS = dict(
-    row_pearson="row Pearson", confidence_agreement="agreement", argmax_k="at K", max_score="max", end_score="end"
-)
+HEADS = dict(confidence_agreement="agreement", argmax_k="at K")
 QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
 PUBLISHED = {  # overall human set, in the order of HUMAN: a reprint of the paper's table
     "LLM judges, Arena-Hard prompt": (68.59, 82.49, 84.21, 96.21, 96.54, 87.37, 0.05),
@@ -314,17 +308,19 @@ PUBLISHED = {  # overall human set, in the order of HUMAN: a reprint of the pape
 }
 
 
-def slices_of(rows, by_model=False):
-    """Returns {name: rows} of a domain's rows: votes by kind of prompt, samples as a whole (and by who wrote them)."""
+def slices_of(rows):
+    """Returns {name: rows} of a domain's rows: votes by kind of prompt, samples as a whole and by who wrote them."""
+    tests = SLICES | LANGUAGES
+    if not is_votes(rows):
+        writers = sorted({str(row.get("model_name")) for row in rows})
+        tests = {"all": lambda row: True} | {f"  {who}": lambda row, who=who: str(row.get("model_name")) == who
+                                             for who in writers}  # fmt: skip
     found = {}
-    for name, test in (SLICES | LANGUAGES if is_votes(rows) else {"all": lambda row: True}).items():
+    for name, test in tests.items():
         try:
             found[name] = [row for row in rows if test(row)]
         except KeyError:  # no such column
             continue
-    if by_model and not is_votes(rows):
-        writers = sorted({str(row.get("model_name")) for row in rows})
-        found |= {f"  {who}": [row for row in rows if str(row.get("model_name")) == who] for who in writers}
     return {name: part for name, part in found.items() if part}
 
 
@@ -356,18 +352,18 @@ def cell(name, value, low=np.nan, high=np.nan):
     return "-" if np.isnan(value) else f"{100 * value:.2f}" + ("" if np.isnan(low) else f" ±{50 * (high - low):.1f}")
 
 
-def print_table(title, names, lines):
-    """Prints lines {name: cells} under the names of metrics."""
-    print(f"\n{title:31}" + "".join(f"{HEADS.get(name, name):>14}" for name in names))
-    for name, cells in lines.items():
-        print(f"{name:31}" + "".join(f"{text:>14}" for text in cells))
+def print_table(title, heads, lines):
+    """Prints lines {name: cells} under the heads of their columns."""
+    width = max(map(len, (title, *lines)))
+    print()
+    for name, cells in {title: [HEADS.get(head, head) for head in heads], **lines}.items():
+        print(f"{name:{width}}" + "".join(f"{text:>16}" for text in cells))
 
 
-def print_votes(name, rows, parts, published):
+def print_votes(name, rows, parts):
     """Prints the metrics {slice: `measure`} of the votes in scored rows, and what they leave out."""
     lines = {part: [cell(k, *found[k]) for k in HUMAN] for part, found in parts.items()}
-    if published:
-        lines |= {who: [f"{x:.2f}" for x in values] for who, values in PUBLISHED.items()}
+    lines |= {who: [f"{x:.2f}" for x in values] for who, values in PUBLISHED.items()}
     print_table(f"{name}: votes, %", HUMAN, lines)
     data = to_arrays(rows)
     r1, r2, y = data["r1"], data["r2"], data["y"]
@@ -386,27 +382,26 @@ def print_samples(name, data, parts):
                 {part: [cell(k, *found[k]) for k in CORRECTNESS] for part, found in parts.items()})  # fmt: skip
     arrays = {DOMAINS[domain][0]: to_arrays(rows) for domain, rows in data.items() if not is_votes(rows)}
     n = max(one["reward"].shape[1] for one in arrays.values())
-    Ks = [k for k in 2 ** np.arange(20) if k < n] + [n]
-    print(f"\n{'best-of-K curve (oracle), %':31}" + "".join(f"{f'K={k}':>14}" for k in Ks))
+    Ks, lines = [k for k in 2 ** np.arange(20) if k < n] + [n], {}
     for domain, one in arrays.items():
-        curves = zip(best_of_k(one["reward"], one["correct"]), oracle_curve(one["correct"]))
-        points = [f"{100 * f:.1f} ({100 * best:.1f})" for f, best in curves]
-        print(f"{domain:31}" + "".join(f"{points[k - 1]:>14}" for k in Ks if k <= len(points)))
+        f, best = best_of_k(one["reward"], one["correct"]), oracle_curve(one["correct"])
+        lines[domain] = [f"{100 * f[k - 1]:.1f} ({100 * best[k - 1]:.1f})" for k in Ks if k <= len(f)]
+    print_table("best-of-K curve (oracle), %", [f"K={k}" for k in Ks], lines)
     kinds = [[auc(one["reward"], one["correct"], kind) for one in arrays.values()] for kind in ("pooled", "zscore")]
     print("AUC is the mean over prompts; of all samples together, raw and standardised by prompt: " + "; ".join(
         f"{domain} {100 * raw:.1f}, {100 * z:.1f}" for domain, raw, z in zip(arrays, *kinds)))  # fmt: skip
 
 
-def report(name, data, rounds=100, seed=0, by_model=True, published=True):
+def report(name, data, rounds=100, seed=0):
     """Prints the tables of one reward model, {domain: scored rows}.
 
     Returns {"human": {slice: `measure`}, "correctness": {domain: `measure`}} of the paper's domains.
     """
     tables, printed = dict(human={}, correctness={}), {}
     for domain, rows in data.items():
-        parts = {part: measure(of, rounds, seed) for part, of in slices_of(rows, by_model).items()}
+        parts = {part: measure(of, rounds, seed) for part, of in slices_of(rows).items()}
         if is_votes(rows):
-            print_votes(name, rows, parts, published)
+            print_votes(name, rows, parts)
             tables["human"] = {part: found for part, found in parts.items() if part in SLICES}
         else:
             title = DOMAINS[domain][0]
@@ -419,13 +414,13 @@ def report(name, data, rounds=100, seed=0, by_model=True, published=True):
 
 def print_quantiles(found):
     """Prints mean and quantiles over domains of each metric, of {model: `report`}: the worst domain tells most."""
-    for kind, metrics in (("human", HUMAN), ("correctness", CORRECTNESS)):
-        for metric in metrics if any(tables[kind] for tables in found.values()) else ():
-            lines = {}
-            for model, tables in found.items():
-                values = np.array([[part[metric][0] for part in tables[kind].values()]])
-                lines[model] = [cell(metric, over_domains(values, q)[0]) for q in (None, *QUANTILES)]
-            print_table(f"{metric}, {kind} domains", ["mean", *(f"quantile {q}" for q in QUANTILES)], lines)
+    for kind, metrics in (("human", HUMAN), ("correctness", [name for name in CORRECTNESS if name != "argmax_k"])):
+        tables, lines = {model: tables[kind] for model, tables in found.items() if tables[kind]}, {}
+        for metric, model in ((metric, model) for metric in metrics for model in tables):
+            values = np.array([[part[metric][0] for part in tables[model].values()]])
+            lines[f"{metric}: {model}"] = [cell(metric, over_domains(values, q)[0]) for q in (None, *QUANTILES)]
+        if lines:
+            print_table(f"over {kind} domains", ["mean", *(f"quantile {q}" for q in QUANTILES)], lines)
 
 
 # ---- 5. the command line --------------------------------------------------------------------------------------------
@@ -456,19 +451,9 @@ def score_data(config):
     if not config.data:
         raise ValueError("--reward needs --data too: the rows that it scores")
     data = read_data(config.data, config.limit, config.seed)
-    if config.reward.endswith(".csv"):
-        name, found = config.model or Path(config.reward).stem, join_csv(data, config.reward)
-    else:
-        where = config.reward.removeprefix("hf:")
-        hf = config.reward.startswith("hf:")
-        options = config.batch_size, config.max_length, config.device
-        reward = hf_reward(where, *options) if hf else function_reward(where)
-        name = config.model or reward.name
-        print(f"reward {name}: {reward.about}")
-        found = score(data, reward, Path(config.out) / f"{file_name(name)}.jsonl")
-        if getattr(reward, "cut", 0):
-            print(f"{reward.cut} texts were longer than that, and were cut")
-    name = file_name(name) + (f"_limit{config.limit}" if config.limit else "")
+    options = dict(batch_size=config.batch_size, max_length=config.max_length, device=config.device)
+    name, found = score_by(config.reward, data, config.out, config.model, **options)
+    name += f"_limit{config.limit}" if config.limit else ""
     write_scores(config.out, name, found)
     print(f"scores: {config.out}/DOMAIN/{name}.json; again: python ppe.py --scores={config.out}\nThe votes are part of "
           "public dumps: a reward model that was trained on those has seen them.")  # fmt: skip

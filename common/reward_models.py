@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.cli import pick_device, pick_dtype
 from common.jsonl import append_jsonl, locked, read_jsonl, write_jsonl
-from common.judging import load_function
+from common.judging import file_name, load_function
 
 # ---- 1. rows --------------------------------------------------------------------------------------------------------
 
@@ -291,6 +291,24 @@ def score(data, reward, path):
                 bar.update()
         bar.close()
     return found
+
+
+def score_by(where, data, folder, name="", **options):
+    """Returns (name, {domain: scored rows}) of {domain: rows with texts} and the reward model that `where` names.
+
+    where: hf:FOLDER, FILE.py:FUNCTION, or a CSV file of scores; options: of `hf_reward`. name: what to call it.
+    FOLDER/NAME.jsonl keeps what was scored.
+    """
+    if where.endswith(".csv"):
+        return file_name(name or Path(where).stem), join_csv(data, where)
+    hf = where.startswith("hf:")
+    reward = hf_reward(where.removeprefix("hf:"), **options) if hf else function_reward(where)
+    name = file_name(name or reward.name)
+    print(f"reward {name}: {reward.about}")
+    found = score(data, reward, Path(folder) / f"{name}.jsonl")
+    if hf and reward.cut:
+        print(f"{reward.cut} texts were longer than that, and were cut")
+    return name, found
 
 
 def ask(reward, texts, where):

@@ -1,10 +1,11 @@
-"""python -m experiments.ppe [SEEDS]: what PPE's paper claims, in a small world of nine reward models; its table decoded.
+"""python -m experiments.ppe [SEEDS]: what PPE's paper claims, in a small world; its published table, decoded.
 
-The world: an answer is a vector x of 6 numbers of substance and its length. A prompt asks for one of five skills, each a
-direction in the substance; what an answer is worth is its part along the prompt's direction, and grows with length up to
-a point, then falls. People vote for worth and a little for length; a program checks worth against the prompt's bar. A
-policy is a normal distribution over x. Nine reward models are measured on votes and on checked samples; each then trains
-one policy by DPO, and an arena of votes rates the nine policies. Writes assets/bench/ppe.json; `demo` is the short form.
+The world: an answer is a vector x of 6 numbers of substance and its length. A prompt asks for one of five skills, each
+a direction in the substance; what an answer is worth is its part along the prompt's direction, and grows with length up
+to a point, then falls. People vote for worth and a little for length; a program checks worth against the prompt's bar.
+A policy is a normal distribution over x. Nine reward models are measured on votes and on checked samples; each then
+trains one policy by DPO, and an arena of votes rates the nine policies. Writes assets/bench/ppe.json; `demo` is the
+short form.
 """
 
 import json
@@ -38,12 +39,10 @@ from ppe import (
 
 plt.switch_backend("Agg")
 
-# ---- 1. a small world ------------------------------------------------------------------------------------------------
+# ---- 1. a small world -----------------------------------------------------------------------------------------------
 
-SUBSTANCE, SKILLS = (
-    6,
-    ("mmlu_pro_best_of_k", "math_best_of_k", "gpqa_best_of_k", "mbpp_plus_best_of_k", "ifeval_best_of_k"),
-)
+SKILLS = "mmlu_pro_best_of_k math_best_of_k gpqa_best_of_k mbpp_plus_best_of_k ifeval_best_of_k".split()
+SUBSTANCE = 6  # numbers of an answer beside its length
 VOTES, WRITERS, PROMPTS, SAMPLES = 3000, 12, 100, 32  # as people's votes and programs' checks are had for
 PAIRS, TRIES, ARENA = 1000, 16, 12_190  # DPO's prompts, samples of each, votes on the trained policies
 
@@ -79,7 +78,7 @@ def unit(x):
 
 
 def worth(prompts, x):
-    """Returns what answers x [prompts, n, 7] are worth, [prompts, n]: substance, and length up to 0.7 above the mean."""
+    """Returns what answers x [prompts, n, 7] are worth, [prompts, n]: substance, and length up to 0.7."""
     length = x[..., -1]
     return 1.3 * (x[..., :-1] * prompts["direction"]).sum(-1) + 0.5 * length - 0.35 * length**2
 
@@ -89,7 +88,7 @@ def charm(prompts, x):
     return worth(prompts, x) + 0.3 * x[..., -1]
 
 
-# ---- 2. nine reward models -------------------------------------------------------------------------------------------
+# ---- 2. nine reward models ------------------------------------------------------------------------------------------
 
 
 def features(prompts, x, plain=False):
@@ -140,7 +139,7 @@ def reward_models(world):
     }
 
 
-# ---- 3. the twelve metrics in twelve domains -------------------------------------------------------------------------
+# ---- 3. the twelve metrics in twelve domains ------------------------------------------------------------------------
 
 
 def make_data(world):
@@ -189,7 +188,7 @@ def metrics_of(reward, votes, samples, rounds=100):
 
 
 def write_world(folder, name, votes, samples, rewards):
-    """Writes what a reward model said of the world as score files in the released layout: ppe.py --scores reads them."""
+    """Writes what a reward model said of the world as score files in the released layout."""
     winner, data = {1.0: "model_a", 0.0: "model_b", 0.5: "tie"}, {}
     flags = {name: rows.tolist() for name, rows in votes["slices"].items()}
     data["human_preference_v1"] = [
@@ -204,7 +203,7 @@ def write_world(folder, name, votes, samples, rewards):
     write_scores(folder, name, data)
 
 
-# ---- 4. after RLHF ---------------------------------------------------------------------------------------------------
+# ---- 4. after RLHF --------------------------------------------------------------------------------------------------
 
 
 def dpo(skill, chosen, rejected, beta=0.5, lr=4.0, steps=40):
@@ -285,7 +284,7 @@ def lead_by_chance(x, z, rating, rounds=2000, seed=0):
     return lead, float((1 + np.sum(pearson(orders, x) - pearson(orders, z) >= lead - 1e-12)) / (1 + rounds))
 
 
-# ---- 5. the published table, decoded ---------------------------------------------------------------------------------
+# ---- 5. the published table, decoded --------------------------------------------------------------------------------
 
 
 def decode(models=20):
@@ -299,16 +298,17 @@ def decode(models=20):
     fits = [n for n in range(1, pairs + 1)
             if all(abs(100 * round(2 * x / 100 * n) / 2 / n - x) < 0.005 + 1e-9 for x in agreements)]  # fmt: skip
     found = {}
-    for who, row in PUBLISHED.items():
-        row = dict(zip(HUMAN, row))
+    for who, values in PUBLISHED.items():
+        row = dict(zip(HUMAN, values))
+        agree = row["confidence_agreement"] / 100
         found[who] = dict(separability=(round(row["separability"] / 100 * pairs), pairs),
                           kendall=(round(row["kendall"] / 100 * pairs), pairs),
-                          confidence_agreement=[(round(2 * row["confidence_agreement"] / 100 * n) / 2, n) for n in fits],
+                          confidence_agreement=[(round(2 * agree * n) / 2, n) for n in fits],
                           squared_ranks=round((1 - row["spearman"] / 100) * models * (models**2 - 1) / 6))  # fmt: skip
     return found
 
 
-# ---- 6. the pages ----------------------------------------------------------------------------------------------------
+# ---- 6. the pages ---------------------------------------------------------------------------------------------------
 
 KS = (1, 2, 4, 8, 16, 32)
 
