@@ -436,7 +436,7 @@ def demo(seeds=3):
     plot(studies[0], ROOT / "out" / "ppe.png")
     print(f"{time.perf_counter() - began:.0f} s. The twelve domains of one reward model: "
           "python ppe.py --scores=out/ppe_world --model=length")  # fmt: skip
-    return dict(studies=studies, decoded=decoded, fisher=fisher_interval(0.77, 9))
+    return dict(studies=studies, decoded=decoded, published_r=0.77, fisher=fisher_interval(0.77, 9))
 
 
 def seconds_of_the_metrics(votes=16_038, models=20):
