@@ -21,7 +21,8 @@ Limits   reward = correctness: the oracle, AUC 1 and loss 0; a constant reward: 
 Differs  f is exact, where the authors' scorer draws subsets. The paper leaves open which ROC AUC it means (mean over
          prompts here, `auc` has the others) and whether loss is of the mean curves (so here) or a mean of losses. A tie
          of rewards is wrong, with the half-credit figure beside it. Intervals are ours: rows are resampled.
-Files    ppe.py: 0 lines in all
+Files    ppe.py + arena_hard.py + common/cli.py + common/ranges.py + common/ratings.py + common/reward_models.py +
+         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,748 lines in all
 """
 
 import sys

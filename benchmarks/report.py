@@ -760,49 +760,56 @@ def ppe():
     """Returns the section on reward models: ppe.json."""
     found = record("ppe")
     studies, first = found["studies"], found["studies"][0]
-    names = list(first["metrics"])
+    names, n = list(first["metrics"]), len(found["studies"])
+    heads = [name.replace("human ", "").replace("best of K ", "K: ").replace("_", " ") for name in names]
     rows = [[model, *(f"{abs(first['metrics'][name][model]):.3f}" for name in names), f"{elo:.0f}"]
             for model, elo in first["elo"].items()]  # fmt: skip
-    heads = [name.replace("human ", "").replace("best of K ", "K: ").replace("_", " ") for name in names]
-    kinds = {"None": "mean over domains", "0": "worst domain", "1": "best domain"}
-    claims = [[name.replace("_", " "), *(spread([one["correlations"][name][q]["r"] for one in studies], 2) for q in kinds),
-               "{:+.2f} to {:+.2f}".format(*first["correlations"][name]["None"]["ci"]),
-               f"{first['correlations'][name]['None']['p']:.3f}"] for name in names]  # fmt: skip
-    leads = {name: [one["lead"][name] for one in studies] for name in first["lead"]}
-    ahead = {name: sum(lead > 0 for lead, _ in pairs) for name, pairs in leads.items()}
-    chance = {name: mean(p for _, p in pairs) for name, pairs in leads.items()}
-    falls = {who: [max(one["curves"][who]) - one["curves"][who][-1] for one in studies] for who in ("oracle", "length")}
     counts = [[who, "{} of {}".format(*row["separability"]),
-               " or ".join(f"{x:g} of {n}" for x, n in row["confidence_agreement"]), row["squared_ranks"]]
+               " or ".join(f"{x:g} of {pairs}" for x, pairs in row["confidence_agreement"]), row["squared_ranks"]]
               for who, row in found["decoded"].items()]  # fmt: skip
+    claims = []
+    for name in names:
+        of_seeds = [one["correlations"][name] for one in studies]
+        low, high = of_seeds[0]["mean"]["ci"]
+        seeds = [spread([one[kind]["r"] for one in of_seeds], 2) for kind in ("mean", "worst", "best")]
+        claims.append([name.replace("_", " "), *seeds, f"{low:+.2f} to {high:+.2f}", f"{of_seeds[0]['mean']['p']:.3f}"])
+    leads = [[one["lead"][name] for one in studies] for name in ("accuracy_over_spearman", "worst_over_best_domain")]
+    (rank, by_chance), (worst, worst_by_chance) = (
+        (sum(lead > 0 for lead, _ in pairs), f"{mean(p for _, p in pairs):.2f}") for pairs in leads)  # fmt: skip
+    falls = {who: [max(one["curves"][who]) - one["curves"][who][-1] for one in studies] for who in ("oracle", "length")}
+    length = first["curves"]["length"]
+    best, typical = (spread([one["best"][name] for one in studies], 2) for name in ("best", "typical"))
     return f"""## Reward models
 
 [`ppe.json`](assets/bench/ppe.json). {sources(found)}
 
-The published table of PPE in counts: pairs of 20 models that a judge separates, pairs on which it agrees with people
-(all three fit when people separate so many), and the sum of squared rank differences behind Spearman's rho.
+The published table of PPE in counts: pairs of 20 models that a judge separates; pairs, of those that people separate,
+on which it agrees with them (how many these are is not printed; all that fit are listed); the sum of squared rank
+differences behind Spearman's rho. Its best correlation, {found["published_r"]} of nine reward models, has a 95 %
+interval from {found["fisher"][0]:.2f} to {found["fisher"][1]:.2f}.
 
 {table(["judge", "separates", "agrees", "squared ranks"], counts)}
 
-Nine reward models in a small world of 12 domains, seed 0: metrics (mean over domains), and the Elo of the policy that
-DPO trains with each. A correlation of {found["published_r"]} with nine models has a 95 % interval from {found["fisher"][0]:.2f} to
-{found["fisher"][1]:.2f}.
+Nine reward models in a small world of 12 domains, seed 0: metrics, mean over domains, and the Elo of the policy that
+DPO trains with each.
 
 {table(["reward model", *heads, "Elo"], rows)}
 
-Claim: the best of K by a bad reward gets worse as K grows. Found: yes. A reward for length ends {min(falls["length"]):.3f}
-to {max(falls["length"]):.3f} under its maximum, with {len(studies)} seeds; the oracle at most {max(falls["oracle"]):.3f}.
+Claim: best of K shows where a reward is over-optimised. Found: yes. The best sample by a reward for length is right
+with a chance of {max(length):.3f} for K = {1 + length.index(max(length))}, and {length[-1]:.3f} for K = {len(length)}. With
+{n} seeds it ends {min(falls["length"]):.3f} to {max(falls["length"]):.3f} under its maximum, the oracle at most
+{max(falls["oracle"]):.3f}.
 
-Claims: accuracy foretells the policy better than rank correlation, and the worst domain better than the best. Found:
-not settled by nine reward models. Accuracy is ahead of Spearman with {ahead["accuracy_over_spearman"]} of
-{len(studies)} seeds (permuted ratings show such a lead with a chance of {chance["accuracy_over_spearman"]:.2f}, mean over
-seeds), the worst domain ahead of the best with {ahead["worst_over_best_domain"]} ({chance["worst_over_best_domain"]:.2f}).
-The best-of-K metrics foretell most. The best of {first["best"]["columns"]} correlations is
-{spread([one["best"]["best"] for one in studies], 2)}; with permuted ratings its median is
-{spread([one["best"]["typical"] for one in studies], 2)}. Pearson's r with Elo, mean and deviation over seeds; interval and
-permutation p of seed 0.
+Claim: accuracy foretells the policy better than rank correlation does. Found: no more often than a coin, with {rank} of
+{n} seeds; permuted ratings show such a lead with a chance of {by_chance}, mean over seeds. Claim: the worst domain
+foretells it better than the best. Found: not here, with {worst} of {n} seeds (chance {worst_by_chance}). What foretells
+it best here is the best-of-K curve. Pearson's r with Elo, mean and deviation over seeds; 95 % of resamples and
+permutation p of the mean over domains, seed 0.
 
-{table(["metric", *kinds.values(), "interval", "p"], claims)}
+{table(["metric", "mean over domains", "worst domain", "best domain", "interval", "p"], claims)}
+
+Nine points and many columns: the best |r| of {first["best"]["columns"]} columns is {best}, and {typical} with permuted
+ratings.
 
 The seven metrics of 16,038 votes on 20 models, with 100 resamples, take {found["human_seconds"]} s."""
 
