@@ -762,7 +762,7 @@ def ppe():
     studies, first = found["studies"], found["studies"][0]
     names, n = list(first["metrics"]), len(found["studies"])
     heads = [name.replace("human ", "").replace("best of K ", "K: ").replace("_", " ") for name in names]
-    rows = [[model, *(f"{abs(first['metrics'][name][model]):.3f}" for name in names), f"{elo:.0f}"]
+    rows = [[model, *(f"{first['metrics'][name][model]:.3f}" for name in names), f"{elo:.0f}"]
             for model, elo in first["elo"].items()]  # fmt: skip
     counts = [[who, "{} of {}".format(*row["separability"]),
                " or ".join(f"{x:g} of {pairs}" for x, pairs in row["confidence_agreement"]), row["squared_ranks"]]
@@ -772,7 +772,7 @@ def ppe():
         of_seeds = [one["correlations"][name] for one in studies]
         low, high = of_seeds[0]["mean"]["ci"]
         seeds = [spread([one[kind]["r"] for one in of_seeds], 2) for kind in ("mean", "worst", "best")]
-        claims.append([name.replace("_", " "), *seeds, f"{low:+.2f} to {high:+.2f}", f"{of_seeds[0]['mean']['p']:.3f}"])
+        claims.append([name.replace("_", " "), *seeds, f"{low:+.2f} to {high:+.2f}", f"{of_seeds[0]['mean']['p']:.4f}"])
     leads = [[one["lead"][name] for one in studies] for name in ("accuracy_over_spearman", "worst_over_best_domain")]
     (rank, by_chance), (worst, worst_by_chance) = (
         (sum(lead > 0 for lead, _ in pairs), f"{mean(p for _, p in pairs):.2f}") for pairs in leads)  # fmt: skip
@@ -800,8 +800,8 @@ with a chance of {max(length):.3f} for K = {1 + length.index(max(length))}, and 
 {n} seeds it ends {min(falls["length"]):.3f} to {max(falls["length"]):.3f} under its maximum, the oracle at most
 {max(falls["oracle"]):.3f}.
 
-Claim: accuracy foretells the policy better than rank correlation does. Found: no more often than a coin, with {rank} of
-{n} seeds; permuted ratings show such a lead with a chance of {by_chance}, mean over seeds. Claim: the worst domain
+Claim: accuracy foretells the policy better than rank correlation does. Found: no more often than a coin, with {rank}
+of {n} seeds; permuted ratings show such a lead with a chance of {by_chance}, mean over seeds. Claim: the worst domain
 foretells it better than the best. Found: not here, with {worst} of {n} seeds (chance {worst_by_chance}). What foretells
 it best here is the best-of-K curve. Pearson's r with Elo, mean and deviation over seeds; 95 % of resamples and
 permutation p of the mean over domains, seed 0.

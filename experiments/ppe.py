@@ -227,11 +227,7 @@ def after_rlhf(world, rewards):
     base, rng = np.r_[np.zeros(SUBSTANCE), 0.0], world.rng
     prompts = world.prompts(PAIRS)
     x = world.answers(np.broadcast_to(base, (PAIRS, TRIES, SUBSTANCE + 1)))
-    other, rows, means = (
-        rng.integers(1, TRIES, size=PAIRS),
-        np.arange(PAIRS),
-        [],
-    )  # its rank is the same for all rewards
+    other, rows, means = rng.integers(1, TRIES, size=PAIRS), np.arange(PAIRS), []  # ranks, the same for all rewards
     for reward in rewards.values():
         order = np.argsort(-reward(prompts, x), axis=1)
         means.append(base + dpo(prompts["skill"], x[rows, order[:, 0]], x[rows, order[rows, other]]))
@@ -243,12 +239,12 @@ def after_rlhf(world, rewards):
     return bt_ratings(a, b, world.votes(value[:, 0] - value[:, 1]), m)
 
 
-LESS_IS_BETTER = ("human brier", "best of K loss")
+SIGN = {"human brier": -1, "best of K loss": -1}  # where less is better
 
 
 def oriented(found):
     """Returns {metric: [m, domains]}, more is better, of [{metric: [domains]}], one for each reward model."""
-    return {name: (-1 if name in LESS_IS_BETTER else 1) * np.array([one[name] for one in found])
+    return {name: SIGN.get(name, 1) * np.array([one[name] for one in found])
             for name in found[0] if not name.endswith("argmax_k")}  # fmt: skip
 
 
@@ -334,7 +330,7 @@ def study(seed, folder=None):
     columns = [over_domains(values, q) for values in tables.values() for q in (None, *QUANTILES)]
     human = tables["human accuracy"]
     return dict(
-        metrics={name: dict(zip(rewards, values.round(4).tolist())) for name, values in means.items()},
+        metrics={name: dict(zip(rewards, (SIGN.get(name, 1) * x).round(4).tolist())) for name, x in means.items()},
         curves={name: curve.round(4).tolist() for name, curve in curves.items()},
         oracle=np.mean([oracle_curve(of["correct"]) for of in samples.values()], axis=0).round(4).tolist(),
         elo=dict(zip(rewards, rating.round(1).tolist())), random=chance, correlations=table,
@@ -364,7 +360,7 @@ def print_seed(one):
     print(f"{'mean over domains':20}{'7 of people: votes on 12 models':57}{'5 of best of 32':40}{'after':>8}")
     print(f"{'':20}" + "".join(f"{name:>9}" for name in short)[1:] + f"{'RLHF':>8}")
     for model, elo in one["elo"].items():
-        row = "".join(f"{abs(one['metrics'][name][model]):9.3f}" for name in names)[1:]
+        row = "".join(f"{one['metrics'][name][model]:9.3f}" for name in names)[1:]
         print(f"{model:20}{row}{elo:8.0f}")
     print(f"\n{'best of K, right':20}" + "".join(f"{f'K={k}':>8}" for k in KS) + f"{'maximum':>20}")
     for model, curve in one["curves"].items():
@@ -373,7 +369,7 @@ def print_seed(one):
     print(f"\nr with the ratings of {len(one['elo'])} policies, 95 % of resamples, permutation p")
     print(f"{'':28}{'mean over domains':34}{'worst domain':34}best domain")
     for name, table in one["correlations"].items():
-        cells = (f"{c['r']:+.2f} [{c['ci'][0]:+.2f}, {c['ci'][1]:+.2f}] p {c['p']:.3f}" for c in
+        cells = (f"{c['r']:+.2f} [{c['ci'][0]:+.2f}, {c['ci'][1]:+.2f}] p {c['p']:.4f}" for c in
                  table.values())  # fmt: skip
         print(f"{name:28}" + "".join(f"{text:34}" for text in cells).rstrip())
 
@@ -409,11 +405,13 @@ def plot(one, path):
     """Draws the best-of-K curves of a seed."""
     curves = one["curves"]
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, curve in curves.items():
+    place = -1.0  # of a name: one is at least so far above another
+    for name, curve in sorted(curves.items(), key=lambda item: item[1][-1]):
         style = dict(oracle=("#000000", "--"), length=("#d55e00", "-"), random=("#888888", ":"))
         color, dashes = style.get(name, ("#0072b2", "-"))
         axis.plot(range(1, len(curve) + 1), curve, dashes, color=color, lw=2.2 if name in style else 1.2)
-        axis.annotate(name, (len(curve), curve[-1]), (4, -3), textcoords="offset points", fontsize=8, color=color)
+        place = max(place + 0.03, curve[-1])
+        axis.text(len(curve) * 1.04, place, name, fontsize=8, color=color, va="center")
     axis.set_xscale("log", base=2)
     axis.set_xticks(KS, KS)
     axis.set_xlim(1, 60)
