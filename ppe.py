@@ -22,7 +22,7 @@ Differs  f is exact, where the authors' scorer draws subsets. The paper leaves o
          prompts here, `auc` has the others) and whether loss is of the mean curves (so here) or a mean of losses. A tie
          of rewards is wrong, with the half-credit figure beside it. Intervals are ours: rows are resampled.
 Files    ppe.py + arena_hard.py + common/cli.py + common/ranges.py + common/ratings.py + common/reward_models.py +
-         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,748 lines in all
+         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,756 lines in all
 """
 
 import sys
@@ -78,8 +78,8 @@ def accuracy(r1, r2, y, ties="strict"):
     z, y = outcomes(r1, r2), np.asarray(y, dtype=float)
     if y.shape != z.shape or not np.isin(y, (0, 0.5, 1)).all():
         raise ValueError(f"y must be {len(z)} votes: 1, 0, or 0.5 for a tie")
-    right = tie_credit(z, ties)[y != 0.5]
-    return float(np.where(y[y != 0.5] == 1, right, tie_credit(1 - z, ties)[y != 0.5]).mean()) if len(right) else np.nan
+    right = tie_credit(np.where(y == 1, z, 1 - z), ties)[y != 0.5]
+    return float(right.mean()) if len(right) else np.nan
 
 
 def tie_credit(z, ties):
@@ -234,9 +234,8 @@ def conflict_accuracy(reward, correct, pairs, ties="strict"):
     if not bad.any():
         bad = correct[p, i] == correct[p, j]
     if bad.any():
-        raise ValueError(
-            f"row {p[np.argmax(bad)]}: {flat[np.argmax(bad)][1:]} is no pair of a right and a wrong sample"
-        )
+        at = np.argmax(bad)
+        raise ValueError(f"row {p[at]}: {flat[at][1:]} is no pair of a right and a wrong sample")
     good, wrong = np.where(correct[p, i] == 1, (i, j), (j, i))
     return float(tie_credit(outcomes(reward[p, good], reward[p, wrong]), ties).mean())
 
@@ -314,7 +313,7 @@ def slices_of(rows):
     tests = SLICES | LANGUAGES
     if not is_votes(rows):
         writers = sorted({str(row.get("model_name")) for row in rows})
-        tests = {"all": lambda row: True} | {f"  {who}": lambda row, who=who: str(row.get("model_name")) == who
+        tests = {"all": lambda row: True} | {who: lambda row, who=who: str(row.get("model_name")) == who
                                              for who in writers}  # fmt: skip
     found = {}
     for name, test in tests.items():
@@ -371,6 +370,9 @@ def print_votes(name, rows, parts):
     half = accuracy(r1, r2, y, "half")
     print(f"{len(y)} votes on {len(data['models'])} models; people's {np.sum(y == 0.5)} ties are no part of accuracy, "
           f"{np.sum(r1 == r2)} ties of rewards are wrong in it (half right: {100 * half:.2f})")  # fmt: skip
+    finite = np.isfinite(both_ratings(data["a"], data["b"], y, r1, r2, len(data["models"]))).all(0)
+    if odd := [who for who, fine in zip(data["models"], finite) if not fine]:
+        print(f"always won, always lost, or never met the others, by votes or by rewards: {', '.join(odd)}")
     if lost := [part for part in SLICES if part not in parts]:
         print(f"left out, no such column or no such row: {', '.join(lost)}")
     if missing := [part for part, found in parts.items() if np.isnan(found["brier"][0])]:
@@ -407,7 +409,7 @@ def report(name, data, rounds=100, seed=0):
         else:
             title = DOMAINS[domain][0]
             tables["correctness"][title] = parts["all"]
-            printed |= {part.replace("all", title): found for part, found in parts.items()}
+            printed |= {title if part == "all" else f"  {title}, {part}": found for part, found in parts.items()}
     if printed:
         print_samples(name, data, printed)
     return tables

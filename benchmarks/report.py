@@ -796,8 +796,8 @@ DPO trains with each.
 {table(["reward model", *heads, "Elo"], rows)}
 
 Claim: best of K shows where a reward is over-optimised. Found: yes. The best sample by a reward for length is right
-with a chance of {max(length):.3f} for K = {1 + length.index(max(length))}, and {length[-1]:.3f} for K = {len(length)}. With
-{n} seeds it ends {min(falls["length"]):.3f} to {max(falls["length"]):.3f} under its maximum, the oracle at most
+with a chance of {max(length):.3f} for K = {1 + length.index(max(length))}, and {length[-1]:.3f} for K = {len(length)}.
+With {n} seeds it ends {min(falls["length"]):.3f} to {max(falls["length"]):.3f} under its maximum, the oracle at most
 {max(falls["oracle"]):.3f}.
 
 Claim: accuracy foretells the policy better than rank correlation does. Found: no more often than a coin, with {rank}
@@ -808,8 +808,8 @@ permutation p of the mean over domains, seed 0.
 
 {table(["metric", "mean over domains", "worst domain", "best domain", "interval", "p"], claims)}
 
-Nine points and many columns: the best |r| of {first["best"]["columns"]} columns is {best}, and {typical} with permuted
-ratings.
+Nine points and many columns: the best |r| of {first["best"]["columns"]} columns is {best}, and {typical} with
+permuted ratings.
 
 The seven metrics of 16,038 votes on 20 models, with 100 resamples, take {found["human_seconds"]} s."""
 

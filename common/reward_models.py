@@ -3,7 +3,7 @@
 A row of data has a prompt and response_1 .. response_n. A vote: question_id, model_a, model_b, winner, and flags such
 as is_code; n is 2. Samples: question_id, model_name, scores (n booleans: which are right), sampled_conflict_pairs
 ([i, j], one right, one wrong). A scored row has score_1 .. score_n in the place of the texts, and is one of the list in
-FOLDER/DOMAIN/MODEL.json.
+FOLDER/DOMAIN/MODEL.json. A pairwise judge, asked in both orders, enters as a vote's scores 1 and 0, or 0.5 for both.
 Source: lmarena-ai/PPE-Human-Preference-V1, PPE-*-Best-of-K, ppe-result-data.
 """
 
@@ -165,9 +165,10 @@ def read_data(path, limit=0, seed=0):
     limit: rows of each domain, drawn by seed; a smaller draw is part of a larger one.
     """
     path, found = Path(path), {}
-    files = (
-        sorted(f for f in path.rglob("*") if f.suffix in (".json", ".jsonl", ".parquet")) if path.is_dir() else [path]
-    )
+    if not path.exists():
+        raise ValueError(f"--data={path}: no such file or folder")
+    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in inside if file.suffix in (".json", ".jsonl", ".parquet")]
     for file in files:
         parts = (path.resolve().name, *file.relative_to(path).parts)[::-1]  # the file's own name first
         domain = next((d for part in parts for d, (_, word) in DOMAINS.items() if word in part.lower()), None)
@@ -180,6 +181,8 @@ def read_data(path, limit=0, seed=0):
     if not found:
         raise ValueError(f"--data={path}: no .json, .jsonl or .parquet file of a known domain")
     for domain, rows in found.items():
+        if again := len(rows) - len(set(map(key_of, rows))):
+            print(f"{DOMAINS[domain][0]}: {again} of {len(rows)} rows have question and models of another; all count")
         order = np.random.default_rng(seed).permutation(len(rows))
         found[domain] = [rows[i] for i in sorted(order[: limit or None])]
     return {domain: found[domain] for domain in DOMAINS if domain in found}
@@ -273,7 +276,10 @@ def score(data, reward, path):
     Raises ValueError, with what was scored on the disk, for a reward that raises or that returns no finite list.
     """
     with locked(path):
-        kept = {row["key"]: row["scores"] for row in (read_jsonl(path, cut_off=True) if Path(path).exists() else ())}
+        stored = read_jsonl(path, cut_off=True) if Path(path).exists() else ()
+        if not all({"key", "scores"} <= set(row) for row in stored):
+            raise ValueError(f"{path}: a row without key and scores; choose another --out or --model")
+        kept = {row["key"]: row["scores"] for row in stored}
         write_jsonl(path, [dict(key=key, scores=scores) for key, scores in kept.items()])  # without a cut-off line
         found, bar = {}, tqdm(total=sum(map(len, data.values())), desc=f"scoring by {reward.name}", unit=" prompts")
         for domain, rows in data.items():

@@ -403,7 +403,8 @@ def test_a_function_scores_and_a_second_run_asks_nothing(data, tmp_path, capsys)
     assert main(flags) == 0
     assert len(asked.read_text().split()) == 72
     said = capsys.readouterr().out
-    for words in ("60 votes on 3 models; people's 12 ties", "rm_length: best of K, %", "  m1", "Athene-RM-8B", "coding",
+    for words in ("60 votes on 3 models; people's 12 ties", "rm_length: best of K, %", "  MATH, m1", "coding",
+                  "Athene-RM-8B",
                   "left out, no such column or no such row: easy prompt, instructions, math, similar answers",
                   "best-of-K curve (oracle), %", "K=3", "public dumps", "accuracy: rm_length", "English"):  # fmt: skip
         assert words in said
@@ -556,7 +557,7 @@ def test_a_folder_that_is_no_reward_model(classifier, data, tmp_path, capsys):
         (["--scores=a", "--data=b"], "--data means nothing with --scores"),
         (["--scores=/nowhere"], "must be unpacked first"),
         (["--reward=x.py:f"], "--reward needs --data too"),
-        (["--reward=x.py:f", "--data=/nowhere/math.json"], "/nowhere/math.json"),
+        (["--reward=x.py:f", "--data=/nowhere/math.json"], "--data=/nowhere/math.json: no such file"),
         (["--scores=a", "--rounds=0"], "--rounds=0 must be a whole number of at least 1"),
         (["--scores=a", "--seed=-1"], "--seed=-1"),
     ],
@@ -565,6 +566,40 @@ def test_a_mistake_is_one_line(flags, message, capsys):
     assert main(flags) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and message in err
+
+
+def test_models_without_a_rating_are_named(tmp_path, capsys):
+    rows = [VOTE | dict(question_id=i, model_a="best", model_b=f"m{i % 2}", score_1=1, score_2=0) for i in range(6)]
+    rows += [VOTE | dict(model_a="m0", model_b="m1", winner=("model_a", "model_b")[i % 2], score_1=i % 3, score_2=1)
+             for i in range(9)]  # fmt: skip
+    write(tmp_path / "human_preference_v1" / "x.json", rows)
+    assert main([f"--scores={tmp_path}", "--rounds=3"]) == 0
+    said = capsys.readouterr().out
+    assert "always won, always lost, or never met the others, by votes or by rewards: best\n" in said
+    assert "- for ratings that are infinite or missing" in said
+
+
+def test_every_writer_of_every_domain_has_its_line(tmp_path, capsys):
+    for domain, names in (("math_best_of_k", "ab"), ("gpqa_best_of_k", "bc")):
+        rows = [
+            CHECKED | dict(question_id=i, model_name=names[i % 2], score_1=i, score_2=2, score_3=3) for i in range(4)
+        ]
+        write(tmp_path / domain / "x.json", rows)
+    assert main([f"--scores={tmp_path}", "--rounds=3"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split("  ")[1] for line in said.splitlines() if line.startswith("  ")] == [
+        "MATH, a", "MATH, b", "GPQA, b", "GPQA, c"]  # fmt: skip
+
+
+def test_rows_that_are_there_twice_and_a_foreign_file_of_scores(data, tmp_path, capsys):
+    write(data / "PPE-MATH-Best-of-K" / "again.json", read_rows(data / "PPE-MATH-Best-of-K" / "train.json"))
+    assert len(read_data(data)["math_best_of_k"]) == 24
+    assert "MATH: 12 of 24 rows have question and models of another; all count" in capsys.readouterr().out
+    (tmp_path / "rm.py").write_text(REWARD.format(line=""))
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    flags = [f"--reward={tmp_path / 'rm.py'}:length", f"--data={data}", f"--out={tmp_path}", "--model=x"]
+    assert main(flags) == 2 and "a row without key and scores" in capsys.readouterr().err
+    assert (tmp_path / "x.jsonl").read_text() == "{}\n"
 
 
 def test_data_of_an_unknown_domain_is_said(tmp_path, capsys):
