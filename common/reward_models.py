@@ -173,9 +173,8 @@ def read_data(path, limit=0, seed=0):
         parts = (path.resolve().name, *file.relative_to(path).parts)[::-1]  # the file's own name first
         domain = next((d for part in parts for d, (_, word) in DOMAINS.items() if word in part.lower()), None)
         if domain is None:
-            print(
-                f"left out: {file}; its name or folder has to have one of {', '.join(w for _, w in DOMAINS.values())}"
-            )
+            words = ", ".join(word for _, word in DOMAINS.values())
+            print(f"left out: {file}; its name or its folder's must have one of {words} in it")
         else:
             found.setdefault(domain, []).extend(read_rows(file))
     if not found:
@@ -241,10 +240,11 @@ def hf_reward(directory, batch_size=16, max_length=0, device="auto"):
                 scores[i] = score
         return scores
 
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(directory).iterdir())]
-    reward.cut, reward.name, reward.identity = 0, Path(directory).resolve().name, [files, longest]
+    reward.cut, reward.name = 0, Path(directory).resolve().name
     reward.about = (f"{'chat template' if tokenizer.chat_template else 'prompt and response as a pair'}, at most "
                     f"{longest} tokens, {str(dtype)[6:]} ({why})")  # fmt: skip
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(directory).iterdir())]
+    reward.identity = [files, reward.about]
     return reward
 
 
@@ -273,29 +273,31 @@ def score(data, reward, path):
     """Returns {domain: scored rows} of {domain: rows with texts}, by reward(prompt, responses) -> list of floats.
 
     Scores are kept in `path`, a .jsonl file, by reward.identity and texts: a second run asks for what is missing.
-    Raises ValueError, with what was scored on the disk, for a reward that raises or that returns no finite list.
+    Raises ValueError for rows that are wrong, before it asks anything; and, with what was scored on the disk, for a
+    reward that raises, or that does not return a number for each response.
     """
+    todo = []
+    for domain, rows in data.items():  # mistakes are found before anything is asked
+        for row in rows:
+            texts = [row.get("prompt"), *numbered(row, "response")]
+            where = f"{domain}, question {row.get('question_id')}"
+            if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{where}: prompt and response_1, ... must be texts")
+            todo.append((domain, row, texts, where))
+        to_arrays([scored(row, [0.0] * len(numbered(row, "response"))) for row in rows])
     with locked(path):
         stored = read_jsonl(path, cut_off=True) if Path(path).exists() else ()
         if not all({"key", "scores"} <= set(row) for row in stored):
             raise ValueError(f"{path}: a row without key and scores; choose another --out or --model")
         kept = {row["key"]: row["scores"] for row in stored}
         write_jsonl(path, [dict(key=key, scores=scores) for key, scores in kept.items()])  # without a cut-off line
-        found, bar = {}, tqdm(total=sum(map(len, data.values())), desc=f"scoring by {reward.name}", unit=" prompts")
-        for domain, rows in data.items():
-            for row in rows:
-                texts = [row.get("prompt"), *numbered(row, "response")]
-                if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
-                    raise ValueError(
-                        f"{domain}, question {row.get('question_id')}: prompt and response_1, ... are texts"
-                    )
-                key = hashlib.sha256(json.dumps([reward.identity, texts]).encode()).hexdigest()
-                if key not in kept:
-                    kept[key] = ask(reward, texts, f"{domain}, question {row.get('question_id')}")
-                    append_jsonl(path, dict(key=key, scores=kept[key]))
-                found.setdefault(domain, []).append(scored(row, map(number, kept[key])))
-                bar.update()
-        bar.close()
+        found = {}
+        for domain, row, texts, where in tqdm(todo, f"scoring by {reward.name}", unit=" prompts"):
+            key = hashlib.sha256(json.dumps([reward.identity, texts]).encode()).hexdigest()
+            if key not in kept:
+                kept[key] = ask(reward, texts, where)
+                append_jsonl(path, dict(key=key, scores=kept[key]))
+            found.setdefault(domain, []).append(scored(row, map(number, kept[key])))
     return found
 
 

@@ -91,35 +91,37 @@ def charm(prompts, x):
 # ---- 2. nine reward models ------------------------------------------------------------------------------------------
 
 
-def features(prompts, x, plain=False):
-    """Returns [prompts, n, features] that a trained reward model sees: x, length squared, x by skill; plain: x only."""
-    if plain:
-        return x
+def features(prompts, x):
+    """Returns [prompts, n, 43] that a trained reward model sees of x [prompts, n, 7]: x, length squared, x by skill."""
     of_skill = np.eye(len(SKILLS))[prompts["skill"]][:, None, :, None] * x[:, :, None]  # [prompts, n, skills, 7]
     return np.concatenate([x, x[..., -1:] ** 2, of_skill.reshape(*x.shape[:2], -1)], axis=2)
 
 
-def bradley_terry(world, n, flipped=0.0, plain=False):
-    """Returns a reward trained on n votes on two answers of random writers; a share of the votes is flipped."""
-    prompts, (a, b, x, y) = world.prompts(n), (None,) * 4
-    a, b = world.rng.integers(WRITERS, size=(2, n))
-    x = world.answers(world.writers[np.stack([a, b], 1)])  # [n, 2, 7]
-    value, seen = charm(prompts, x), features(prompts, x, plain)
+def clear_votes(world, n):
+    """Returns (prompts, x [m, 2, 7], first [m] bool): n votes on answers of random writers, without the n - m ties."""
+    prompts = world.prompts(n)
+    x = world.answers(world.writers[world.rng.integers(WRITERS, size=(n, 2))])
+    value = charm(prompts, x)
     y = world.votes(value[:, 0] - value[:, 1])
-    y = np.where(world.rng.random(n) < flipped, 1 - y, y)
     clear = y != 0.5
+    return {name: column[clear] for name, column in prompts.items()}, x[clear], y[clear] == 1
+
+
+def bradley_terry(world, n, flipped=0.0):
+    """Returns a reward trained on n votes, of which a share is flipped."""
+    prompts, x, first = clear_votes(world, n)
+    first ^= world.rng.random(len(first)) < flipped
+    seen = features(prompts, x)
     solver = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)
-    coef = solver.fit((seen[:, 0] - seen[:, 1])[clear], y[clear]).coef_[0]
-    return lambda prompts, x: features(prompts, x, plain) @ coef
+    coef = solver.fit(seen[:, 0] - seen[:, 1], first).coef_[0]
+    return lambda prompts, x: features(prompts, x) @ coef
 
 
 def implicit_dpo(world, n):
     """Returns the implicit reward of a policy that DPO trained on n votes: how much likelier it finds an answer."""
-    prompts = world.prompts(n)
-    x = world.answers(world.writers[world.rng.integers(WRITERS, size=(n, 2))])
-    value = charm(prompts, x)
-    first = world.votes(value[:, 0] - value[:, 1]) > 0.5
-    shift = dpo(prompts["skill"], *(np.where(first[:, None], x[:, k], x[:, 1 - k]) for k in (0, 1)))
+    prompts, x, first = clear_votes(world, n)
+    chosen, rejected = (np.where(first[:, None], x[:, k], x[:, 1 - k]) for k in (0, 1))
+    shift = dpo(prompts["skill"], chosen, rejected)
     return lambda prompts, x: (x * shift[prompts["skill"]][:, None]).sum(-1)
 
 

@@ -602,6 +602,17 @@ def test_rows_that_are_there_twice_and_a_foreign_file_of_scores(data, tmp_path, 
     assert (tmp_path / "x.jsonl").read_text() == "{}\n"
 
 
+def test_mistakes_of_rows_are_found_before_anything_is_asked(data, tmp_path, capsys):
+    (tmp_path / "rm.py").write_text(REWARD.format(line=""))
+    samples = read_rows(data / "PPE-MATH-Best-of-K" / "train.json")
+    for bad, message in ((dict(sampled_conflict_pairs=None), "row 11 (question 11)"),
+                         (dict(prompt=None), "must be texts"),
+                         (dict(scores=[True]), "score_1 to score_1 are expected, 3 are there")):  # fmt: skip
+        write(data / "PPE-MATH-Best-of-K" / "train.json", samples[:11] + [samples[11] | bad])
+        assert main([f"--reward={tmp_path / 'rm.py'}:length", f"--data={data}", f"--out={tmp_path / 'out'}"]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "asked").exists()
+
+
 def test_data_of_an_unknown_domain_is_said(tmp_path, capsys):
     path = write(tmp_path / "folder" / "odd.json", [VOTE])
     with pytest.raises(ValueError, match="of a known domain"):
