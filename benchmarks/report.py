@@ -774,8 +774,9 @@ def ppe():
         seeds = [spread([one[kind]["r"] for one in of_seeds], 2) for kind in ("mean", "worst", "best")]
         claims.append([name.replace("_", " "), *seeds, f"{low:+.2f} to {high:+.2f}", f"{of_seeds[0]['mean']['p']:.4f}"])
     leads = [[one["lead"][name] for one in studies] for name in ("accuracy_over_spearman", "worst_over_best_domain")]
-    (rank, by_chance), (worst, worst_by_chance) = (
-        (sum(lead > 0 for lead, _ in pairs), f"{mean(p for _, p in pairs):.2f}") for pairs in leads)  # fmt: skip
+    rank, worst = (sum(lead > 0 for lead, _ in pairs) for pairs in leads)
+    chances = [p for _, p in leads[0]]
+    by_chance, least = f"{mean(chances):.2f}", f"{min(chances):.2f}"
     falls = {who: [max(one["curves"][who]) - one["curves"][who][-1] for one in studies] for who in ("oracle", "length")}
     length = first["curves"]["length"]
     best, typical = (spread([one["best"][name] for one in studies], 2) for name in ("best", "typical"))
@@ -800,11 +801,12 @@ with a chance of {max(length):.3f} for K = {1 + length.index(max(length))}, and 
 With {n} seeds it ends {min(falls["length"]):.3f} to {max(falls["length"]):.3f} under its maximum, the oracle at most
 {max(falls["oracle"]):.3f}.
 
-Claim: accuracy foretells the policy better than rank correlation does. Found: no more often than a coin, with {rank}
-of {n} seeds; permuted ratings show such a lead with a chance of {by_chance}, mean over seeds. Claim: the worst domain
-foretells it better than the best. Found: not here, with {worst} of {n} seeds (chance {worst_by_chance}). What foretells
-it best here is the best-of-K curve. Pearson's r with Elo, mean and deviation over seeds; 95 % of resamples and
-permutation p of the mean over domains, seed 0.
+Claim: accuracy foretells the policy better than rank correlation does. Found: its r is larger than Spearman's with
+{rank} of {n} seeds. But of permuted ratings a share of {by_chance} has such a lead (mean over seeds; the least is
+{least}): one study of nine reward models cannot show it. Claim: the worst domain foretells it better than the best.
+Found: not here, accuracy's worst domain is ahead with {worst} of {n} seeds. What foretells it best here is the
+best-of-K curve: DPO's chosen answers are the best of {first["tries"]}. Pearson's r with Elo, mean and deviation over
+seeds; 95 % of resamples and permutation p of the mean over domains, seed 0.
 
 {table(["metric", "mean over domains", "worst domain", "best domain", "interval", "p"], claims)}
 

@@ -335,7 +335,7 @@ def study(seed, folder=None):
         metrics={name: dict(zip(rewards, (SIGN.get(name, 1) * x).round(4).tolist())) for name, x in means.items()},
         curves={name: curve.round(4).tolist() for name, curve in curves.items()},
         oracle=np.mean([oracle_curve(of["correct"]) for of in samples.values()], axis=0).round(4).tolist(),
-        elo=dict(zip(rewards, rating.round(1).tolist())), random=chance, correlations=table,
+        elo=dict(zip(rewards, rating.round(1).tolist())), tries=TRIES, random=chance, correlations=table,
         lead=dict(accuracy_over_spearman=lead_by_chance(means["human accuracy"], means["human spearman"], rating),
                   worst_over_best_domain=lead_by_chance(human.min(1), human.max(1), rating)),
         best=best_by_chance(np.array(columns).T, rating) | dict(columns=len(columns)),
