@@ -22,7 +22,7 @@ Differs  f is exact, where the authors' scorer draws subsets. The paper leaves o
          prompts here, `auc` has the others) and whether loss is of the mean curves (so here) or a mean of losses. A tie
          of rewards is wrong, with the half-credit figure beside it. Intervals are ours: rows are resampled.
 Files    ppe.py + arena_hard.py + common/cli.py + common/ranges.py + common/ratings.py + common/reward_models.py +
-         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,758 lines in all
+         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,762 lines in all
 """
 
 import sys
@@ -434,7 +434,7 @@ class Config:
     """Measure reward models by released score files, or one of yours. Without any flag: what this file claims."""
 
     scores: str = ""  # form 1: a folder of DOMAIN/MODEL.json, the released layout
-    reward: str = ""  # form 2: hf:FOLDER (a sequence classifier), FILE.py:FUNCTION, or a CSV of scores
+    reward: str = ""  # form 2: hf:FOLDER, FILE.py:FUNCTION (prompt, responses -> floats), or a CSV of scores
     data: str = ""  # the data as released, .json, .jsonl or .parquet: a folder or a file
     model: str = ""  # --scores: only this one; --reward: the name that its scores get
     limit: int = 0  # rows of each domain, drawn at random; 0: all
@@ -444,9 +444,10 @@ class Config:
     batch_size: int = 16  # texts at a time, for hf:
     max_length: int = 0  # tokens of a text, for hf:; 0: what the model takes
     device: str = "auto"  # for hf:
+    dtype: str = "auto"  # for hf:; bfloat16 rounds rewards to three digits, so that some tie
 
 
-FORMS = {"scores": "model rounds seed", "reward": "data model limit out rounds seed batch_size max_length device"}
+FORMS = {"scores": "model rounds seed", "reward": "data model limit out rounds seed batch_size max_length device dtype"}
 
 
 def score_data(config):
@@ -454,7 +455,7 @@ def score_data(config):
     if not config.data:
         raise ValueError("--reward needs --data too: the rows that it scores")
     data = read_data(config.data, config.limit, config.seed)
-    options = dict(batch_size=config.batch_size, max_length=config.max_length, device=config.device)
+    options = {name: getattr(config, name) for name in ("batch_size", "max_length", "device", "dtype")}
     name, found = score_by(config.reward, data, config.out, config.model, **options)
     name += f"_limit{config.limit}" if config.limit else ""
     write_scores(config.out, name, found)

@@ -190,12 +190,13 @@ def read_data(path, limit=0, seed=0):
 # ---- 2. reward models -----------------------------------------------------------------------------------------------
 
 
-def hf_reward(directory, batch_size=16, max_length=0, device="auto"):
+def hf_reward(directory, batch_size=16, max_length=0, device="auto", dtype="auto"):
     """Returns reward(prompt, responses) -> list of floats: a sequence classifier of one label, through transformers.
 
     directory: with config, weights, tokenizer. Text: the tokenizer's chat template, a turn of the user's and one of the
     assistant's; without a template, prompt and response as a pair. max_length: tokens, 0: what the model takes; longer
-    texts are cut, and counted in reward.cut. Raises ValueError for a folder without such a model.
+    texts are cut, and counted in reward.cut. dtype: bfloat16 rounds rewards to three digits, so that some tie. Raises
+    ValueError for a folder without such a model.
     """
     try:
         import torch
@@ -205,7 +206,7 @@ def hf_reward(directory, batch_size=16, max_length=0, device="auto"):
     if not Path(directory).is_dir():
         raise ValueError(f"hf:{directory}: no such folder")
     device = pick_device(device)
-    dtype, why = pick_dtype("auto", device)
+    dtype, why = pick_dtype(dtype, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -309,6 +310,8 @@ def score_by(where, data, folder, name="", **options):
     """
     if where.endswith(".csv"):
         return file_name(name or Path(where).stem), join_csv(data, where)
+    if ":" not in where:
+        raise ValueError(f"--reward={where} is none of hf:FOLDER, FILE.py:FUNCTION and SCORES.csv")
     hf = where.startswith("hf:")
     reward = hf_reward(where.removeprefix("hf:"), **options) if hf else function_reward(where)
     name = file_name(name or reward.name)

@@ -416,7 +416,7 @@ def plot(one, path):
         axis.text(len(curve) * 1.04, place, name, fontsize=8, color=color, va="center")
     axis.set_xscale("log", base=2)
     axis.set_xticks(KS, KS)
-    axis.set_xlim(1, 60)
+    axis.set_xlim(1, 80)
     axis.set_xlabel("K: the best by reward of so many samples")
     axis.set_ylabel("share that is right, mean of 5 domains")
     curve = curves["length"]

@@ -473,6 +473,8 @@ def test_a_csv_is_joined_by_question_and_model(data, tmp_path, capsys):
     path.write_text("question_id,score_1\nnowhere,1\n")
     assert main([f"--reward={path}", f"--data={data}", f"--out={tmp_path / 'out'}"]) == 2
     assert "no question_id of the data" in capsys.readouterr().err
+    assert main([f"--reward={tmp_path}", f"--data={data}"]) == 2
+    assert "is none of hf:FOLDER, FILE.py:FUNCTION and SCORES.csv" in capsys.readouterr().err
     path.write_text("id,score\n")
     with pytest.raises(ValueError, match="a header with question_id"):
         join_csv({}, path)
@@ -558,6 +560,7 @@ def test_a_folder_that_is_no_reward_model(classifier, data, tmp_path, capsys):
         (["--scores=/nowhere"], "must be unpacked first"),
         (["--reward=x.py:f"], "--reward needs --data too"),
         (["--reward=x.py:f", "--data=/nowhere/math.json"], "--data=/nowhere/math.json: no such file"),
+        (["--reward=folder", f"--data={ROOT / 'tests' / 'math.json'}"], "no such file"),
         (["--scores=a", "--rounds=0"], "--rounds=0 must be a whole number of at least 1"),
         (["--scores=a", "--seed=-1"], "--seed=-1"),
     ],
