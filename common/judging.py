@@ -311,15 +311,15 @@ def replay_judge(path, questions, answers, baseline):
     return judge
 
 
-def function_judge(where):
-    """Returns the judge that FILE.py:NAME names, called FILE_NAME. Raises ValueError if there is none.
+def load_function(where, noun="judge"):
+    """Returns the function that FILE.py:NAME names, a `noun`. Raises ValueError if there is none.
 
     The file may import what lies beside it.
     """
     file, _, name = where.rpartition(":")
     if not Path(file).is_file():
-        raise ValueError(f"{where}: there is no file {file!r}; a judge is FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(f"judge_file_{Path(file).stem}", file)
+        raise ValueError(f"{where}: there is no file {file!r}; a {noun} is FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(f"{noun}_file_{Path(file).stem}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     if (folder := str(Path(file).resolve().parent)) not in sys.path:
         sys.path.append(folder)
@@ -327,9 +327,15 @@ def function_judge(where):
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
-    judge = getattr(module, name, None)
-    if not callable(judge):
-        raise ValueError(f"{file} has no function {name!r}; a judge is FILE.py:FUNCTION")
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{file} has no function {name!r}; a {noun} is FILE.py:FUNCTION")
+    return function
+
+
+def function_judge(where):
+    """Returns the judge that FILE.py:NAME names, called FILE_NAME. Raises ValueError if there is none."""
+    judge, (file, _, name) = load_function(where), where.rpartition(":")
 
     def named(*game):
         return judge(*game)

@@ -217,6 +217,15 @@ EXAMPLES = {  # ten lines with each, run in a folder with the files that its doc
         ci = interval(bootstrap(battles.a, battles.b, battles.y, 2, anchor=0))
         assert separability(ci) == 0
     """,
+    "ppe.py": """
+        from ppe import accuracy, best_of_k, correctness_metrics, downstream, human_metrics
+        reward, correct = torch.tensor([[0.1, 0.5, 0.3]]), torch.tensor([[False, True, False]])
+        assert best_of_k(reward, correct)[-1] == 1
+        assert correctness_metrics(reward, correct, [[(0, 1)]])["accuracy"] == 1
+        votes = [0, 1, 0, 1], [1, 0, 1, 0], [1, 1, 1, 0], [1, 2, 3, 1], [0, 1, 0, 4]
+        assert abs(human_metrics(*votes, 2)["spearman"] - 1) < 1e-9
+        assert abs(downstream([[0.5], [0.6], [0.9]], [1000, 1010, 1040])["r"] - 1) < 1e-9
+    """,
     "rollouts.py": """
         from rollouts import dpo_loss
         chosen, rejected = torch.randn(2, 5, requires_grad=True)
