@@ -363,12 +363,12 @@ MIXERS = {
     "M": lambda c: Mamba2(
         c.hidden_size, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, c.n_groups, c.conv_kernel, c.chunk_size,
         c.layer_norm_epsilon, c.use_bias, c.use_conv_bias,
-    ),  # fmt: skip
+    ),
     "*": Attention,
     "L": LocalLinear,
     "-": lambda c: MLP(c.hidden_size, c.intermediate_size, c.mlp_bias),
     "E": lambda c: MoE(c.moe()),
-}
+}  # fmt: skip
 
 # ---- 4. the model -----------------------------------------------------------------------------------------------
 
