@@ -22,7 +22,7 @@ Differs  f is exact, where the authors' scorer draws subsets. The paper leaves o
          prompts here, `auc` has the others) and whether loss is of the mean curves (so here) or a mean of losses. A tie
          of rewards is wrong, with the half-credit figure beside it. Intervals are ours: rows are resampled.
 Files    ppe.py + arena_hard.py + common/cli.py + common/ranges.py + common/ratings.py + common/reward_models.py +
-         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,762 lines in all
+         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,765 lines in all
 """
 
 import sys
@@ -425,7 +425,8 @@ def print_quantiles(found):
             values = np.array([[part[metric][0] for part in tables[model].values()]])
             lines[f"{metric}: {model}"] = [cell(metric, over_domains(values, q)[0]) for q in (None, *QUANTILES)]
         if lines:
-            print_table(f"over {kind} domains ({metrics[-1]}: less is better)", ["mean", *(f"quantile {q}" for q in QUANTILES)], lines)
+            title = f"over {kind} domains ({metrics[-1]}: less is better)"
+            print_table(title, ["mean", *(f"quantile {q}" for q in QUANTILES)], lines)
 
 
 # ---- 5. the command line --------------------------------------------------------------------------------------------
