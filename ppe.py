@@ -22,7 +22,7 @@ Differs  f is exact, where the authors' scorer draws subsets. The paper leaves o
          prompts here, `auc` has the others) and whether loss is of the mean curves (so here) or a mean of losses. A tie
          of rewards is wrong, with the half-credit figure beside it. Intervals are ours: rows are resampled.
 Files    ppe.py + arena_hard.py + common/cli.py + common/ranges.py + common/ratings.py + common/reward_models.py +
-         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,762 lines in all
+         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,765 lines in all
 """
 
 import sys
@@ -209,6 +209,7 @@ def auc(reward, correct, kind="mean"):
         rows = np.where(np.isnan(finite).all(1, keepdims=True), 0, finite)  # all failed: equal
         spread = np.nanmax(rows, 1, keepdims=True) - np.nanmin(rows, 1, keepdims=True)
         z = (rows - np.nanmean(rows, 1, keepdims=True)) / np.where(spread > 0, np.nanstd(rows, 1, keepdims=True), 1)
+        z = np.round(z, 12)  # ties between prompts in spite of rounding
         reward = np.where(np.isnan(z), reward, np.where(spread > 0, z, 0))
     if kind != "mean":
         reward, correct = reward.reshape(1, -1), correct.reshape(1, -1)
@@ -416,14 +417,16 @@ def report(name, data, rounds=100, seed=0):
 
 
 def print_quantiles(found):
-    """Prints mean and quantiles over domains of each metric, of {model: `report`}: the worst domain tells most."""
+    """Prints mean and quantiles over domains of each metric, of {model: `report`}; the worst domain is quantile 0, of
+    Brier and loss 1."""
     for kind, metrics in (("human", HUMAN), ("correctness", [name for name in CORRECTNESS if name != "argmax_k"])):
         tables, lines = {model: tables[kind] for model, tables in found.items() if tables[kind]}, {}
         for metric, model in ((metric, model) for metric in metrics for model in tables):
             values = np.array([[part[metric][0] for part in tables[model].values()]])
             lines[f"{metric}: {model}"] = [cell(metric, over_domains(values, q)[0]) for q in (None, *QUANTILES)]
         if lines:
-            print_table(f"over {kind} domains", ["mean", *(f"quantile {q}" for q in QUANTILES)], lines)
+            title = f"over {kind} domains ({metrics[-1]}: less is better)"
+            print_table(title, ["mean", *(f"quantile {q}" for q in QUANTILES)], lines)
 
 
 # ---- 5. the command line --------------------------------------------------------------------------------------------

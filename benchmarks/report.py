@@ -804,7 +804,9 @@ With {n} seeds it ends {min(falls["length"]):.3f} to {max(falls["length"]):.3f} 
 Claim: accuracy foretells the policy better than rank correlation does. Found: its r is larger than Spearman's with
 {rank} of {n} seeds. But of permuted ratings a share of {by_chance} has such a lead (mean over seeds; the least is
 {least}): one study of nine reward models cannot show it. Claim: the worst domain foretells it better than the best.
-Found: not here, accuracy's worst domain is ahead with {worst} of {n} seeds. What foretells it best here is the
+Found: not here, accuracy's worst domain is ahead with {worst} of {n} seeds. But this world hardly tests it:
+its trained reward models saw votes on all skills alike, so none is good at one and bad at another by design, and a
+worst domain differs from the rest by noise or by how hard its slice is. What foretells it best here is the
 best-of-K curve: DPO's chosen answers are the best of {first["tries"]}. Pearson's r with Elo, mean and deviation over
 seeds; 95 % of resamples and permutation p of the mean over domains, seed 0.
 

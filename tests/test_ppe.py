@@ -548,6 +548,13 @@ def test_a_folder_that_is_no_reward_model(classifier, data, tmp_path, capsys):
     assert (tmp_path / "out" / "math_best_of_k" / "org_tiny_limit4.json").exists()
 
 
+def test_standardised_rewards_of_two_prompts_tie_in_spite_of_rounding():
+    reward = np.array([[0.0, 1, 3], [0, 0.1, 0.3], [1, 1.7, 3.1]])  # one line each of the other: equal by prompt
+    correct = [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    ranks = np.tile([0.0, 1, 2], (3, 1))
+    assert ppe.auc(reward, correct, "zscore") == ppe.auc(ranks, correct, "pooled")
+
+
 # ---- 6. the command line --------------------------------------------------------------------------------------------
 
 
