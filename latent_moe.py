@@ -191,12 +191,14 @@ class Experts(nn.Module):
         E, width, size = config.n_routed_experts, config.moe_intermediate_size, config.expert_size
         self.up_proj = nn.Parameter(torch.empty(E, width, size))
         self.down_proj = nn.Parameter(torch.empty(E, size, width))
+        self.product = None  # (x [n, I], weight [O, I]) -> [n, O] in place of x weight^T, if set (nvfp4.py)
         self.reset_parameters()
 
     @torch.compiler.disable  # with the reshaping: of a view that leaves a compiled graph, torch 2.11 can lose the shape
     def forward(self, u, ids, weights):
         """Returns [..., l] of u [..., l]; ids, weights [S, K]: the experts of each token, and what each counts."""
-        return expert_mlp(u.flatten(0, -2), self.up_proj, self.down_proj, ids, weights).view(u.shape)
+        y = expert_mlp(u.flatten(0, -2), self.up_proj, self.down_proj, ids, weights, product=self.product)
+        return y.view(u.shape)
 
     def reset_parameters(self):
         """Draws the weights."""
