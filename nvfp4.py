@@ -26,7 +26,7 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 0 lines in all
+Files    nvfp4.py + kernels.py: 1,653 lines in all
 """
 
 import math
@@ -467,14 +467,20 @@ HEAD = {"embeddings", "lm_head"}  # their matrices are read without their forwar
 KEPT = HEAD | {"q_proj", "k_proj", "v_proj", "o_proj", "fc1_latent_proj", "fc2_latent_proj", "gate", "mtp", "planner"}
 
 
+def _layer_of(name):
+    """Returns the number of the layer that a module is in or is, -1 for none: "model.layers.3.mixer" is in layer 3."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else -1
+
+
 def _recipe_of(name, recipe, keep, last, everything):
     """Returns the Recipe of the module `name`, or None if it is kept. last: the first of the layers kept at the end."""
-    words, layer = set(name.split(".")), re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    words = set(name.split("."))
     if any(part in name for part in keep) or words & (HEAD if everything else KEPT):
         return None
     if everything:
         return recipe
-    if layer and int(layer[1]) >= last:
+    if _layer_of(name) >= max(0, last):
         return None
     coarse = recipe.format in FORMATS and FORMATS[recipe.format].bits == 4
     return MXFP8 if coarse and "out_proj" in words else recipe
@@ -495,7 +501,7 @@ def quantize_model(model, recipe, keep=None, everything=False):
     for part in keep:
         if not any(part in name for name in modules):
             raise ValueError(f"keep={part!r} is in the name of no layer; names are like {', '.join(list(modules)[:3])}")
-    layers = [int(i) for name, _ in model.named_modules() for i in re.findall(r"^(?!mtp).*?layers\.(\d+)$", name)]
+    layers = [_layer_of(name) for name, _ in model.named_modules() if "mtp" not in name.split(".")]
     n_layers = max(layers, default=-1) + 1
     last = n_layers - max(1, round(0.15 * n_layers))
     recipes = {name: _recipe_of(name, recipe, keep, last, everything) for name in modules}
@@ -566,3 +572,92 @@ def merge_checkpoints(dicts, decay="minus-sqrt"):
             newest = sum(terms).to(newest.dtype)
         merged[name] = newest.clone()
     return merged
+
+
+# ---- 8. python nvfp4.py: what each rounding loses ---------------------------------------------------------
+
+
+def relative(a, b):
+    """Returns the norm of a - b over that of b, a float."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def gradient_bias(dy, x, n_seeds, headroom=1.0):
+    """Returns {n: error of the mean of n stochastic weight gradients}, for n = 1, 2, 4 ... up to n_seeds.
+
+    dy [T, O], x [T, I]. Against dy exact and x quantised as it is: the error that x brings is no error of the mean.
+    """
+    view, other = hadamard(dy).T.contiguous(), quantize_columns(x, transform=True)
+    exact, total, errors = view @ dequantize(other).T, 0, {}
+    for n in range(1, n_seeds + 1):
+        total = total + fp4_matmul(quantize_ref(view, stochastic=True, seed=n, headroom=headroom), other)
+        if n & (n - 1) == 0:
+            errors[n] = relative(total / n, exact)
+    return errors
+
+
+def steady_gradient(shape, value=0.02):
+    """Returns (dy, spike), both [T, O]: dy is `value`, but Gaussian where spike is true, once in each block."""
+    spike = F.one_hot(torch.randint(16, (shape[0], shape[1] // 16)), 16).flatten(1).bool()
+    return torch.where(spike, torch.randn(shape), value), spike
+
+
+def product_errors(x, weight, dy, seed=0):
+    """Returns {product: error} of the three products, against their quantised views multiplied in float64."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = quantized_linear(x, weight, RECIPES["nvfp4"], seed)
+    dx, dw = torch.autograd.grad(y, (x, weight), dy)
+    x, weight, columns = x.detach(), quantize(weight.detach(), (16, 16)), partial(quantize_columns, transform=True)
+    views = {
+        "fprop": (y, quantize(x), weight),
+        "dgrad": (dx, quantize(dy, stochastic=True, seed=2 * seed), weight.T),
+        "wgrad": (dw, columns(dy, stochastic=True, seed=2 * seed + 1), columns(x)),
+    }
+    return {name: relative(out.double(), dequantize(a).double() @ dequantize(b).double().T)
+            for name, (out, a, b) in views.items()}  # fmt: skip
+
+
+def demo():
+    """Prints the error of each format, of the mean of stochastic gradients, and of the three products."""
+    torch.manual_seed(0)
+    x = torch.randn(1024, 1024)
+    print("1. There and back: error of Gaussian numbers\n\nformat  block       bits   nearest   stochastic")
+    for format, kind in FORMATS.items():
+        for block in kind.blocks:
+            ways = [quantize(x, block, format, stochastic) for stochastic in (False, True)[: 1 + (kind.bits == 4)]]
+            errors = "".join(f"{relative(dequantize(q), x):10.2%}" for q in ways)
+            print(f"{format:8}{block[0]:3} x {block[1]:3}{8 * ways[0].nbytes / x.numel():9.2f}{errors}")
+
+    dy, x = torch.randn(2, 256, 256)
+    exact = hadamard(dy).T @ dequantize(quantize_columns(x, transform=True)).T
+    nearest = relative(fp4_matmul(quantize_columns(dy, transform=True), quantize_columns(x, transform=True)), exact)
+    rows = {"S": gradient_bias(dy, x, 128), "H": gradient_bias(dy, x, 128, 17 / 16)}
+    print("\n2. Error of the mean weight gradient over n seeds: S stochastic, H with 17/16 headroom, N to nearest\n")
+    print(f"{'n':>4}{'S':>8}{'H':>8}{'N':>8}   1 %{'3 %':>22}{'10 %':>23}")
+    for n in rows["S"]:
+        errors, line = {"N": nearest} | {name: row[n] for name, row in rows.items()}, [" "] * 56
+        for name, error in errors.items():
+            line[round(44 * math.log10(100 * error))] = name
+        print(f"{n:4}{errors['S']:8.2%}{errors['H']:8.2%}{errors['N']:8.2%}   |{''.join(line).rstrip()}")
+    print("S falls as 1 / sqrt(n), down to what is clipped: E4M3 may round a scale down. Rounded to nearest, it stays.")
+
+    dy, spike = steady_gradient((4096, 128))
+    x, kept = 1 + torch.randn(4096, 64), {}
+    for name, stochastic in (("nearest", False), ("stochastic", True)):
+        kept[name] = (dequantize(quantize(dy, stochastic=stochastic))[~spike].mean() / 0.02).item()
+    print("\n3. A steady gradient of 0.02 under spikes: what is left of it, and the error of the weight gradient\n")
+    print("  kept: " + ", ".join(f"{name} {share:.3f}" for name, share in kept.items()))
+    for transform in (False, True):
+        for stochastic in (False, True):
+            g = quantize_columns(dy, transform=transform, stochastic=stochastic)
+            error = relative(fp4_matmul(g, quantize_columns(x, transform=transform)), dy.T @ x)
+            name = f"{'Hadamard' if transform else 'plain'}, {'stochastic' if stochastic else 'nearest'}"
+            print(f"  {name:22}{error:7.1%}")
+
+    print("\n4. The three products of a layer, against their quantised views in float64\n")
+    for name, error in product_errors(torch.randn(64, 96), torch.randn(80, 96), torch.randn(64, 80)).items():
+        print(f"  {name}{error:10.1e}")
+
+
+if __name__ == "__main__":
+    demo()
