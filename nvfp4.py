@@ -26,7 +26,7 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 1,653 lines in all
+Files    nvfp4.py + kernels.py: 1,667 lines in all
 """
 
 import math
@@ -92,21 +92,21 @@ def e4m3_round(a):
 
 
 def uniform(seed, shape, device):
-    """Returns u float32 `shape` in [0, 1), the numbers of Philox4x32-10 as Triton's `tl.rand4x` draws them.
+    """Returns u float32 `shape` in [0, 1), in steps of 2^-16: the numbers of Philox4x32-10, from Triton's `randint4x`.
 
-    Elements 4 i to 4 i + 3, in row-major order, are the four words of counter i. seed, the key: an int or int64 [].
+    Elements 8 i to 8 i + 7, in row-major order, are the halves of the four words of counter i, the low half first.
+    seed, the key: an int or int64 [].
     """
     low, n = 0xFFFFFFFF, math.prod(shape)
-    i = torch.arange(-(-n // 4), device=device)
+    i = torch.arange(-(-n // 8), device=device)
     seed = seed if torch.is_tensor(seed) else torch.full((), seed, dtype=torch.int64, device=device)
     c0, c1, c2, c3, k0, k1 = i & low, i >> 32, i * 0, i * 0, seed & low, seed >> 32 & low
     for _ in range(10):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits: int64 wraps around, and the bits are right
         c0, c1, c2, c3 = b >> 32 & low ^ c1 ^ k0, b & low, a >> 32 & low ^ c3 ^ k1, a & low
         k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    words = torch.stack([c0, c1, c2, c3], dim=-1).flatten()[:n].view(shape)
-    words = torch.where(words >> 31 == 1, low - words, words)  # 31 bits, as Triton folds them
-    return words.float() * 4.6566127342e-10  # 2^-31, just so much smaller that 1 is never reached
+    halves = [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=-1).flatten()[:n].view(shape).float() * 2**-16
 
 
 # ---- 2. quantising ----------------------------------------------------------------------------------------
@@ -374,17 +374,33 @@ def _pad(x, rows, columns=1):
     return F.pad(x, (0, -K % columns, 0, -R % rows)) if R % rows or K % columns else x
 
 
+def _views(x, block, format, stochastic=False, seed=0, transform=False, rows=True, columns=True):
+    """Returns (rows, columns): x [R, K] and its transpose [K, R] as operands of a product, None if not wanted.
+
+    block, format: of `quantize`. With square blocks both are the same numbers; else the columns are rounded for
+    themselves, with the next seed, and after `hadamard` if transform. Where blocks end beyond x, zeros are added.
+    """
+    R, n = len(x), block[1]
+    if block[0] == n:
+        q = quantize(_pad(x, n, n), block, format)
+        return q.rows(R), q.T
+    return (
+        quantize(_pad(x, 1, n).contiguous(), block, format, stochastic, seed) if rows else None,
+        quantize_columns(_pad(x, n), format, transform, stochastic, seed + 1) if columns else None,
+    )
+
+
 class _QuantizedLinear(torch.autograd.Function):
     """y = x W^T and its backward: every operand is quantised from the tensor itself, along the axis that is summed."""
 
     @staticmethod
     def forward(ctx, x, weight, seed, recipe):
         ctx.save_for_backward(x, weight, seed)
-        ctx.recipe = recipe
+        ctx.recipe, block, format = recipe, (1, recipe.columns), recipe.format
         if not recipe.forward:
             return x @ weight.to(x.dtype).T
-        w = quantize(_pad(weight, recipe.weight_block[0]), recipe.weight_block, recipe.format).rows(len(weight))
-        return fp4_matmul(quantize(x, (1, recipe.columns), recipe.format), w, x.dtype)  # [T, O]
+        w, _ = _views(weight, recipe.weight_block, format, columns=False)  # [O, I]
+        return fp4_matmul(_views(x, block, format, columns=False)[0], w, x.dtype)  # [T, O]
 
     @staticmethod
     @once_differentiable
@@ -395,16 +411,14 @@ class _QuantizedLinear(torch.autograd.Function):
             with no_autocast(dy.device):
                 dx = dy @ weight.to(dy.dtype) if of_x else None
                 return dx, (dy.T @ x).to(weight.dtype) if of_weight else None, None, None
+        block, transform = (1, r.columns), r.hadamard_wgrad
+        g, g_columns = _views(dy, block, r.format, r.stochastic_grad, 2 * seed, transform, of_x, of_weight)
         if of_x:  # summed over O
-            padded = _pad(weight, r.columns)  # [O, I]
-            square = r.weight_block[0] == r.weight_block[1]
-            w = quantize(padded, r.weight_block, r.format).T if square else quantize_columns(padded, r.format)
-            g = quantize(_pad(dy, 1, r.columns).contiguous(), (1, r.columns), r.format, r.stochastic_grad, 2 * seed)
+            _, w = _views(weight, r.weight_block, r.format, rows=False)  # [I, O]
             dx = fp4_matmul(g, w, x.dtype)  # [T, I]
         if of_weight:  # summed over T
-            g, h = (_pad(t, r.columns) for t in (dy, x))
-            g = quantize_columns(g, r.format, r.hadamard_wgrad, r.stochastic_grad, 2 * seed + 1)  # [O, T]
-            dw = fp4_matmul(g, quantize_columns(h, r.format, r.hadamard_wgrad), weight.dtype)  # [O, I]
+            _, x_columns = _views(x, block, r.format, transform=transform, rows=False)  # [I, T]
+            dw = fp4_matmul(g_columns, x_columns, weight.dtype)  # [O, I]
         return dx, dw, None, None
 
 
