@@ -216,6 +216,16 @@ def quantize_ref(x, block=(1, 16), format="nvfp4", stochastic=False, seed=0, ama
     return Quantized(codes, scales, scale, (R, K), format, tuple(block))
 
 
+def _check(format, block, stochastic):
+    """Raises ValueError for an unknown format, a block that it does not have, and for 8 bits rounded at random."""
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; use one of {', '.join(FORMATS)}")
+    if block not in FORMATS[format].blocks:
+        raise ValueError(f"{format} has blocks of {' or '.join(map(str, FORMATS[format].blocks))}, not {block}")
+    if stochastic and FORMATS[format].bits == 8:
+        raise ValueError(f"{format} is rounded to nearest; stochastic rounding is for formats of 4 bits")
+
+
 def quantize(x, block=(1, 16), format="nvfp4", stochastic=False, seed=0, amax=None):
     """Returns x [R, K], a float matrix, as a Quantized.
 
@@ -225,17 +235,12 @@ def quantize(x, block=(1, 16), format="nvfp4", stochastic=False, seed=0, amax=No
     have to wait for the device, and training is to see it as it sees any other number that is not finite.
     Raises ValueError for what is no matrix of whole blocks, an unknown format, or a block that it does not have.
     """
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; use one of {', '.join(FORMATS)}")
-    kind, (rows, columns) = FORMATS[format], block
-    if tuple(block) not in kind.blocks:
-        raise ValueError(f"{format} has blocks of {' or '.join(map(str, kind.blocks))}, not {tuple(block)}")
+    rows, columns = block = tuple(block)
+    _check(format, block, stochastic)
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"expected a matrix of floats [R, K], got {list(x.shape)} of {x.dtype}; flatten or cast it")
     if not x.numel() or x.shape[0] % rows or x.shape[1] % columns:
         raise ValueError(f"{list(x.shape)} is not made of whole blocks of {list(block)}: pad it with zeros")
-    if stochastic and kind.bits == 8:
-        raise ValueError(f"{format} is rounded to nearest; stochastic rounding is for formats of 4 bits")
     return quantize_ref(x, block, format, stochastic, seed, amax)
 
 
@@ -340,13 +345,8 @@ class Recipe:
     backward: bool = True  # whether dx and dW are
 
     def __post_init__(self):
-        kind = FORMATS.get(self.format)
-        if self.format == "bf16" and not (self.forward or self.backward):
-            return
-        if kind is None or self.weight_block not in kind.blocks:
-            raise ValueError(f"no format {self.format!r} with blocks of {self.weight_block}: see FORMATS")
-        if self.stochastic_grad and kind.bits == 8:
-            raise ValueError(f"{self.format} is rounded to nearest: set stochastic_grad=False")
+        if self.quantizes:
+            _check(self.format, self.weight_block, self.stochastic_grad)
 
     @property
     def columns(self):
@@ -487,19 +487,6 @@ def _layer_of(name):
     return int(found[1]) if found else -1
 
 
-def _recipe_of(name, recipe, keep, last, everything):
-    """Returns the Recipe of the module `name`, or None if it is kept. last: the first of the layers kept at the end."""
-    words = set(name.split("."))
-    if any(part in name for part in keep) or words & (HEAD if everything else KEPT):
-        return None
-    if everything:
-        return recipe
-    if _layer_of(name) >= max(0, last):
-        return None
-    coarse = recipe.format in FORMATS and FORMATS[recipe.format].bits == 4
-    return MXFP8 if coarse and "out_proj" in words else recipe
-
-
 def quantize_model(model, recipe, keep=None, everything=False):
     """Swaps the Linears and experts of a model for quantised ones, in place; returns the names of those it swapped.
 
@@ -510,47 +497,42 @@ def quantize_model(model, recipe, keep=None, everything=False):
     The last call counts: after RECIPES["bf16"] the model is what it was. Parameters, hooks and names stay the same.
     Raises ValueError, before anything is swapped, for a width that blocks do not fit, and for a `keep` without effect.
     """
-    keep = [keep] if isinstance(keep, str) else list(keep or ())
-    modules = {name: m for name, m in model.named_modules() if _is_product(m)}
+    keep, names = [keep] if isinstance(keep, str) else list(keep or ()), [name for name, _ in model.named_modules()]
+    n_layers = 1 + max(_layer_of(name) for name in names if "mtp" not in name.split("."))
+    last, recipes = max(0, n_layers - max(1, round(0.15 * n_layers))), {}
     for part in keep:
-        if not any(part in name for name in modules):
-            raise ValueError(f"keep={part!r} is in the name of no layer; names are like {', '.join(list(modules)[:3])}")
-    layers = [_layer_of(name) for name, _ in model.named_modules() if "mtp" not in name.split(".")]
-    n_layers = max(layers, default=-1) + 1
-    last = n_layers - max(1, round(0.15 * n_layers))
-    recipes = {name: _recipe_of(name, recipe, keep, last, everything) for name in modules}
-    recipes = {name: r if r and r.quantizes else None for name, r in recipes.items()}
-    for name, r in recipes.items():
-        for width in _widths(modules[name]) if r else ():
-            if width % r.columns:
+        if not any(part in name for name in names):
+            raise ValueError(f"keep={part!r} is in the name of no module, like {names[-1]!r}")
+    for name, module in model.named_modules():
+        linear, words = type(module) in (nn.Linear, QuantizedLinear), set(name.split("."))
+        if not linear and not hasattr(module, "product"):  # experts have that: latent_moe.Experts
+            continue
+        kept = words & (HEAD if everything else KEPT) or any(part in name for part in keep)
+        if kept or not recipe.quantizes or (_layer_of(name) >= last and not everything):
+            recipes[name] = None
+            continue
+        finer = "out_proj" in words and FORMATS[recipe.format].bits == 4 and not everything
+        recipes[name] = MXFP8 if finer else recipe
+        for width in [module.in_features] if linear else [p.shape[-1] for p in module.parameters()]:
+            if width % recipes[name].columns:
                 raise ValueError(
-                    f"{name}: its width {width} is not a multiple of {r.columns}, the block of {r.format}; "
-                    "keep that layer, or choose another width or format"
+                    f"{name}: its width {width} is not a multiple of {recipes[name].columns}, the block of "
+                    f"{recipes[name].format}; keep that layer, or choose another width or format"
                 )
-    for name, r in recipes.items():
-        _swap(modules[name], r)
-    return [name for name, r in recipes.items() if r]
-
-
-def _is_product(module):
-    """Returns whether a module is one that `quantize_model` may swap: a Linear, or experts (latent_moe.Experts)."""
-    return type(module) in (nn.Linear, QuantizedLinear) or hasattr(module, "product")
-
-
-def _widths(module):
-    """Returns what the products of a module's forward sum over."""
-    return [module.in_features] if isinstance(module, nn.Linear) else [p.shape[-1] for p in module.parameters()]
+    for name, chosen in recipes.items():
+        _swap(model.get_submodule(name), chosen)
+    return [name for name, chosen in recipes.items() if chosen]
 
 
 def _swap(module, recipe):
     """Makes a Linear, or experts, quantised; or plain again, without a recipe."""
     if not isinstance(module, nn.Linear):
         module.product = partial(quantized_product, recipe=recipe) if recipe else None
-    else:
-        vars(module).pop("recipe", None)
-        module.__class__ = QuantizedLinear if recipe else nn.Linear
-        if recipe:
-            module.recipe = recipe
+        return
+    vars(module).pop("recipe", None)
+    module.__class__ = QuantizedLinear if recipe else nn.Linear
+    if recipe:
+        module.recipe = recipe
 
 
 # ---- 7. merged checkpoints --------------------------------------------------------------------------------
@@ -572,19 +554,14 @@ def merge_checkpoints(dicts, decay="minus-sqrt"):
     dicts = list(dicts)
     if decay not in DECAYS or not dicts:
         raise ValueError(f"decay={decay!r}, {len(dicts)} checkpoints: need one of {', '.join(DECAYS)}, and checkpoints")
-    shapes = [{name: tuple(t.shape) for name, t in one.items()} for one in dicts]
-    for number, other in enumerate(shapes):
-        if other != shapes[0]:
-            name = min(k for k in {*shapes[0], *other} if shapes[0].get(k) != other.get(k))
-            raise ValueError(f"checkpoint {number} and checkpoint 0 differ in {name}: {other.get(name)}, "
-                             f"{shapes[0].get(name)}; merge checkpoints of one run")  # fmt: skip
+    shapes = [{(name, tuple(t.shape)) for name, t in one.items()} for one in dicts]
+    if differ := set.union(*shapes) - set.intersection(*shapes):
+        raise ValueError(f"checkpoints differ in {min(differ)[0]}, and {len(differ) - 1} more: merge those of one run")
     w = [DECAYS[decay](j / len(dicts)) for j in range(len(dicts) + 1)]
     merged = {}
     for name, newest in dicts[-1].items():
-        if newest.is_floating_point():
-            terms = ((w[j] - w[j + 1]) * one[name].double() for j, one in enumerate(dicts))
-            newest = sum(terms).to(newest.dtype)
-        merged[name] = newest.clone()
+        total = sum((w[j] - w[j + 1]) * one[name].double() for j, one in enumerate(dicts))
+        merged[name] = total.to(newest.dtype) if newest.is_floating_point() else newest.clone()
     return merged
 
 
@@ -610,10 +587,10 @@ def gradient_bias(dy, x, n_seeds, headroom=1.0):
     return errors
 
 
-def steady_gradient(shape, value=0.02):
-    """Returns (dy, spike), both [T, O]: dy is `value`, but Gaussian where spike is true, once in each block."""
-    spike = F.one_hot(torch.randint(16, (shape[0], shape[1] // 16)), 16).flatten(1).bool()
-    return torch.where(spike, torch.randn(shape), value), spike
+def steady_gradient(T, C, value=0.02):
+    """Returns (dy, spike), both [T, C]: dy is `value`, but Gaussian where spike is true, for one of 16 tokens."""
+    spike = F.one_hot(torch.randint(16, (T // 16, C)), 16).bool().transpose(1, 2).flatten(0, 1)
+    return torch.where(spike, torch.randn(T, C), value), spike
 
 
 def product_errors(x, weight, dy, seed=0):
@@ -655,18 +632,13 @@ def demo():
         print(f"{n:4}{errors['S']:8.2%}{errors['H']:8.2%}{errors['N']:8.2%}   |{''.join(line).rstrip()}")
     print("S falls as 1 / sqrt(n), down to what is clipped: E4M3 may round a scale down. Rounded to nearest, it stays.")
 
-    dy, spike = steady_gradient((4096, 128))
-    x, kept = 1 + torch.randn(4096, 64), {}
-    for name, stochastic in (("nearest", False), ("stochastic", True)):
-        kept[name] = (dequantize(quantize(dy, stochastic=stochastic))[~spike].mean() / 0.02).item()
+    (dy, spike), x = steady_gradient(4096, 128), 1 + torch.randn(4096, 64)
     print("\n3. A steady gradient of 0.02 under spikes: what is left of it, and the error of the weight gradient\n")
-    print("  kept: " + ", ".join(f"{name} {share:.3f}" for name, share in kept.items()))
-    for transform in (False, True):
-        for stochastic in (False, True):
-            g = quantize_columns(dy, transform=transform, stochastic=stochastic)
-            error = relative(fp4_matmul(g, quantize_columns(x, transform=transform)), dy.T @ x)
-            name = f"{'Hadamard' if transform else 'plain'}, {'stochastic' if stochastic else 'nearest'}"
-            print(f"  {name:22}{error:7.1%}")
+    for transform, stochastic in ((False, False), (False, True), (True, False), (True, True)):
+        g, other = (quantize_columns(t, "nvfp4", transform, stochastic and t is dy) for t in (dy, x))
+        back = hadamard(dequantize(g).T, inverse=True) if transform else dequantize(g).T
+        name = f"{'Hadamard' if transform else 'plain'}, {'stochastic' if stochastic else 'nearest'}"
+        print(f"  {name:22}{back[~spike].mean() / 0.02:9.3f}{relative(fp4_matmul(g, other), dy.T @ x):9.1%}")
 
     print("\n4. The three products of a layer, against their quantised views in float64\n")
     for name, error in product_errors(torch.randn(64, 96), torch.randn(80, 96), torch.randn(64, 80)).items():
