@@ -26,7 +26,7 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 1,667 lines in all
+Files    nvfp4.py + kernels.py: 1,644 lines in all
 """
 
 import math
@@ -422,6 +422,11 @@ class _QuantizedLinear(torch.autograd.Function):
         return dx, dw, None, None
 
 
+def quantize_weight(weight, recipe):
+    """Returns weight [O, I] as the Quantized that the forward multiplies with."""
+    return quantize(_pad(weight, recipe.weight_block[0]), recipe.weight_block, recipe.format).rows(len(weight))
+
+
 def quantized_linear(x, weight, recipe, seed=0):
     """Returns x weight^T [T, O] in x's dtype, for x [T, I] and weight [O, I], with the three products of `recipe`.
 
@@ -520,11 +525,11 @@ def quantize_model(model, recipe, keep=None, everything=False):
                     f"{recipes[name].format}; keep that layer, or choose another width or format"
                 )
     for name, chosen in recipes.items():
-        _swap(model.get_submodule(name), chosen)
+        swap(model.get_submodule(name), chosen)
     return [name for name, chosen in recipes.items() if chosen]
 
 
-def _swap(module, recipe):
+def swap(module, recipe):
     """Makes a Linear, or experts, quantised; or plain again, without a recipe."""
     if not isinstance(module, nn.Linear):
         module.product = partial(quantized_product, recipe=recipe) if recipe else None

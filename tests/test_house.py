@@ -32,7 +32,7 @@ WITHIN = {
 }
 SAME_FLOOR = {  # who may import whom on its own floor
     "expert_kernels": {"kernels"}, "common": {"kernels"},
-    "decode_kernels": {"ssd"},  # a decode step of Mamba-2 is defined by the step in ssd.py
+    "decode_kernels": {"ssd", "nvfp4"},  # a decode step of Mamba-2 is defined in ssd.py, a packed weight in nvfp4.py
     "rollouts": {"decoding"},  # answers are generated
 }  # fmt: skip
 LAYERS = {"ssd", "lla", "latent_moe", "nvfp4", "decode_kernels", "unmasking"}  # these import kernels, and nothing else

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import decoding
 import nvfp4
 from conftest import TINY
+from decode_kernels import pack_model
 from latent_moe import MoE, MoEConfig
 from nano_hybrid import PRESETS, Hybrid, HybridConfig
 from nvfp4 import (
@@ -640,6 +641,30 @@ def test_under_autocast_a_decode_session_keeps_the_float32_weights():
         copied = decoding.DecodeSession().model_like(model)
     assert copied.model.layers[0].mixer.in_proj.weight.dtype == torch.float32
     assert copied.model.layers[2].mixer.q_proj.weight.dtype == torch.bfloat16
+
+
+def test_a_packed_model_generates_with_the_rounded_weights():
+    model = Hybrid(HybridConfig(**WIDE | dict(intermediate_size=160, hybrid_override_pattern="M-E*M-"))).eval()
+    names, ids = quantize_model(model, NVFP4), torch.randint(64, (2, 9))
+    rounded = copy.deepcopy(model)
+    packed = pack_model(model)
+    assert packed == [name for name in names if not name.endswith(("out_proj", "experts"))]
+    quantize_model(rounded, RECIPES["bf16"])
+    for name in names:
+        module, block = rounded.get_submodule(name), (1, 32) if "out_proj" in name else (16, 16)
+        for p in module.parameters():
+            for matrix in p.data.view(-1, *p.shape[-2:]):
+                padded = torch.zeros(-(-len(matrix) // 16) * 16, matrix.shape[1])
+                padded[: len(matrix)] = matrix
+                q = quantize(padded, block, "mxfp8" if "out_proj" in name else "nvfp4")
+                matrix.copy_(dequantize(q)[: len(matrix)])
+    torch.testing.assert_close(model(ids), rounded(ids))
+    layer, x = model.model.layers[1].mixer.up_proj, torch.randn(3, 32)
+    assert sum(b.nbytes for b in layer.buffers()) == 160 * 32 * (4 + 8 / 256) / 8 + 4 and not list(layer.parameters())
+    torch.testing.assert_close(layer(x), x @ dequantize(layer.packed).T)
+    assert layer.to(torch.bfloat16).packed.scale.dtype == torch.float32
+    tokens = [list(write(model, [[1, 2, 3]], 6, temperature=0)) for write in (decoding.generate, Hybrid.generate)]
+    assert torch.equal(*map(torch.stack, tokens))
 
 
 # ---- 8. merged checkpoints --------------------------------------------------------------------------------
