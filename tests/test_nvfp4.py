@@ -508,15 +508,14 @@ def test_gradients_accumulate_in_float32():
     assert layer.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
-def test_torch_compile_keeps_one_graph_and_the_numbers(stochastic):
-    layer, x = QuantizedLinear(32, 20, recipe=replace(NVFP4, stochastic_grad=stochastic)), torch.randn(6, 32)
+def test_torch_compile_keeps_one_graph_and_the_numbers():
+    layer, x = QuantizedLinear(32, 20), torch.randn(6, 32)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):  # another seed is no other graph
         runs = [gradients(layer, x, seed, compiled) for seed in (1, 2)]
     assert same(runs[0], gradients(layer, x, 1)) and same(runs[1], gradients(layer, x, 2))
-    assert torch.equal(runs[0][1], runs[1][1]) != stochastic
+    assert not torch.equal(runs[0][1], runs[1][1])
 
 
 def test_a_batch_without_tokens_has_no_gradient_but_zero():
