@@ -350,9 +350,7 @@ def _e4m3(a):
 def _e2m1(y, u, STOCHASTIC: tl.constexpr):
     """Returns (code, value) of y in [-6, 6], not -0, rounded to E2M1; u in [0, 1) is read if STOCHASTIC."""
     a, sign = tl.abs(y), bits_of(y) & -0x80000000
-    binade = tl.maximum(
-        bits_of(y) & 0x7F800000, 0x3F800000
-    )  # the bits of 1, 2 or 4: values are half of it apart
+    binade = tl.maximum(bits_of(y) & 0x7F800000, 0x3F800000)  # the bits of 1, 2 or 4: values are half of it apart
     if STOCHASTIC:
         q = a * float_of((255 << 23) - binade)  # in units of that distance
         below = tl.floor(q)
