@@ -304,7 +304,10 @@ def fp4_matmul(a, b, out_dtype=torch.float32):
             (x, x_low), (y, y_low) = ((v.bfloat16(), (v - v.bfloat16().float()).bfloat16()) for v in (x, y))
             x, y = torch.cat([x, x_low, x], dim=1), torch.cat([y, y, y_low], dim=1)
             product = torch.mm(x, y.T, out_dtype=torch.float32)
-        return (product * (a.scale * b.scale)).to(out_dtype)
+        product = product * (a.scale * b.scale)
+        return (
+            product if out_dtype == product.dtype else product.to(out_dtype)
+        )  # an idle `to` costs torch 2.11 its grad
 
 
 # ---- 4. Triton --------------------------------------------------------------------------------------------

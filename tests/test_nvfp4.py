@@ -509,13 +509,27 @@ def test_gradients_accumulate_in_float32():
 
 
 def test_torch_compile_keeps_one_graph_and_the_numbers():
-    layer, x = QuantizedLinear(32, 20), torch.randn(6, 32)
+    layer, x, dy = QuantizedLinear(32, 20), torch.randn(6, 32), torch.randn(6, 20)
+
+    def both(x, seed):
+        return layer(x), quantized_linear(x, layer.weight, NVFP4, seed)
+
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    drawn = []  # of the layer, which draws its seeds
     with torch._dynamo.config.patch(error_on_recompile=True):  # another seed is no other graph
-        runs = [gradients(layer, x, seed, compiled) for seed in (1, 2)]
-    assert same(runs[0], gradients(layer, x, 1)) and same(runs[1], gradients(layer, x, 2))
-    assert not torch.equal(runs[0][1], runs[1][1])
+        for run, seed in enumerate((5, 5, 2**61 + 7)):
+            if run < 2:
+                torch.manual_seed(1)
+            seed, leaf = torch.tensor(seed), x.clone().requires_grad_()
+            y, z = compiled(leaf, seed)
+            drawn.append(torch.autograd.grad(y, leaf, dy, retain_graph=True)[0])
+            ours = torch.autograd.grad(z, (leaf, layer.weight), dy)
+            leaf = x.clone().requires_grad_()
+            z = quantized_linear(leaf, layer.weight, NVFP4, seed)
+            assert same(ours, torch.autograd.grad(z, (leaf, layer.weight), dy))
+            assert torch.equal(y, layer(leaf))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
 
 
 def test_a_batch_without_tokens_has_no_gradient_but_zero():
