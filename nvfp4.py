@@ -305,9 +305,8 @@ def fp4_matmul(a, b, out_dtype=torch.float32):
             x, y = torch.cat([x, x_low, x], dim=1), torch.cat([y, y, y_low], dim=1)
             product = torch.mm(x, y.T, out_dtype=torch.float32)
         product = product * (a.scale * b.scale)
-        return (
-            product if out_dtype == product.dtype else product.to(out_dtype)
-        )  # an idle `to` costs torch 2.11 its grad
+        # Not an idle `to`: torch 2.11, if it compiles this, would find the output twice, and lose its gradient.
+        return product if out_dtype == product.dtype else product.to(out_dtype)
 
 
 # ---- 4. Triton --------------------------------------------------------------------------------------------

@@ -515,7 +515,7 @@ def test_torch_compile_keeps_one_graph_and_the_numbers():
         return layer(x), quantized_linear(x, layer.weight, NVFP4, seed)
 
     torch._dynamo.reset()
-    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(both, backend="eager", fullgraph=True)
     drawn = []  # of the layer, which draws its seeds
     with torch._dynamo.config.patch(error_on_recompile=True):  # another seed is no other graph
         for run, seed in enumerate((5, 5, 2**61 + 7)):
