@@ -649,6 +649,15 @@ def test_decode_steps_go_through_the_quantised_forward(monkeypatch):
     assert tokens == [t.tolist() for t in model.generate([[1, 2, 3]], 6, temperature=0)] and len(plain) == 6
 
 
+def test_experts_whose_rows_the_host_counts_are_in_no_graph():
+    model = Hybrid(HybridConfig(**WIDE | dict(hybrid_override_pattern="M-E*M-"))).eval()
+    assert decoding.can_record(model)
+    quantize_model(model, NVFP4)
+    assert not decoding.can_record(model)
+    pack_model(model)
+    assert decoding.can_record(model)
+
+
 def test_under_autocast_a_decode_session_keeps_the_float32_weights():
     model = Hybrid(HybridConfig(**WIDE)).eval()
     quantize_model(model, NVFP4)
