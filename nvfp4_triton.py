@@ -35,6 +35,12 @@ def _bits(x):
 
 
 @jit
+def _float(bits):
+    """Returns the float32 that an int32 holds."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@jit
 def _magnitude(x):
     """Returns |x| as an integer."""
     return _bits(x) & 0x7FFFFFFF
@@ -43,7 +49,7 @@ def _magnitude(x):
 @jit
 def _power(exponent):
     """Returns 2^exponent for an exponent in [-127, 127]; -127 is not a normal number."""
-    return tl.where(exponent > -127, (exponent + 127) << 23, 1 << 22).to(tl.float32, bitcast=True)
+    return _float(tl.where(exponent > -127, (exponent + 127) << 23, 1 << 22))
 
 
 @jit
@@ -53,27 +59,26 @@ def _e4m3(a):
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # 960 = 8 (127 - 7): the exponent's other bias
     whole = (a * 512 + 8388608.0) - 8388608.0  # 2^23: only whole numbers are left above it
     byte = tl.where(a < 0.015625, whole.to(tl.int32), normal)
-    value = tl.where(byte < 8, byte * 0.001953125, ((byte + 960) << 20).to(tl.float32, bitcast=True))
+    value = tl.where(byte < 8, byte * 0.001953125, _float((byte + 960) << 20))
     return byte, value
 
 
 @jit
 def _e2m1(y, u, STOCHASTIC: tl.constexpr):
-    """Returns (code, value) of y in [-6, 6], rounded to E2M1; u in [0, 1) is read if STOCHASTIC."""
-    a = tl.abs(y)
+    """Returns (code, value) of y in [-6, 6], not -0, rounded to E2M1; u in [0, 1) is read if STOCHASTIC."""
+    a, sign = tl.abs(y), _bits(y) & -0x80000000
+    binade = tl.maximum(_bits(y) & 0x7F800000, 0x3F800000)  # 1, 2 or 4, as a float's bits: values are half of it apart
     if STOCHASTIC:
-        inverse = tl.where(a < 2, 2.0, tl.where(a < 4, 1.0, 0.5))  # of the distance to the next value
-        q = a * inverse
+        q = a * _float((255 << 23) - binade)  # in units of that distance
         below = tl.floor(q)
         q = tl.where(u < q - below, below + 1, below)
-        a = tl.where(a < 2, 0.5 * q, tl.where(a < 4, q, 2 * q))
-    # Numbers at 2^22, 2^23 and 2^24 are 0.5, 1 and 2 apart: the sum is rounded as we want. Its last bits are then the
-    # code, as 2 in [2, 4) and 4 in [4, 6] is where the step is twice and four times the first: 2 and 4 codes are added.
-    large = tl.where(a < 2, 4194304.0, tl.where(a < 4, 8388610.0, 16777224.0))
+        a = q * _float(binade - (1 << 23))
+    # Float32 numbers around 2^22 times the binade are as far apart as the values: the sum is rounded as we want, ties
+    # to even. How many values it lies above is in its last bits; there are 2 below the binade of 2, and 4 below that of 4.
+    large = _float(binade) * 4194304.0
     total = a + large
-    code = (_bits(total) & 7) | tl.where(y < 0, 8, 0)
-    value = total - large
-    return code, tl.where(y < 0, -value, value)
+    code = _bits(total) - _bits(large) + (binade >> 22) - 254  # 254 = 2 * 127
+    return code | ((sign >> 28) & 8), _float(_bits(total - large) | sign)
 
 
 @jit
@@ -81,7 +86,7 @@ def _tensor_scales(partial_ptr, N_PARTIAL: tl.constexpr):
     """Returns (S_enc, S_dec) of the largest magnitude, whose candidates are at partial_ptr, as integers."""
     A = tl.max(tl.load(partial_ptr + tl.arange(0, N_PARTIAL)), 0)
     finite = A < 0x7F800000
-    amax = tl.where(finite & (A > 0), A, 0x3F800000).to(tl.float32, bitcast=True)
+    amax = _float(tl.where(finite & (A > 0), A, 0x3F800000))
     encode = tl.minimum(tl.div_rn(2688.0, amax), 3.4028234663852886e38)
     encode = tl.where(finite & (A > 0), encode, 1.0)
     return encode, tl.where(finite, tl.div_rn(1.0, encode), float("nan"))
@@ -94,7 +99,7 @@ def _block_scales(A, encode, decode, FORMAT: tl.constexpr):
     encode, decode: the tensor's S_enc and S_dec, for nvfp4. In a tensor with NaN or an infinity, decode is NaN.
     """
     finite, largest = A < 0x7F800000, 3.4028234663852886e38
-    a = tl.where(finite, A, 0).to(tl.float32, bitcast=True)
+    a = _float(tl.where(finite, A, 0))
     if FORMAT == "nvfp4":
         stored, value = _e4m3(tl.minimum(a * (encode * (1 / 6)), 448.0))
         decode = tl.where(decode == decode, decode, 1.0)
@@ -118,7 +123,7 @@ def _block_scales(A, encode, decode, FORMAT: tl.constexpr):
 def _element(x, factor, u, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Returns (code, value) of x, scaled by its block's factor and rounded."""
     if FORMAT == "nvfp4" or FORMAT == "mxfp4":
-        code, value = _e2m1(tl.clamp(x * factor, -6.0, 6.0), u, STOCHASTIC)
+        code, value = _e2m1(tl.clamp(x * factor + 0.0, -6.0, 6.0), u, STOCHASTIC)  # + 0: -0 becomes 0
     else:
         y = tl.clamp(x * factor, -448.0, 448.0)
         code, value = _e4m3(tl.abs(y))
@@ -148,7 +153,7 @@ def _hadamard(x, N: tl.constexpr, SIGNS: tl.constexpr):
     """Returns the transform of a tuple of N tensors, as `hadamard` computes it."""
     y = ()
     for i in tl.static_range(N):
-        y = y + ((-x[i] if (SIGNS >> (i % 16)) & 1 else x[i]),)
+        y = y + ((x[i] * -1.0 if (SIGNS >> (i % 16)) & 1 else x[i]),)  # `-x` would be an instruction
     for stage in tl.static_range(5 if N == 32 else 4):
         z = ()
         for i in tl.static_range(N):
@@ -242,6 +247,7 @@ def _pack_columns(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode
         A = tl.maximum(A, _magnitude(x[i]))
     stored, value, factor = _block_scales(A, encode, decode, FORMAT)
     at = c.to(tl.int64) * padded + first  # of the transposed matrix [C, padded]
+    at += tl.where(A < 0, 1, 0)  # 0, but lets Triton compute the random numbers in the threads that hold x
     if scales_ptr is not None:
         tl.store(scales_ptr + at // N, stored, mask=mask)
     for group in tl.static_range(N // 8):
@@ -368,28 +374,28 @@ def operands(x, block, format, stochastic=False, seed=0, transform=False, column
 @jit
 def _decode(word):
     """Returns 2^-126 times the number whose code is in the top four bits of an int32."""
-    return ((word >> 6) & -0x7E400000).to(tl.float32, bitcast=True)  # keeps the bits of 0x81C00000
+    return _float((word >> 6) & -0x7E400000)  # keeps the bits of 0x81C00000
 
 
 @jit
-def _packed_vector_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, O, WORDS, stride_x,
-                          BR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Writes ROWS numbers of out [M, O] = x [M, 8 WORDS] W^T for one row of x."""
+def _packed_vector_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, O, odd_words, stride_x,
+                          BR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Writes ROWS numbers of out [M, O] = x [M, K] W^T, for one row of x. A thread owns a word of each of its rows."""
+    WORDS = odd_words - 1  # K / 8. Were it known to be a multiple of 4, a thread would get 4 words, and 4 times the x
     x_ptr += tl.program_id(1).to(tl.int64) * stride_x
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     of_scales = (tl.program_id(0) * ROWS // BR if BR > 1 else rows) * (WORDS // 2)  # one row of them, or one each
     total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in tl.range(0, WORDS, WIDTH, num_stages=3):
+    for first in tl.range(0, WORDS, WIDTH, num_stages=STAGES):
         w = first + tl.arange(0, WIDTH)[None, :]
         words = tl.load(codes_ptr + rows * WORDS + w, mask=(rows < O) & (w < WORDS), other=0)  # [ROWS, WIDTH]
         mask = (w < WORDS) if BR > 1 else (rows < O) & (w < WORDS)
         scales = tl.load(scales_ptr + of_scales + w // 2, mask=mask, other=0).to(tl.int32)
-        scales = (scales << 20).to(tl.float32, bitcast=True) * 2.0**120  # E4M3, by the same reasoning
+        scales = _float(scales << 20) * 2.0**120  # E4M3, by the same reasoning
+        into_x = scales * 2.0**62 if BR > 1 else 2.0**62
         part = tl.zeros([ROWS, WIDTH], tl.float32)
         for k in tl.static_range(8):
-            x = tl.load(x_ptr + 8 * w + k, mask=w < WORDS, other=0.0).to(tl.float32) * 2.0**62
-            if BR > 1:
-                x *= scales
+            x = tl.load(x_ptr + 8 * w + k, mask=w < WORDS, other=0.0).to(tl.float32) * into_x
             part += _decode(words << (28 - 4 * k)) * x
         total += part if BR > 1 else part * scales
     out = tl.sum(total, 1, keep_dims=True) * 2.0**64 * tl.load(scale_ptr)
@@ -404,12 +410,14 @@ def _packed_product_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, M, 
     n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None].to(tl.int64)
     total = tl.zeros([BM, BN], tl.float32)
     for first in range(0, K, BK):
-        k, pair, block = (first // size + tl.arange(0, BK // size)[None, :] for size in (1, 2, 16))
+        k = first + tl.arange(0, BK)[None, :]
+        pair = first // 2 + tl.arange(0, BK // 2)[None, :]
+        block = first // 16 + tl.arange(0, BK // 16)[None, :]
         x = tl.load(x_ptr + m * stride_x + k, mask=(m < M) & (k < K), other=0.0)
         even, odd = tl.split(x.reshape(BM, BK // 2, 2))
         codes = tl.load(codes_ptr + n * (K // 2) + pair, mask=(n < O) & (pair * 2 < K), other=0).to(tl.int32)
         scales = tl.load(scales_ptr + n // BR * (K // 16) + block, mask=(n < O) & (block * 16 < K), other=0)
-        scales = (scales.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 2.0**126
+        scales = _float(scales.to(tl.int32) << 20) * 2.0**126
         scales = tl.broadcast_to(scales[:, :, None], (BN, BK // 16, 8)).reshape(BN, BK // 2)
         low, high = _decode(codes << 28) * 2.0**120 * scales, _decode((codes >> 4) << 28) * 2.0**120 * scales
         total = tl.dot(even, tl.trans(low.to(x.dtype)), total, input_precision=PRECISION)
@@ -428,10 +436,10 @@ def packed_linear(x, weight):
     out = torch.empty(M, O, dtype=x.dtype, device=x.device)
     tensors, br = (x, weight.codes, weight.scales, weight.scale, out), weight.block[0]
     if M <= 4:
-        ROWS = 8
+        ROWS = 16 if O >= 8192 else 8  # more rows read x less often, but there must be work for all multiprocessors
         _packed_vector_kernel[(-(-O // ROWS), M)](
-            x, weight.codes.view(torch.int32), *tensors[2:], O, K // 8, x.stride(0), BR=br, ROWS=ROWS, WIDTH=128,
-            num_warps=4,
+            x, weight.codes.view(torch.int32), *tensors[2:], O, K // 8 + 1, x.stride(0), BR=br, ROWS=ROWS, WIDTH=128,
+            STAGES=3, num_warps=4,
         )  # fmt: skip
     else:
         BM = 16 if M <= 16 else 64
