@@ -302,7 +302,15 @@ def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, row_codes_ptr, row_sca
                           RUNS, WIDTH)  # fmt: skip
 
 
-PROGRAMS = 8 if INTERPRET else 512  # that share the work of a pass: on a GPU four for each multiprocessor
+PARTIAL = 8 if INTERPRET else 512  # programs of the first pass: about four for each multiprocessor
+
+
+def _pack_tiles(T, C, columns, block):
+    """Returns (programs, tile) of the second pass: about four tiles for each program."""
+    RUNS = {16: 4, 32: 2, 128: 8}[block]
+    rows = RUNS * (block if columns else 16)
+    tiles = -(-T // rows) * -(-C // 128)
+    return -(-tiles // 4), dict(RUNS=RUNS, WIDTH=128, num_warps=4)
 
 
 def _launch(x, block, format, stochastic, seed, amax, transform, rows, columns):
@@ -312,27 +320,27 @@ def _launch(x, block, format, stochastic, seed, amax, transform, rows, columns):
     """
     (T, C), (br, bc) = x.shape, block
     x = x if x.stride(1) == 1 else x.contiguous()
-    partial = torch.empty(2, PROGRAMS, dtype=torch.int32, device=x.device)
+    partial = torch.empty(2, PARTIAL, dtype=torch.int32, device=x.device)
     scale = torch.empty(2, dtype=torch.float32, device=x.device)
-    tiles = dict(N=16, RUNS=4, WIDTH=128)
     if format != "nvfp4":
         scale.fill_(1.0)
     elif amax is None:
-        _amax_kernel[(PROGRAMS,)](
-            x, partial, T, C, x.stride(0), N_PARTIAL=PROGRAMS, HADAMARD=transform, SIGNS=SIGNS, num_warps=4, **tiles
-        )
+        _amax_kernel[(PARTIAL,)](
+            x, partial, T, C, x.stride(0), N_PARTIAL=PARTIAL, N=16, HADAMARD=transform, SIGNS=SIGNS, RUNS=4, WIDTH=128,
+            num_warps=4,
+        )  # fmt: skip
     else:
         partial.copy_(torch.as_tensor(amax, dtype=torch.float32, device=x.device).view(torch.int32))
     if stochastic and not torch.is_tensor(seed):
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
     words = lambda t: t.view(torch.int32) if t is not None and FORMATS[format].bits == 4 else t  # noqa: E731
     outputs = [t for view in (rows, columns) for t in ((words(view[0]), *view[1:]) if view else (None,) * 3)]
-    RUNS = {16: 4, 32: 2, 128: 8}[bc]
+    programs, tiles = _pack_tiles(T, C, columns is not None, bc)
     padded_T, padded_C = (-(-size // bc) * bc for size in (T, C))
-    _pack_kernel[(PROGRAMS,)](
+    _pack_kernel[(programs,)](
         x, partial, seed if stochastic else None, scale, *outputs, T, C, x.stride(0), padded_T, padded_C,
         FORMAT=format, STOCHASTIC=stochastic, BR=br, BC=bc, HADAMARD=transform, SIGNS=SIGNS,
-        BY_ROWS=rows is not None, BY_COLUMNS=columns is not None, N_PARTIAL=PROGRAMS, RUNS=RUNS, WIDTH=128, num_warps=4,
+        BY_ROWS=rows is not None, BY_COLUMNS=columns is not None, N_PARTIAL=PARTIAL, **tiles,
     )  # fmt: skip
     return scale
 
@@ -393,11 +401,11 @@ def _packed_vector_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, O, o
         scales = tl.load(scales_ptr + of_scales + w // 2, mask=mask, other=0).to(tl.int32)
         scales = _float(scales << 20) * 2.0**120  # E4M3, by the same reasoning
         into_x = scales * 2.0**62 if BR > 1 else 2.0**62
-        part = tl.zeros([ROWS, WIDTH], tl.float32)
+        part = total if BR > 1 else tl.zeros([ROWS, WIDTH], tl.float32)
         for k in tl.static_range(8):
             x = tl.load(x_ptr + 8 * w + k, mask=w < WORDS, other=0.0).to(tl.float32) * into_x
             part += _decode(words << (28 - 4 * k)) * x
-        total += part if BR > 1 else part * scales
+        total = part if BR > 1 else total + part * scales
     out = tl.sum(total, 1, keep_dims=True) * 2.0**64 * tl.load(scale_ptr)
     tl.store(out_ptr + tl.program_id(1) * O + rows, out, mask=rows < O)
 
@@ -426,6 +434,11 @@ def _packed_product_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, M, 
     tl.store(out_ptr + m * O + n, total * tl.load(scale_ptr), mask=(m < M) & (n < O))
 
 
+def _vector_tiles(O):
+    """Returns the tile of a product with one vector: rows share what is read of x, but each multiprocessor needs some."""
+    return dict(ROWS=16, WIDTH=64, STAGES=3, num_warps=2) if O >= 8192 else dict(ROWS=8, WIDTH=128, STAGES=3, num_warps=4)
+
+
 def packed_linear(x, weight):
     """Returns x [M, I] times the transpose of weight, a Quantized [O, I] of nvfp4: [M, O] in x's dtype, float32 sums.
 
@@ -436,11 +449,10 @@ def packed_linear(x, weight):
     out = torch.empty(M, O, dtype=x.dtype, device=x.device)
     tensors, br = (x, weight.codes, weight.scales, weight.scale, out), weight.block[0]
     if M <= 4:
-        ROWS = 16 if O >= 8192 else 8  # more rows read x less often, but there must be work for all multiprocessors
-        _packed_vector_kernel[(-(-O // ROWS), M)](
-            x, weight.codes.view(torch.int32), *tensors[2:], O, K // 8 + 1, x.stride(0), BR=br, ROWS=ROWS, WIDTH=128,
-            STAGES=3, num_warps=4,
-        )  # fmt: skip
+        tiles = _vector_tiles(O)
+        _packed_vector_kernel[(-(-O // tiles["ROWS"]), M)](
+            x, weight.codes.view(torch.int32), *tensors[2:], O, K // 8 + 1, x.stride(0), BR=br, **tiles
+        )
     else:
         BM = 16 if M <= 16 else 64
         _packed_product_kernel[(-(-M // BM), -(-O // 64))](
