@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import (
@@ -13,6 +14,7 @@ from kernels import (
     early_launch,
     expect,
     jit,
+    no_autocast,
     norm_forward,
     pick_backend,
     rms_norm_ref,
@@ -21,6 +23,7 @@ from kernels import (
     triton,
     wait_for_the_kernel_before,
 )
+from nvfp4 import Quantized, QuantizedLinear, dequantize, quantize_weight, swap
 from ssd import by_heads, split_projected, ssd_step_ref
 
 # ---- 1. products of a few rows --------------------------------------------------------------------------------------
@@ -669,3 +672,68 @@ def mamba2_steps(
         projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite,
         settled,
     )  # fmt: skip
+
+
+# ---- 5. packed weights ----------------------------------------------------------------------------------------------
+
+
+def packed_linear_ref(x, weight):
+    """Returns x [M, I] times the transpose of weight, an nvfp4.Quantized [O, I]: [M, O] in x's dtype, float32 sums."""
+    return (at_least_float32(x) @ dequantize(weight).T.to(at_least_float32(x).dtype)).to(x.dtype)
+
+
+def packed_linear(x, weight, backend="auto"):
+    """Returns `packed_linear_ref(x, weight)` on the backend asked for."""
+    return packed_linear_ref(x, weight)
+
+
+class PackedLinear(nn.Module):
+    """A Linear for generation that keeps its weight in the bytes of nvfp4, 4.03 bits for a number.
+
+    The numbers are those that a QuantizedLinear multiplies with. The activations are not rounded: that would only serve
+    the FP4 units of other hardware.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features, self.bias = linear.out_features, linear.bias
+        q = quantize_weight(linear.weight.detach(), linear.recipe)
+        self.block, self.shape = q.block, q.shape
+        self.register_buffer("codes", q.codes, persistent=False)
+        self.register_buffer("scales", q.scales, persistent=False)
+        self.register_buffer("scale", q.scale.view(torch.int32), persistent=False)  # an integer: .to(bfloat16) is none
+
+    @property
+    def packed(self):
+        """The weight, an nvfp4.Quantized [O, I]."""
+        return Quantized(self.codes, self.scales, self.scale.view(torch.float32), self.shape, "nvfp4", self.block)
+
+    def forward(self, x):
+        """Returns [..., O] of x [..., I], in the dtype of autocast if that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        with no_autocast(x.device):
+            y = packed_linear(x.reshape(-1, x.shape[-1]), self.packed).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@torch.no_grad()
+def pack_model(model):
+    """Makes a model of `nvfp4.quantize_model` one for generation, in place; returns the names of its packed layers.
+
+    Linears of nvfp4 become a PackedLinear. The weights of other formats, and of experts, are rounded and stay as many
+    bytes as they were. Such a model cannot be trained or saved.
+    """
+    names = []
+    for name, module in list(model.named_modules()):
+        product, recipe = getattr(module, "product", None), getattr(module, "recipe", None)
+        if isinstance(module, QuantizedLinear) and recipe.format == "nvfp4":
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, PackedLinear(module))
+            names.append(name)
+        elif product or isinstance(module, QuantizedLinear):
+            recipe = recipe or product.keywords["recipe"]
+            for matrix in (m for p in module.parameters() if p.dim() > 1 for m in p.view(-1, *p.shape[-2:])):
+                matrix.copy_(dequantize(quantize_weight(matrix, recipe)))
+            swap(module, None)
+    return names

@@ -407,7 +407,7 @@ class DecodeSession:
         if self.copied != (modules, dtype):
             self.copied, self.copy = (modules, dtype), copy.deepcopy(model).requires_grad_(False)
             for module in self.copy.modules():
-                if isinstance(module, nn.Linear) and module.weight is not self.copy.model.embeddings.weight:
+                if type(module) is nn.Linear and module.weight is not self.copy.model.embeddings.weight:
                     module.to(dtype)
         torch._foreach_copy_(*(list(itertools.chain(m.parameters(), m.buffers())) for m in (self.copy, model)))
         return self.copy
