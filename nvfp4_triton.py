@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import INTERPRET, dot_precision, jit, tl
-from nvfp4 import FORMATS, SIGNS, Quantized
+from kernels import INTERPRET, jit, tl
+from nvfp4 import SIGNS, Quantized
 
 # ---- 4. Triton --------------------------------------------------------------------------------------------
 #
@@ -13,8 +13,8 @@ from nvfp4 import FORMATS, SIGNS, Quantized
 # of x; a tile gives both views: the rows, blocked along C, and the columns, transformed and blocked along T.
 #
 #         x  |####|####|    `_amax_kernel`   2 bytes an element (bf16): one largest number a program and view
-#            |####|####|    `_pack_kernel`   2 bytes to read and, for training, 2 x 2 to write: code times block scale in
-#              tile                          BF16, what the products take on a GPU without FP4. Packed: 2 x 9/16.
+#            |####|####|    `_pack_kernel`   2 bytes to read and, for training, 2 x 2 to write: code times block scale,
+#              tile                          what a product takes on a GPU without FP4. Packed: 2 x 9/16.
 #
 # A column's block of N tokens is a tuple of N tensors, one for each token: the Hadamard transform is then sums and
 # differences of registers. Magnitudes are compared as integers: NaN is above infinity, and so is not lost in a maximum.
@@ -47,12 +47,6 @@ def _magnitude(x):
 
 
 @jit
-def _power(exponent):
-    """Returns 2^exponent for an exponent in [-127, 127]; -127 is not a normal number."""
-    return _float(tl.where(exponent > -127, (exponent + 127) << 23, 1 << 22))
-
-
-@jit
 def _e4m3(a):
     """Returns (byte, value) of a in [0, 448], rounded to E4M3, ties to even."""
     bits = _bits(a)
@@ -74,7 +68,7 @@ def _e2m1(y, u, STOCHASTIC: tl.constexpr):
         q = tl.where(u < q - below, below + 1, below)
         a = q * _float(binade - (1 << 23))
     # Float32 numbers around 2^22 times the binade are as far apart as the values: the sum is rounded as we want, ties
-    # to even. How many values it lies above is in its last bits; there are 2 below the binade of 2, and 4 below that of 4.
+    # to even. Its last bits count values from 0 on; the binades of 2 and 4 leave out 2 and 4 of them.
     large = _float(binade) * 4194304.0
     total = a + large
     code = _bits(total) - _bits(large) + (binade >> 22) - 254  # 254 = 2 * 127
@@ -94,42 +88,31 @@ def _tensor_scales(partial_ptr, N_PARTIAL: tl.constexpr):
 
 @jit
 def _block_scales(A, encode, decode, FORMAT: tl.constexpr):
-    """Returns (stored, value, factor) for block maxima A, magnitudes as integers; factor takes numbers to the format.
+    """Returns (byte, value, factor) for block maxima A, magnitudes as integers; factor takes numbers to the format.
 
-    encode, decode: the tensor's S_enc and S_dec, for nvfp4. In a tensor with NaN or an infinity, decode is NaN.
+    encode, decode: the tensor's S_enc and S_dec, for nvfp4; decode is NaN in a tensor with NaN or an infinity.
     """
-    finite, largest = A < 0x7F800000, 3.4028234663852886e38
+    finite = A < 0x7F800000
     a = _float(tl.where(finite, A, 0))
     if FORMAT == "nvfp4":
-        stored, value = _e4m3(tl.minimum(a * (encode * (1 / 6)), 448.0))
-        decode = tl.where(decode == decode, decode, 1.0)
-        factor = tl.minimum(tl.div_rn(1.0 + 0 * value, value * decode), largest)
-        stored = tl.where(finite, stored, 127)
-    elif FORMAT == "fp8":
-        factor = tl.minimum(tl.div_rn(448.0 + 0 * a, tl.where(a > 0, a, 1.0)), largest)
-        factor = tl.where(a > 0, factor, 1.0)
-        value = tl.where(finite, tl.div_rn(1.0 + 0 * a, factor), float("nan"))
-        stored = value
+        byte, value = _e4m3(tl.minimum(a * (encode * (1 / 6)), 448.0))
+        factor = tl.div_rn(1.0, value * tl.where(decode == decode, decode, 1.0))
+        factor = tl.minimum(factor, 3.4028234663852886e38)
     else:
-        element = 6.0 if FORMAT == "mxfp4" else 448.0
-        bits = _bits(tl.div_rn(a, element + 0 * a))
-        stored = tl.where(bits <= 0x400000, 0, (bits + 0x7FFFFF) >> 23)  # 2^ceil(log2), in E8M0
-        value, factor = _power(stored - 127), _power(127 - stored)
-        stored = tl.where(finite, stored, 255)
-    return stored, tl.where(finite, value, float("nan")), factor
+        bits = _bits(tl.div_rn(a, 6.0 if FORMAT == "mxfp4" else 448.0))
+        byte = tl.where(bits <= 0x400000, 0, (bits + 0x7FFFFF) >> 23)  # the exponent, rounded up, as E8M0 holds it
+        value, factor = _float(tl.where(byte > 0, byte << 23, 0x400000)), _float((254 - byte) << 23)
+    return tl.where(finite, byte, 127 if FORMAT == "nvfp4" else 255), tl.where(finite, value, float("nan")), factor
 
 
 @jit
 def _element(x, factor, u, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Returns (code, value) of x, scaled by its block's factor and rounded."""
-    if FORMAT == "nvfp4" or FORMAT == "mxfp4":
-        code, value = _e2m1(tl.clamp(x * factor + 0.0, -6.0, 6.0), u, STOCHASTIC)  # + 0: -0 becomes 0
-    else:
+    """Returns (code, value) of x, scaled by its block's factor and rounded. mxfp8: no code."""
+    if FORMAT == "mxfp8":
         y = tl.clamp(x * factor, -448.0, 448.0)
-        code, value = _e4m3(tl.abs(y))
-        code = code | ((_bits(y) >> 24) & 0x80)
-        value = tl.where(y < 0, -value, value)
-    return code, value
+        _, value = _e4m3(tl.abs(y))
+        return 0, tl.where(y < 0, -value, value)
+    return _e2m1(tl.clamp(x * factor + 0.0, -6.0, 6.0), u, STOCHASTIC)  # + 0: -0 becomes 0
 
 
 @jit
@@ -222,13 +205,9 @@ def _pack_rows(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode, r
         v = (v * value[:, :, None]).reshape(ROWS, WIDTH)
         tl.store(values_ptr + t * C + c, v.to(values_ptr.dtype.element_ty), mask=mask)
     if codes_ptr is not None:
-        if FORMAT == "nvfp4" or FORMAT == "mxfp4":  # 8 codes to a word
-            shifts = 4 * tl.arange(0, 8)[None, None, :]
-            word = tl.sum(code.reshape(ROWS, WIDTH // 8, 8) << shifts, 2)
-            w = column // 8 + tl.arange(0, WIDTH // 8)[None, :]
-            tl.store(codes_ptr + t * (padded // 8) + w, word, mask=(t < T) & (w * 8 < C))
-        else:
-            tl.store(codes_ptr + t * padded + c, code.reshape(ROWS, WIDTH), mask=mask)
+        word = tl.sum(code.reshape(ROWS, WIDTH // 8, 8) << (4 * tl.arange(0, 8)[None, None, :]), 2)  # 8 codes
+        w = column // 8 + tl.arange(0, WIDTH // 8)[None, :]
+        tl.store(codes_ptr + t * (padded // 8) + w, word, mask=(t < T) & (w * 8 < C))
 
 
 @jit
@@ -264,9 +243,7 @@ def _pack_columns(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode
             if values_ptr is not None:
                 row = (first + 8 * group + j).to(tl.int64)
                 tl.store(values_ptr + row * C + c, (v * value).to(values_ptr.dtype.element_ty), mask=mask)
-            if codes_ptr is not None and FORMAT == "mxfp8":
-                tl.store(codes_ptr + at + 8 * group + j, code, mask=mask)
-        if codes_ptr is not None and FORMAT != "mxfp8":
+        if codes_ptr is not None:
             tl.store(codes_ptr + at // 8 + group, packed, mask=mask)
 
 
@@ -283,12 +260,11 @@ def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, row_codes_ptr, row_sca
         encode_columns, decode_columns = encode, decode
         if HADAMARD:
             encode_columns, decode_columns = _tensor_scales(partial_ptr + N_PARTIAL, N_PARTIAL)
-        if tl.program_id(0) == 0:
-            tl.store(scale_ptr, decode)
-            tl.store(scale_ptr + 1, decode_columns)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr, decode)
+        tl.store(scale_ptr + 1, decode_columns)
     seed = tl.load(seed_ptr) if STOCHASTIC else 0
-    N: tl.constexpr = BC  # tokens in a column's block
-    ROWS: tl.constexpr = RUNS * (N if BY_COLUMNS else 16)
+    ROWS: tl.constexpr = RUNS * BC
     width = tl.cdiv(C, WIDTH)
     for tile in range(tl.program_id(0), width * tl.cdiv(T, ROWS), tl.num_programs(0)):
         row, column = tile // width * ROWS, tile % width * WIDTH
@@ -296,21 +272,12 @@ def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, row_codes_ptr, row_sca
             _pack_rows(x_ptr, row_codes_ptr, row_scales_ptr, rows_ptr, seed, encode, decode, row, column, T, C, stride,
                        padded_C, FORMAT, STOCHASTIC, BR, BC, ROWS, WIDTH)  # fmt: skip
         if BY_COLUMNS:
-            seed_columns = seed + 1 if BY_ROWS else seed
-            _pack_columns(x_ptr, column_codes_ptr, column_scales_ptr, columns_ptr, seed_columns, encode_columns,
-                          decode_columns, row, column, T, C, stride, padded_T, FORMAT, STOCHASTIC, N, HADAMARD, SIGNS,
+            _pack_columns(x_ptr, column_codes_ptr, column_scales_ptr, columns_ptr, seed + 1, encode_columns,
+                          decode_columns, row, column, T, C, stride, padded_T, FORMAT, STOCHASTIC, BC, HADAMARD, SIGNS,
                           RUNS, WIDTH)  # fmt: skip
 
 
 PARTIAL = 8 if INTERPRET else 512  # programs of the first pass: about four for each multiprocessor
-
-
-def _pack_tiles(T, C, columns, block):
-    """Returns (programs, tile) of the second pass: about four tiles for each program."""
-    RUNS = {16: 4, 32: 2, 128: 8}[block]
-    rows = RUNS * (block if columns else 16)
-    tiles = -(-T // rows) * -(-C // 128)
-    return -(-tiles // 4), dict(RUNS=RUNS, WIDTH=128, num_warps=4)
 
 
 def _launch(x, block, format, stochastic, seed, amax, transform, rows, columns):
@@ -322,140 +289,50 @@ def _launch(x, block, format, stochastic, seed, amax, transform, rows, columns):
     x = x if x.stride(1) == 1 else x.contiguous()
     partial = torch.empty(2, PARTIAL, dtype=torch.int32, device=x.device)
     scale = torch.empty(2, dtype=torch.float32, device=x.device)
-    if format != "nvfp4":
-        scale.fill_(1.0)
-    elif amax is None:
+    if amax is None and format == "nvfp4":
         _amax_kernel[(PARTIAL,)](
-            x, partial, T, C, x.stride(0), N_PARTIAL=PARTIAL, N=16, HADAMARD=transform, SIGNS=SIGNS, RUNS=4, WIDTH=128,
-            num_warps=4,
+            x, partial, T, C, x.stride(0), N_PARTIAL=PARTIAL, N=16, HADAMARD=transform and columns is not None,
+            SIGNS=SIGNS, RUNS=4, WIDTH=128, num_warps=4,
         )  # fmt: skip
-    else:
+    elif format == "nvfp4":
         partial.copy_(torch.as_tensor(amax, dtype=torch.float32, device=x.device).view(torch.int32))
     if stochastic and not torch.is_tensor(seed):
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
-    words = lambda t: t.view(torch.int32) if t is not None and FORMATS[format].bits == 4 else t  # noqa: E731
-    outputs = [t for view in (rows, columns) for t in ((words(view[0]), *view[1:]) if view else (None,) * 3)]
-    programs, tiles = _pack_tiles(T, C, columns is not None, bc)
-    padded_T, padded_C = (-(-size // bc) * bc for size in (T, C))
-    _pack_kernel[(programs,)](
-        x, partial, seed if stochastic else None, scale, *outputs, T, C, x.stride(0), padded_T, padded_C,
-        FORMAT=format, STOCHASTIC=stochastic, BR=br, BC=bc, HADAMARD=transform, SIGNS=SIGNS,
-        BY_ROWS=rows is not None, BY_COLUMNS=columns is not None, N_PARTIAL=PARTIAL, **tiles,
+    RUNS, WIDTH = 64 // bc, 128
+    tiles = -(-T // (RUNS * bc)) * -(-C // WIDTH)
+    _pack_kernel[(-(-tiles // 4),)](
+        x, partial, seed if stochastic else None, scale, *(rows or (None,) * 3), *(columns or (None,) * 3),
+        T, C, x.stride(0), -(-T // bc) * bc, -(-C // bc) * bc, FORMAT=format, STOCHASTIC=stochastic, BR=br, BC=bc,
+        HADAMARD=transform, SIGNS=SIGNS, BY_ROWS=rows is not None, BY_COLUMNS=columns is not None, N_PARTIAL=PARTIAL,
+        RUNS=RUNS, WIDTH=WIDTH, num_warps=4,
     )  # fmt: skip
     return scale
 
 
 def quantize_triton(x, block, format, stochastic=False, seed=0, amax=None, columns=False, transform=False):
-    """Returns `quantize_ref(...)` of x [R, K], or with columns of its transpose; transform: of `hadamard(x).T`."""
-    kind, device = FORMATS[format], x.device
+    """Returns `quantize_ref(...)` of x [R, K], or with columns of its transpose; transform: of `hadamard(x).T`.
+
+    Formats of 4 bits. Of the transpose, blocks have one row.
+    """
     R, K = x.shape[::-1] if columns else x.shape
-    codes = torch.empty(R, K * kind.bits // 8, dtype=torch.uint8, device=device)
-    dtype = torch.float32 if format == "fp8" else torch.uint8
-    scales = torch.empty(R // block[0], K // block[1], dtype=dtype, device=device)
-    views = (None, (codes, scales, None)) if columns else ((codes, scales, None), None)
-    scale = _launch(x, block, format, stochastic, seed, amax, transform, *views)
+    codes = torch.empty(R, K // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(R // block[0], K // block[1], dtype=torch.uint8, device=x.device)
+    view = (codes.view(torch.int32), scales, None)
+    views = (None, view) if columns else (view, None)
+    scale = _launch(x, block, format, stochastic, seed - int(columns), amax, transform, *views)  # columns: seed + 1
     return Quantized(codes, scales, scale[int(columns)], (R, K), format, tuple(block))
 
 
-def operands(x, block, format, stochastic=False, seed=0, transform=False, columns=True):
-    """Returns (rows, columns), Operands of x [T, C] and of its transpose [C, T'], in one pass; columns=False: None.
+def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=True, columns=True):
+    """Returns (rows, columns), Operands of x [T, C] and of its transpose [C, T'], in one pass; None if not wanted.
 
     They hold what `decode` returns for `quantize` of the two views, those of `seed` and `seed + 1`, without packed
-    codes: a GPU that has no FP4 multiplies BF16, and writing codes to read them again would cost more. Tokens and
-    channels may have any number; T' is T rounded up to whole blocks, and columns.values a transposed view.
+    codes: a GPU that has no FP4 multiplies BF16, and writing codes to read them again would cost more. T and C may have
+    any size; T' is T rounded up to whole blocks, and columns.values a transposed view. Blocks of columns have one row.
     """
-    (T, C), bc = x.shape, block[1]
-    rows = torch.empty(T, C, dtype=torch.bfloat16, device=x.device)
-    by_token = torch.empty(-(-T // bc) * bc, C, dtype=torch.bfloat16, device=x.device) if columns else None
-    views = (None, None, rows), (None, None, by_token) if columns else None
+    (T, C), n = x.shape, block[1]
+    by_row = torch.empty(T, C, dtype=torch.bfloat16, device=x.device) if rows else None
+    by_column = torch.empty(-(-T // n) * n, C, dtype=torch.bfloat16, device=x.device) if columns else None
+    views = ((None, None, t) if t is not None else None for t in (by_row, by_column))
     scale = _launch(x, block, format, stochastic, seed, None, transform, *views)
-    return Operand(rows, scale[0]), Operand(by_token.T, scale[1]) if columns else None
-
-
-# A product with packed weights, for generation: at one token it is bound by reading the weights, 4.03 bits instead of
-# 16. A program owns some rows of the weight. Eight codes come in a word. A code at the top of a word, shifted right by
-# 6 with copies of its sign, is a float32 of 2^-126 times its value: the two bits of its exponent are the last two of the
-# float's, and 0.5, which has none, is not normal in both. That is two instructions a number; the powers of two that
-# are missing go into the activations and the result.
-
-
-@jit
-def _decode(word):
-    """Returns 2^-126 times the number whose code is in the top four bits of an int32."""
-    return _float((word >> 6) & -0x7E400000)  # keeps the bits of 0x81C00000
-
-
-@jit
-def _packed_vector_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, O, odd_words, stride_x,
-                          BR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Writes ROWS numbers of out [M, O] = x [M, K] W^T, for one row of x. A thread owns a word of each of its rows."""
-    WORDS = odd_words - 1  # K / 8. Were it known to be a multiple of 4, a thread would get 4 words, and 4 times the x
-    x_ptr += tl.program_id(1).to(tl.int64) * stride_x
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
-    of_scales = (tl.program_id(0) * ROWS // BR if BR > 1 else rows) * (WORDS // 2)  # one row of them, or one each
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in tl.range(0, WORDS, WIDTH, num_stages=STAGES):
-        w = first + tl.arange(0, WIDTH)[None, :]
-        words = tl.load(codes_ptr + rows * WORDS + w, mask=(rows < O) & (w < WORDS), other=0)  # [ROWS, WIDTH]
-        mask = (w < WORDS) if BR > 1 else (rows < O) & (w < WORDS)
-        scales = tl.load(scales_ptr + of_scales + w // 2, mask=mask, other=0).to(tl.int32)
-        scales = _float(scales << 20) * 2.0**120  # E4M3, by the same reasoning
-        into_x = scales * 2.0**62 if BR > 1 else 2.0**62
-        part = total if BR > 1 else tl.zeros([ROWS, WIDTH], tl.float32)
-        for k in tl.static_range(8):
-            x = tl.load(x_ptr + 8 * w + k, mask=w < WORDS, other=0.0).to(tl.float32) * into_x
-            part += _decode(words << (28 - 4 * k)) * x
-        total = part if BR > 1 else total + part * scales
-    out = tl.sum(total, 1, keep_dims=True) * 2.0**64 * tl.load(scale_ptr)
-    tl.store(out_ptr + tl.program_id(1) * O + rows, out, mask=rows < O)
-
-
-@jit
-def _packed_product_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, M, O, K, stride_x, BR: tl.constexpr,
-                           PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Writes a tile [BM, BN] of out [M, O] = x [M, K] W^T; even and odd columns are two products."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None].to(tl.int64)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None].to(tl.int64)
-    total = tl.zeros([BM, BN], tl.float32)
-    for first in range(0, K, BK):
-        k = first + tl.arange(0, BK)[None, :]
-        pair = first // 2 + tl.arange(0, BK // 2)[None, :]
-        block = first // 16 + tl.arange(0, BK // 16)[None, :]
-        x = tl.load(x_ptr + m * stride_x + k, mask=(m < M) & (k < K), other=0.0)
-        even, odd = tl.split(x.reshape(BM, BK // 2, 2))
-        codes = tl.load(codes_ptr + n * (K // 2) + pair, mask=(n < O) & (pair * 2 < K), other=0).to(tl.int32)
-        scales = tl.load(scales_ptr + n // BR * (K // 16) + block, mask=(n < O) & (block * 16 < K), other=0)
-        scales = _float(scales.to(tl.int32) << 20) * 2.0**126
-        scales = tl.broadcast_to(scales[:, :, None], (BN, BK // 16, 8)).reshape(BN, BK // 2)
-        low, high = _decode(codes << 28) * 2.0**120 * scales, _decode((codes >> 4) << 28) * 2.0**120 * scales
-        total = tl.dot(even, tl.trans(low.to(x.dtype)), total, input_precision=PRECISION)
-        total = tl.dot(odd, tl.trans(high.to(x.dtype)), total, input_precision=PRECISION)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
-    tl.store(out_ptr + m * O + n, total * tl.load(scale_ptr), mask=(m < M) & (n < O))
-
-
-def _vector_tiles(O):
-    """Returns the tile of a product with one vector: rows share what is read of x, but each multiprocessor needs some."""
-    return dict(ROWS=16, WIDTH=64, STAGES=3, num_warps=2) if O >= 8192 else dict(ROWS=8, WIDTH=128, STAGES=3, num_warps=4)
-
-
-def packed_linear(x, weight):
-    """Returns x [M, I] times the transpose of weight, a Quantized [O, I] of nvfp4: [M, O] in x's dtype, float32 sums.
-
-    Reads the packed bytes: nothing of [O, I] is written. x itself is not quantised.
-    """
-    (M, K), O = x.shape, weight.shape[0]
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(M, O, dtype=x.dtype, device=x.device)
-    tensors, br = (x, weight.codes, weight.scales, weight.scale, out), weight.block[0]
-    if M <= 4:
-        tiles = _vector_tiles(O)
-        _packed_vector_kernel[(-(-O // tiles["ROWS"]), M)](
-            x, weight.codes.view(torch.int32), *tensors[2:], O, K // 8 + 1, x.stride(0), BR=br, **tiles
-        )
-    else:
-        BM = 16 if M <= 16 else 64
-        _packed_product_kernel[(-(-M // BM), -(-O // 64))](
-            *tensors, M, O, K, x.stride(0), BR=br, PRECISION=dot_precision(), BM=BM, BN=64, BK=128, num_warps=4,
-        )  # fmt: skip
-    return out
+    return Operand(by_row, scale[0]) if rows else None, Operand(by_column.T, scale[1]) if columns else None
