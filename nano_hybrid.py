@@ -361,16 +361,8 @@ class LocalLinear(LocalLinearAttention):
 # and one more row. A class that keeps a state has `new_state`, and takes (x, state, attention_mask).
 MIXERS = {
     "M": lambda c: Mamba2(
-        c.hidden_size,
-        c.mamba_num_heads,
-        c.mamba_head_dim,
-        c.ssm_state_size,
-        c.n_groups,
-        c.conv_kernel,
-        c.chunk_size,
-        c.layer_norm_epsilon,
-        c.use_bias,
-        c.use_conv_bias,
+        c.hidden_size, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, c.n_groups, c.conv_kernel, c.chunk_size,
+        c.layer_norm_epsilon, c.use_bias, c.use_conv_bias,
     ),  # fmt: skip
     "*": Attention,
     "L": LocalLinear,

@@ -615,11 +615,7 @@ def test_canvas_of_a_task_and_back():
     assert canvas.ids.shape == (4, 16) and canvas.keys is None and (canvas.maskable(319).sum(1) == 11).all()
     assert completions(tasks, canvas.solved, tokenizer, 16) == [task.demonstration for task in tasks]
     assert all(task.verify(task.demonstration) == 1 and task.template.count(BLANK) == 11 for task in tasks)
-    wrong = (
-        tasks[0].demonstration[::-1]
-        if tasks[0].demonstration[0] != tasks[0].demonstration[-1]
-        else tasks[0].demonstration[1:] + tasks[0].demonstration[0]
-    )  # noqa: E501
+    wrong = tasks[0].demonstration[::-1] if tasks[0].demonstration[0] != tasks[0].demonstration[-1] else tasks[0].demonstration[1:] + tasks[0].demonstration[0]  # noqa: E501
     assert tasks[0].verify(wrong[:-1]) == 0
     tasks = [sample_task(env, rng) for env in (add, environment("add:3"), add)]
     canvas = canvas_of(tasks, tokenizer, 319, 12)
@@ -632,11 +628,7 @@ def test_progressions_are_worth_their_right_groups():
     task = environment("progressions:2", FILL_INS).sample(np.random.default_rng(0))
     steps = [int(d) for d in task.template[::4]]
     good = "".join(f"{s}7{(7 + s) % 10}{(7 + 2 * s) % 10}" for s in steps)
-    assert (
-        task.template == f"{steps[0]}___{steps[1]}___"
-        and task.verify(good) == 1
-        and task.verify(task.demonstration) == 1
-    )  # noqa: E501
+    assert task.template == f"{steps[0]}___{steps[1]}___" and task.verify(good) == 1 and task.verify(task.demonstration) == 1  # noqa: E501
     assert task.verify(good[:7] + str((int(good[7]) + 1) % 10)) == 0.5
     other = str((steps[0] + 1) % 10)
     assert task.verify(good[:7]) == 0 and task.verify("abcdefgh") == 0 and task.verify(other + good[1:]) == 0
@@ -815,7 +807,9 @@ def test_tokens_that_are_no_text_are_not_free():
 
 def test_imitation_knows_that_something_is_always_written():
     probs = Probs(torch.tensor([[0.4, 0.6, 0.5]]), None, None, None)
-    assert apply_rule(threshold(0.9), probs, torch.ones(1, 3, dtype=torch.bool)).tolist() == [[False, True, False]]
+    assert apply_rule(threshold(0.9), probs, torch.ones(1, 3, dtype=torch.bool)).tolist() == [
+        [False, True, False]
+    ]
 
 
 def test_experts_stay_balanced():

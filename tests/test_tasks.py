@@ -168,10 +168,7 @@ def test_the_size_makes_prompts_longer_and_is_checked(name):
     mean = [np.mean([len(t.prompt) for t in tasks(f"{name}:{size}", 50)]) for size in (easy, (easy + hard) // 2, hard)]
     assert mean == sorted(mean) and mean[0] < mean[2]
     assert all(t.verify(t.demonstration) == 1 or name == "countdown" for t in tasks(f"{name}:{hard}", 20))
-    assert all(
-        len(t.demonstration) < cls(hard).max_new_tokens and len(answer_of(t)) <= 256
-        for t in tasks(f"{name}:{hard}", 20)
-    )  # noqa: E501
+    assert all(len(t.demonstration) < cls(hard).max_new_tokens and len(answer_of(t)) <= 256 for t in tasks(f"{name}:{hard}", 20))  # noqa: E501
     for size in (easy - 1, hard + 1):
         with pytest.raises(ValueError, match=rf"{name}:{size}: the size goes from {easy} \(easy\) to {hard} \(hard\)"):
             cls(size)
@@ -269,10 +266,7 @@ def test_thinking_is_read_only_where_the_prompt_opens_it():
 def test_a_cut_trace_keeps_whole_lines_and_the_answer():
     task = tasks("chain:4", 1)[0]
     lines = task.demonstration.splitlines(keepends=True)
-    assert (
-        cut_trace(task.demonstration, 0) == lines[-1]
-        and cut_trace(task.demonstration, 2) == "".join(lines[:2]) + lines[-1]
-    )  # noqa: E501
+    assert cut_trace(task.demonstration, 0) == lines[-1] and cut_trace(task.demonstration, 2) == "".join(lines[:2]) + lines[-1]  # noqa: E501
     assert cut_trace(task.demonstration, 9) == cut_trace(task.demonstration, 4) == task.demonstration
     assert all(task.verify(cut_trace(task.demonstration, n)) == 1 for n in range(6))
     assert cut_trace("113459", 1) == "113459"
