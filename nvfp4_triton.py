@@ -107,12 +107,14 @@ def _block_scales(A, encode, decode, FORMAT: tl.constexpr):
 
 @jit
 def _element(x, factor, u, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Returns (code, value) of x, scaled by its block's factor and rounded. mxfp8: no code."""
+    """Returns (code, value) of x, scaled by its block's factor and rounded."""
     if FORMAT == "mxfp8":
         y = tl.clamp(x * factor, -448.0, 448.0)
-        _, value = _e4m3(tl.abs(y))
-        return 0, tl.where(y < 0, -value, value)
-    return _e2m1(tl.clamp(x * factor + 0.0, -6.0, 6.0), u, STOCHASTIC)  # + 0: -0 becomes 0
+        code, value = _e4m3(tl.abs(y))  # a code without its sign: only the value is asked for
+        value = tl.where(y < 0, -value, value)
+    else:
+        code, value = _e2m1(tl.clamp(x * factor + 0.0, -6.0, 6.0), u, STOCHASTIC)  # + 0: -0 becomes 0
+    return code, value
 
 
 @jit
