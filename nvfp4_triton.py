@@ -22,10 +22,15 @@ from nvfp4 import SIGNS, Quantized
 
 
 class Operand(NamedTuple):
-    """A matrix in BF16 as a product takes it: codes times the scales of their blocks; and the tensor's scale."""
+    """A matrix as a product takes it: codes times the scales of their blocks in BF16, and the tensor's scale."""
 
     values: torch.Tensor  # [R, K]
     scale: torch.Tensor  # float32 []
+
+    @property
+    def shape(self):
+        """(R, K), as of a Quantized."""
+        return tuple(self.values.shape)
 
 
 @jit
@@ -107,10 +112,10 @@ def _block_scales(A, encode, decode, FORMAT: tl.constexpr):
 
 @jit
 def _element(x, factor, u, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Returns (code, value) of x, scaled by its block's factor and rounded."""
+    """Returns (code, value) of x, scaled by its block's factor and rounded. Of mxfp8, only the value."""
     if FORMAT == "mxfp8":
         y = tl.clamp(x * factor, -448.0, 448.0)
-        code, value = _e4m3(tl.abs(y))  # a code without its sign: only the value is asked for
+        code, value = _e4m3(tl.abs(y))
         value = tl.where(y < 0, -value, value)
     else:
         code, value = _e2m1(tl.clamp(x * factor + 0.0, -6.0, 6.0), u, STOCHASTIC)  # + 0: -0 becomes 0
@@ -135,18 +140,14 @@ def _load_tokens(x_ptr, first, c, T, C, stride, N: tl.constexpr):
 
 @jit
 def _hadamard(x, N: tl.constexpr, SIGNS: tl.constexpr):
-    """Returns the transform of a tuple of N tensors, as `hadamard` computes it."""
+    """Returns the transform of a tuple of N tensors, in the order of `hadamard`."""
     y = ()
     for i in tl.static_range(N):
         y = y + ((x[i] * -1.0 if (SIGNS >> (i % 16)) & 1 else x[i]),)  # `-x` would be an instruction
     for stage in tl.static_range(5 if N == 32 else 4):
         z = ()
         for i in tl.static_range(N):
-            if (i >> stage) & 1:
-                v = y[i - (1 << stage)] - y[i]
-            else:
-                v = y[i] + y[i + (1 << stage)]
-            z = z + (v,)
+            z = z + (y[i - (1 << stage)] - y[i] if (i >> stage) & 1 else y[i] + y[i + (1 << stage)],)
         y = z
     z = ()
     for i in tl.static_range(N):
@@ -159,19 +160,16 @@ def _amax_kernel(x_ptr, partial_ptr, T, C, stride, N_PARTIAL: tl.constexpr, N: t
                  SIGNS: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Writes each program's largest magnitude to partial [2, N_PARTIAL]: of x, and of its transform if HADAMARD."""
     width = tl.cdiv(C, WIDTH)
-    of_rows, of_columns = tl.zeros([RUNS, WIDTH], tl.int32), tl.zeros([RUNS, WIDTH], tl.int32)
+    of_x, of_transform = tl.zeros([RUNS, WIDTH], tl.int32), tl.zeros([RUNS, WIDTH], tl.int32)
     for tile in range(tl.program_id(0), width * tl.cdiv(T, RUNS * N), tl.num_programs(0)):
         first = (tile // width * RUNS + tl.arange(0, RUNS)[:, None]) * N
         c = tile % width * WIDTH + tl.arange(0, WIDTH)[None, :]
         x = _load_tokens(x_ptr, first, c, T, C, stride, N)
+        h = _hadamard(x, N, SIGNS) if HADAMARD else x
         for i in tl.static_range(N):
-            of_rows = tl.maximum(of_rows, _magnitude(x[i]))
-        if HADAMARD:
-            x = _hadamard(x, N, SIGNS)
-            for i in tl.static_range(N):
-                of_columns = tl.maximum(of_columns, _magnitude(x[i]))
-    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(of_rows, 1), 0))
-    tl.store(partial_ptr + N_PARTIAL + tl.program_id(0), tl.max(tl.max(of_columns, 1), 0))
+            of_x, of_transform = tl.maximum(of_x, _magnitude(x[i])), tl.maximum(of_transform, _magnitude(h[i]))
+    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(of_x, 1), 0))
+    tl.store(partial_ptr + N_PARTIAL + tl.program_id(0), tl.max(tl.max(of_transform, 1), 0))
 
 
 @jit
@@ -182,27 +180,22 @@ def _pack_rows(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode, r
     t, c = row + tl.arange(0, ROWS)[:, None].to(tl.int64), column + tl.arange(0, WIDTH)[None, :]
     mask = (t < T) & (c < C)
     x = tl.load(x_ptr + t * stride + c, mask=mask, other=0.0).to(tl.float32)
-    A = tl.max(_magnitude(x).reshape(ROWS, WIDTH // BC, BC), 2)  # [ROWS, WIDTH / BC]
-    if BR > 1:
-        A = tl.max(A.reshape(ROWS // BR, BR, WIDTH // BC), 1)  # [ROWS / BR, WIDTH / BC]
-    stored, value, factor = _block_scales(A, encode, decode, FORMAT)
+    BLOCKS: tl.constexpr = WIDTH // BC
+    A = tl.max(_magnitude(x).reshape(ROWS, BLOCKS, BC), 2).reshape(ROWS // BR, BR, BLOCKS)
+    stored, value, factor = _block_scales(tl.max(A, 1), encode, decode, FORMAT)  # [ROWS / BR, BLOCKS]
     if scales_ptr is not None:
-        br, bc = row // BR + tl.arange(0, ROWS // BR)[:, None], column // BC + tl.arange(0, WIDTH // BC)[None, :]
-        of_scales = br.to(tl.int64) * (padded // BC) + bc
-        tl.store(scales_ptr + of_scales, stored, mask=(br * BR < T) & (bc * BC < C))
-    if BR > 1:
-        value = tl.broadcast_to(value[:, None, :], (ROWS // BR, BR, WIDTH // BC)).reshape(ROWS, WIDTH // BC)
-        factor = tl.broadcast_to(factor[:, None, :], (ROWS // BR, BR, WIDTH // BC)).reshape(ROWS, WIDTH // BC)
+        r, b = row // BR + tl.arange(0, ROWS // BR)[:, None], column // BC + tl.arange(0, BLOCKS)[None, :]
+        tl.store(scales_ptr + r.to(tl.int64) * (padded // BC) + b, stored, mask=(r * BR < T) & (b * BC < C))
+    value = tl.broadcast_to(value[:, None, :], (ROWS // BR, BR, BLOCKS)).reshape(ROWS, BLOCKS)
+    factor = tl.broadcast_to(factor[:, None, :], (ROWS // BR, BR, BLOCKS)).reshape(ROWS, BLOCKS)
     u = x
     if STOCHASTIC:
         group = (t * padded + column) // 8 + tl.arange(0, WIDTH // 8)[None, :]  # [ROWS, WIDTH / 8]
-        w0, w1, w2, w3 = tl.randint4x(seed, group)
-        w0, w1, w2, w3 = w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None]
+        w0, w1, w2, w3 = tl.randint4x(seed, group[:, :, None])
         i = tl.arange(0, 8)[None, None, :]
         word = tl.where(i < 4, tl.where(i < 2, w0, w1), tl.where(i < 6, w2, w3))
-        u = _u16(word, i % 2).reshape(ROWS, WIDTH // BC, BC)
-    x = x.reshape(ROWS, WIDTH // BC, BC)
-    code, v = _element(x, factor[:, :, None], u, FORMAT, STOCHASTIC)
+        u = _u16(word, i % 2).reshape(ROWS, BLOCKS, BC)
+    code, v = _element(x.reshape(ROWS, BLOCKS, BC), factor[:, :, None], u, FORMAT, STOCHASTIC)
     if values_ptr is not None:
         v = (v * value[:, :, None]).reshape(ROWS, WIDTH)
         tl.store(values_ptr + t * C + c, v.to(values_ptr.dtype.element_ty), mask=mask)
@@ -259,9 +252,7 @@ def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, row_codes_ptr, row_sca
     encode, decode, encode_columns, decode_columns = 1.0, 1.0, 1.0, 1.0
     if FORMAT == "nvfp4":
         encode, decode = _tensor_scales(partial_ptr, N_PARTIAL)
-        encode_columns, decode_columns = encode, decode
-        if HADAMARD:
-            encode_columns, decode_columns = _tensor_scales(partial_ptr + N_PARTIAL, N_PARTIAL)
+        encode_columns, decode_columns = _tensor_scales(partial_ptr + N_PARTIAL, N_PARTIAL)
     if tl.program_id(0) == 0:
         tl.store(scale_ptr, decode)
         tl.store(scale_ptr + 1, decode_columns)
@@ -326,15 +317,17 @@ def quantize_triton(x, block, format, stochastic=False, seed=0, amax=None, colum
 
 
 def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=True, columns=True):
-    """Returns (rows, columns), Operands of x [T, C] and of its transpose [C, T'], in one pass; None if not wanted.
+    """Returns (rows, columns): x [T, C] and its transpose [C, T] as Operands, in one pass; None if not wanted.
 
     They hold what `decode` returns for `quantize` of the two views, those of `seed` and `seed + 1`, without packed
-    codes: a GPU that has no FP4 multiplies BF16, and writing codes to read them again would cost more. T and C may have
-    any size; T' is T rounded up to whole blocks, and columns.values a transposed view. Blocks of columns have one row.
+    codes: writing codes to read them again would cost more. Where blocks end beyond x, zeros are added; after the
+    transform they are zeros no more, so that columns are then [C, T'], T' of whole blocks. Blocks of columns have one
+    row. The columns' values are a transposed view.
     """
     (T, C), n = x.shape, block[1]
     by_row = torch.empty(T, C, dtype=torch.bfloat16, device=x.device) if rows else None
     by_column = torch.empty(-(-T // n) * n, C, dtype=torch.bfloat16, device=x.device) if columns else None
     views = ((None, None, t) if t is not None else None for t in (by_row, by_column))
     scale = _launch(x, block, format, stochastic, seed, None, transform, *views)
+    by_column = by_column if transform or by_column is None else by_column[:T]
     return Operand(by_row, scale[0]) if rows else None, Operand(by_column.T, scale[1]) if columns else None

@@ -72,7 +72,10 @@ def test_operands_are_the_decoded_numbers_of_both_views(format, block, transform
         assert torch.equal(rows.values.float(), decode(want)[:43, :72]) and torch.equal(rows.scale, want.scale)
         tokens = hadamard(tokens, size=n) if transform else tokens
         want = quantize_ref(tokens.T.contiguous(), (1, n), format, stochastic, seed + 1)
-        assert torch.equal(columns.values.float(), decode(want)) and torch.equal(columns.scale, want.scale)
+        assert torch.equal(columns.values.float(), decode(want)[:, : columns.shape[1]])
+        assert columns.shape == (72, 48 + 16 * (n == 32) if transform else 43) and torch.equal(
+            columns.scale, want.scale
+        )
         assert operands(x, block, format, columns=False)[1] is None
 
 
