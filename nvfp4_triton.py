@@ -186,8 +186,8 @@ def _pack_rows(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode, r
     if scales_ptr is not None:
         r, b = row // BR + tl.arange(0, ROWS // BR)[:, None], column // BC + tl.arange(0, BLOCKS)[None, :]
         tl.store(scales_ptr + r.to(tl.int64) * (padded // BC) + b, stored, mask=(r * BR < T) & (b * BC < C))
-    value = tl.broadcast_to(value[:, None, :], (ROWS // BR, BR, BLOCKS)).reshape(ROWS, BLOCKS)
-    factor = tl.broadcast_to(factor[:, None, :], (ROWS // BR, BR, BLOCKS)).reshape(ROWS, BLOCKS)
+    value = tl.broadcast_to(value[:, None, :], (ROWS // BR, BR, BLOCKS)).reshape(ROWS, BLOCKS)[:, :, None]
+    factor = tl.broadcast_to(factor[:, None, :], (ROWS // BR, BR, BLOCKS)).reshape(ROWS, BLOCKS)[:, :, None]
     u = x
     if STOCHASTIC:
         group = (t * padded + column) // 8 + tl.arange(0, WIDTH // 8)[None, :]  # [ROWS, WIDTH / 8]
@@ -195,60 +195,47 @@ def _pack_rows(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode, r
         i = tl.arange(0, 8)[None, None, :]
         word = tl.where(i < 4, tl.where(i < 2, w0, w1), tl.where(i < 6, w2, w3))
         u = _u16(word, i % 2).reshape(ROWS, BLOCKS, BC)
-    code, v = _element(x.reshape(ROWS, BLOCKS, BC), factor[:, :, None], u, FORMAT, STOCHASTIC)
+    code, v = _element(x.reshape(ROWS, BLOCKS, BC), factor, u, FORMAT, STOCHASTIC)
     if values_ptr is not None:
-        v = (v * value[:, :, None]).reshape(ROWS, WIDTH)
-        tl.store(values_ptr + t * C + c, v.to(values_ptr.dtype.element_ty), mask=mask)
-    if codes_ptr is not None:
-        word = tl.sum(code.reshape(ROWS, WIDTH // 8, 8) << (4 * tl.arange(0, 8)[None, None, :]), 2)  # 8 codes
+        tl.store(values_ptr + t * C + c, (v * value).reshape(ROWS, WIDTH).to(tl.bfloat16), mask=mask)
+    if codes_ptr is not None:  # eight to a word
+        word = tl.sum(code.reshape(ROWS, WIDTH // 8, 8) << (4 * tl.arange(0, 8)[None, None, :]), 2)
         w = column // 8 + tl.arange(0, WIDTH // 8)[None, :]
         tl.store(codes_ptr + t * (padded // 8) + w, word, mask=(t < T) & (w * 8 < C))
 
 
 @jit
-def _pack_columns(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode, first, column, T, C, stride, padded,
-                  FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, N: tl.constexpr, HADAMARD: tl.constexpr,
-                  SIGNS: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Quantises a tile [RUNS * N, WIDTH] along its columns; writes codes and scales of [C, T], or values [T, C]."""
+def _pack_columns(x_ptr, values_ptr, seed, encode, decode, first, column, T, C, stride, padded, FORMAT: tl.constexpr,
+                  STOCHASTIC: tl.constexpr, N: tl.constexpr, HADAMARD: tl.constexpr, SIGNS: tl.constexpr,
+                  RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Quantises a tile [RUNS * N, WIDTH] along its columns, in blocks of N; writes values."""
     first = first + N * tl.arange(0, RUNS)[:, None]  # [RUNS, 1]
     c = column + tl.arange(0, WIDTH)[None, :]
-    mask = (first < T) & (c < C)
     x = _load_tokens(x_ptr, first, c, T, C, stride, N)
-    if HADAMARD:
-        x = _hadamard(x, N, SIGNS)
+    x = _hadamard(x, N, SIGNS) if HADAMARD else x
     A = _magnitude(x[0])
     for i in tl.static_range(1, N):
         A = tl.maximum(A, _magnitude(x[i]))
-    stored, value, factor = _block_scales(A, encode, decode, FORMAT)
-    at = c.to(tl.int64) * padded + first  # of the transposed matrix [C, padded]
-    at += tl.where(A < 0, 1, 0)  # 0, but lets Triton compute the random numbers in the threads that hold x
-    if scales_ptr is not None:
-        tl.store(scales_ptr + at // N, stored, mask=mask)
-    for group in tl.static_range(N // 8):
-        words = (0, 0, 0, 0)
+    _, value, factor = _block_scales(A, encode, decode, FORMAT)
+    group = (c.to(tl.int64) * padded + first) // 8  # in the transposed matrix [C, padded]
+    group += tl.where(A < 0, 1, 0)  # 0, but lets Triton compute the random numbers in the threads that hold x
+    words = (0, 0, 0, 0)
+    for i in tl.static_range(N):
+        u = value
         if STOCHASTIC:
-            words = tl.randint4x(seed, at // 8 + group)
-        packed = A * 0
-        for j in tl.static_range(8):
-            u = value
-            if STOCHASTIC:
-                u = _u16(words[j // 2], j % 2)
-            code, v = _element(x[8 * group + j], factor, u, FORMAT, STOCHASTIC)
-            packed = packed | (code << (4 * j))
-            if values_ptr is not None:
-                row = (first + 8 * group + j).to(tl.int64)
-                tl.store(values_ptr + row * C + c, (v * value).to(values_ptr.dtype.element_ty), mask=mask)
-        if codes_ptr is not None:
-            tl.store(codes_ptr + at // 8 + group, packed, mask=mask)
+            words = tl.randint4x(seed, group + i // 8) if i % 8 == 0 else words
+            u = _u16(words[i % 8 // 2], i % 2)
+        _, v = _element(x[i], factor, u, FORMAT, STOCHASTIC)
+        row = (first + i).to(tl.int64)
+        tl.store(values_ptr + row * C + c, (v * value).to(tl.bfloat16), mask=(first < T) & (c < C))
 
 
 @jit
-def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, row_codes_ptr, row_scales_ptr, rows_ptr,
-                 column_codes_ptr, column_scales_ptr, columns_ptr, T, C, stride, padded_T, padded_C,
-                 FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-                 HADAMARD: tl.constexpr, SIGNS: tl.constexpr, BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr,
-                 N_PARTIAL: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Quantises x [T, C] by rows, by columns or both. Writes the tensor's scale of each view to scale_ptr [2]."""
+def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, codes_ptr, scales_ptr, rows_ptr, columns_ptr,
+                 T, C, stride, padded_T, padded_C, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, BR: tl.constexpr,
+                 BC: tl.constexpr, HADAMARD: tl.constexpr, SIGNS: tl.constexpr, N_PARTIAL: tl.constexpr,
+                 RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Quantises x [T, C] by rows, by columns or both: what there is a pointer for. scale [2]: those of both views."""
     encode, decode, encode_columns, decode_columns = 1.0, 1.0, 1.0, 1.0
     if FORMAT == "nvfp4":
         encode, decode = _tensor_scales(partial_ptr, N_PARTIAL)
@@ -261,59 +248,45 @@ def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, row_codes_ptr, row_sca
     width = tl.cdiv(C, WIDTH)
     for tile in range(tl.program_id(0), width * tl.cdiv(T, ROWS), tl.num_programs(0)):
         row, column = tile // width * ROWS, tile % width * WIDTH
-        if BY_ROWS:
-            _pack_rows(x_ptr, row_codes_ptr, row_scales_ptr, rows_ptr, seed, encode, decode, row, column, T, C, stride,
+        if codes_ptr is not None or rows_ptr is not None:
+            _pack_rows(x_ptr, codes_ptr, scales_ptr, rows_ptr, seed, encode, decode, row, column, T, C, stride,
                        padded_C, FORMAT, STOCHASTIC, BR, BC, ROWS, WIDTH)  # fmt: skip
-        if BY_COLUMNS:
-            _pack_columns(x_ptr, column_codes_ptr, column_scales_ptr, columns_ptr, seed + 1, encode_columns,
-                          decode_columns, row, column, T, C, stride, padded_T, FORMAT, STOCHASTIC, BC, HADAMARD, SIGNS,
-                          RUNS, WIDTH)  # fmt: skip
+        if columns_ptr is not None:
+            _pack_columns(x_ptr, columns_ptr, seed + 1, encode_columns, decode_columns, row, column, T, C, stride,
+                          padded_T, FORMAT, STOCHASTIC, BC, HADAMARD, SIGNS, RUNS, WIDTH)  # fmt: skip
 
 
 PARTIAL = 8 if INTERPRET else 512  # programs of the first pass: about four for each multiprocessor
 
 
-def _launch(x, block, format, stochastic, seed, amax, transform, rows, columns):
-    """Runs both passes over x [T, C]; returns the tensor's scales [2], of the view by rows and of that by columns.
-
-    rows, columns: (codes, scales, values) to be written, each a tensor or None; or None instead of the three.
-    """
+def _launch(x, block, format, stochastic, seed, amax, transform, codes=None, scales=None, rows=None, columns=None):
+    """Runs both passes over x [T, C], into the tensors given; returns the tensor's scales [2], by rows and columns."""
     (T, C), (br, bc) = x.shape, block
     x = x if x.stride(1) == 1 else x.contiguous()
     partial = torch.empty(2, PARTIAL, dtype=torch.int32, device=x.device)
     scale = torch.empty(2, dtype=torch.float32, device=x.device)
-    if amax is None and format == "nvfp4":
-        _amax_kernel[(PARTIAL,)](
-            x, partial, T, C, x.stride(0), N_PARTIAL=PARTIAL, N=16, HADAMARD=transform and columns is not None,
-            SIGNS=SIGNS, RUNS=4, WIDTH=128, num_warps=4,
-        )  # fmt: skip
+    tile = dict(HADAMARD=transform and columns is not None, SIGNS=SIGNS, N_PARTIAL=PARTIAL, WIDTH=128, num_warps=4)
+    if format == "nvfp4" and amax is None:
+        _amax_kernel[(PARTIAL,)](x, partial, T, C, x.stride(0), N=16, RUNS=4, **tile)
     elif format == "nvfp4":
         partial.copy_(torch.as_tensor(amax, dtype=torch.float32, device=x.device).view(torch.int32))
     if stochastic and not torch.is_tensor(seed):
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
-    RUNS, WIDTH = 64 // bc, 128
-    tiles = -(-T // (RUNS * bc)) * -(-C // WIDTH)
-    _pack_kernel[(-(-tiles // 4),)](
-        x, partial, seed if stochastic else None, scale, *(rows or (None,) * 3), *(columns or (None,) * 3),
-        T, C, x.stride(0), -(-T // bc) * bc, -(-C // bc) * bc, FORMAT=format, STOCHASTIC=stochastic, BR=br, BC=bc,
-        HADAMARD=transform, SIGNS=SIGNS, BY_ROWS=rows is not None, BY_COLUMNS=columns is not None, N_PARTIAL=PARTIAL,
-        RUNS=RUNS, WIDTH=WIDTH, num_warps=4,
+    n_tiles = -(-T // 64) * -(-C // 128)
+    _pack_kernel[(-(-n_tiles // 4),)](
+        x, partial, seed if stochastic else None, scale, codes, scales, rows, columns, T, C, x.stride(0),
+        -(-T // bc) * bc, -(-C // bc) * bc, FORMAT=format, STOCHASTIC=stochastic, BR=br, BC=bc, RUNS=64 // bc, **tile,
     )  # fmt: skip
     return scale
 
 
-def quantize_triton(x, block, format, stochastic=False, seed=0, amax=None, columns=False, transform=False):
-    """Returns `quantize_ref(...)` of x [R, K], or with columns of its transpose; transform: of `hadamard(x).T`.
-
-    Formats of 4 bits. Of the transpose, blocks have one row.
-    """
-    R, K = x.shape[::-1] if columns else x.shape
+def quantize_triton(x, block, format, stochastic=False, seed=0, amax=None):
+    """Returns `quantize_ref(...)` for a format of 4 bits."""
+    R, K = x.shape
     codes = torch.empty(R, K // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(R // block[0], K // block[1], dtype=torch.uint8, device=x.device)
-    view = (codes.view(torch.int32), scales, None)
-    views = (None, view) if columns else (view, None)
-    scale = _launch(x, block, format, stochastic, seed - int(columns), amax, transform, *views)  # columns: seed + 1
-    return Quantized(codes, scales, scale[int(columns)], (R, K), format, tuple(block))
+    scale = _launch(x, block, format, stochastic, seed, amax, False, codes.view(torch.int32), scales)
+    return Quantized(codes, scales, scale[0], (R, K), format, tuple(block))
 
 
 def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=True, columns=True):
@@ -324,10 +297,10 @@ def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=T
     transform they are zeros no more, so that columns are then [C, T'], T' of whole blocks. Blocks of columns have one
     row. The columns' values are a transposed view.
     """
-    (T, C), n = x.shape, block[1]
+    T, C = x.shape
+    padded = -(-T // block[1]) * block[1]
     by_row = torch.empty(T, C, dtype=torch.bfloat16, device=x.device) if rows else None
-    by_column = torch.empty(-(-T // n) * n, C, dtype=torch.bfloat16, device=x.device) if columns else None
-    views = ((None, None, t) if t is not None else None for t in (by_row, by_column))
-    scale = _launch(x, block, format, stochastic, seed, None, transform, *views)
-    by_column = by_column if transform or by_column is None else by_column[:T]
-    return Operand(by_row, scale[0]) if rows else None, Operand(by_column.T, scale[1]) if columns else None
+    by_token = torch.empty(padded, C, dtype=torch.bfloat16, device=x.device) if columns else None
+    scale = _launch(x, block, format, stochastic, seed, None, transform, rows=by_row, columns=by_token)
+    of_columns = by_token[: padded if transform else T].T if columns else None
+    return Operand(by_row, scale[0]) if rows else None, Operand(of_columns, scale[1]) if columns else None

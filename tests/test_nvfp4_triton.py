@@ -47,18 +47,6 @@ def test_bytes_are_those_of_the_definition(format, block, dtype):
                 assert_same_bytes(quantize_triton(x, block, format, stochastic, seed), want)
 
 
-@pytest.mark.parametrize("format, transform", [("nvfp4", True), ("nvfp4", False), ("mxfp4", True)])
-def test_bytes_of_columns(format, transform):
-    block = FORMATS[format].blocks[0]
-    n = block[1]
-    for dtype in DTYPES:
-        x = draw(3 * n, 48, dtype=dtype)
-        view = (hadamard(x, size=n) if transform else x.float()).T.contiguous()
-        for stochastic in (False, True):
-            got = quantize_triton(x, block, format, stochastic, 9, columns=True, transform=transform)
-            assert_same_bytes(got, quantize_ref(view, block, format, stochastic, 9))
-
-
 @pytest.mark.parametrize("format, block, transform", [("nvfp4", (1, 16), True), ("nvfp4", (16, 16), True),
                                                       ("mxfp4", (1, 32), True), ("mxfp8", (1, 32), False)])  # fmt: skip
 def test_operands_are_the_decoded_numbers_of_both_views(format, block, transform):
