@@ -54,12 +54,11 @@ def _magnitude(x):
 @jit
 def _e4m3(a):
     """Returns (byte, value) of a in [0, 448], rounded to E4M3, ties to even."""
-    bits = _bits(a)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # 960 = 8 (127 - 7): the exponent's other bias
-    whole = (a * 512 + 8388608.0) - 8388608.0  # 2^23: only whole numbers are left above it
-    byte = tl.where(a < 0.015625, whole.to(tl.int32), normal)
-    value = tl.where(byte < 8, byte * 0.001953125, _float((byte + 960) << 20))
-    return byte, value
+    bits, small = _bits(a), a < 0.015625
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000  # 3 bits after the first
+    whole = a * 512 + 8388608.0  # 2^23: only whole numbers are left above it
+    byte = tl.where(small, _bits(whole) & 15, (normal >> 20) - 960)  # 960 = 8 (127 - 7): the other bias
+    return byte, tl.where(small, (whole - 8388608.0) * 0.001953125, _float(normal))
 
 
 @jit
@@ -97,8 +96,7 @@ def _block_scales(A, encode, decode, FORMAT: tl.constexpr):
 
     encode, decode: the tensor's S_enc and S_dec, for nvfp4; decode is NaN in a tensor with NaN or an infinity.
     """
-    finite = A < 0x7F800000
-    a = _float(tl.where(finite, A, 0))
+    finite, a = A < 0x7F800000, _float(A)
     if FORMAT == "nvfp4":
         byte, value = _e4m3(tl.minimum(a * (encode * (1 / 6)), 448.0))
         factor = tl.div_rn(1.0, value * tl.where(decode == decode, decode, 1.0))
