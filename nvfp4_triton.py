@@ -13,12 +13,12 @@ from nvfp4 import SIGNS, Quantized
 # of x; a tile gives both views: the rows, blocked along C, and the columns, transformed and blocked along T.
 #
 #         x  |####|####|    `_amax_kernel`   2 bytes an element (bf16): one largest number a program and view
-#            |####|####|    `_pack_kernel`   2 bytes to read and, for training, 2 x 2 to write: code times block scale,
-#              tile                          what a product takes on a GPU without FP4. Packed: 2 x 9/16.
+#            |####|####|    `_pack_kernel`   2 to read, 2 x 2 to write: code times block scale in BF16, what a product
+#              tile                          takes on a GPU without FP4. Packed codes, rows only: 9/16 to write.
 #
 # A column's block of N tokens is a tuple of N tensors, one for each token: the Hadamard transform is then sums and
-# differences of registers. Magnitudes are compared as integers: NaN is above infinity, and so is not lost in a maximum.
-# tl.div_rn, as `/` is not rounded correctly on a GPU; E4M3 in integers, as the interpreter's float8 rounds differently.
+# differences of registers. Magnitudes are compared as integers, in which NaN is the largest. tl.div_rn: `/` is not
+# rounded correctly on a GPU. E4M3 in integers: the interpreter's float8 rounds differently.
 
 
 class Operand(NamedTuple):
@@ -121,12 +121,6 @@ def _element(x, factor, u, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @jit
-def _u16(word, high):
-    """Returns half of a random word as a number in [0, 1)."""
-    return ((word >> (16 * high)) & 0xFFFF).to(tl.int32).to(tl.float32) * 1.52587890625e-05  # 2^-16
-
-
-@jit
 def _load_tokens(x_ptr, first, c, T, C, stride, N: tl.constexpr):
     """Returns a tuple of N tensors, float32: rows first + i of x at the channels c, zeros beyond its end."""
     x = ()
@@ -192,7 +186,7 @@ def _pack_rows(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode, r
         w0, w1, w2, w3 = tl.randint4x(seed, group[:, :, None])
         i = tl.arange(0, 8)[None, None, :]
         word = tl.where(i < 4, tl.where(i < 2, w0, w1), tl.where(i < 6, w2, w3))
-        u = _u16(word, i % 2).reshape(ROWS, BLOCKS, BC)
+        u = (((word >> (16 * (i % 2))) & 0xFFFF).to(tl.float32) * 2.0**-16).reshape(ROWS, BLOCKS, BC)
     code, v = _element(x.reshape(ROWS, BLOCKS, BC), factor, u, FORMAT, STOCHASTIC)
     if values_ptr is not None:
         tl.store(values_ptr + t * C + c, (v * value).reshape(ROWS, WIDTH).to(tl.bfloat16), mask=mask)
@@ -222,7 +216,7 @@ def _pack_columns(x_ptr, values_ptr, seed, encode, decode, first, column, T, C, 
         u = value
         if STOCHASTIC:
             words = tl.randint4x(seed, group + i // 8) if i % 8 == 0 else words
-            u = _u16(words[i % 8 // 2], i % 2)
+            u = ((words[i % 8 // 2] >> (16 * (i % 2))) & 0xFFFF).to(tl.float32) * 2.0**-16
         _, v = _element(x[i], factor, u, FORMAT, STOCHASTIC)
         row = (first + i).to(tl.int64)
         tl.store(values_ptr + row * C + c, (v * value).to(tl.bfloat16), mask=(first < T) & (c < C))
@@ -290,10 +284,9 @@ def quantize_triton(x, block, format, stochastic=False, seed=0, amax=None):
 def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=True, columns=True):
     """Returns (rows, columns): x [T, C] and its transpose [C, T] as Operands, in one pass; None if not wanted.
 
-    They hold what `decode` returns for `quantize` of the two views, those of `seed` and `seed + 1`, without packed
-    codes: writing codes to read them again would cost more. Where blocks end beyond x, zeros are added; after the
-    transform they are zeros no more, so that columns are then [C, T'], T' of whole blocks. Blocks of columns have one
-    row. The columns' values are a transposed view.
+    They hold what `decode` returns for `quantize` of the two views, those of `seed` and `seed + 1`, without writing
+    codes to read them again. Where blocks end beyond x, zeros are added. After the transform those are zeros no more,
+    and columns are [C, T'], T' of whole blocks. Columns have blocks of one row; their values are a transposed view.
     """
     T, C = x.shape
     padded = -(-T // block[1]) * block[1]
