@@ -13,6 +13,7 @@ from kernels import (
     dot_precision,
     early_launch,
     expect,
+    float_of,
     jit,
     no_autocast,
     norm_forward,
@@ -682,9 +683,98 @@ def packed_linear_ref(x, weight):
     return (at_least_float32(x) @ dequantize(weight).T.to(at_least_float32(x).dtype)).to(x.dtype)
 
 
+# A product with packed weights, for generation: at one token it is bound by reading the weights, 4.03 bits instead of
+# 16. A program owns some rows of the weight. Eight codes come in a word. A code at the top of a word, shifted right by
+# 6 with copies of its sign, is a float32 of 2^-126 times its value: the two bits of its exponent are the last two of
+# the float's, and 0.5, which has none, is not normal in both. Shift, shift, mask: three instructions a number. The
+# powers of two that are missing go into the activations and the result.
+
+
+@jit
+def _decode(word):
+    """Returns 2^-126 times the number whose code is in the top four bits of an int32."""
+    return float_of((word >> 6) & -0x7E400000)  # keeps the bits of 0x81C00000
+
+
+@jit
+def _packed_vector_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, N, odd_words, stride_x,
+                          BR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Writes ROWS numbers of out [M, N] = x [M, K] W^T, for one row of x. A thread owns a word of each of its rows."""
+    WORDS = odd_words - 1  # K / 8. Were it known to be a multiple of 4, a thread would get 4 words, and 4 times the x
+    x_ptr += tl.program_id(1).to(tl.int64) * stride_x
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
+    of_scales = (tl.program_id(0) * ROWS // BR if BR > 1 else rows) * (WORDS // 2)  # one row of them, or one each
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in tl.range(0, WORDS, WIDTH, num_stages=STAGES):
+        w = first + tl.arange(0, WIDTH)[None, :]
+        words = tl.load(codes_ptr + rows * WORDS + w, mask=(rows < N) & (w < WORDS), other=0)  # [ROWS, WIDTH]
+        mask = (w < WORDS) if BR > 1 else (rows < N) & (w < WORDS)
+        scales = tl.load(scales_ptr + of_scales + w // 2, mask=mask, other=0).to(tl.int32)
+        scales = float_of(scales << 20) * 2.0**120  # E4M3, by the same reasoning
+        into_x = scales * 2.0**62 if BR > 1 else 2.0**62
+        part = total if BR > 1 else tl.zeros([ROWS, WIDTH], tl.float32)
+        for k in tl.static_range(8):
+            x = tl.load(x_ptr + 8 * w + k, mask=w < WORDS, other=0.0).to(tl.float32) * into_x
+            part += _decode(words << (28 - 4 * k)) * x
+        total = part if BR > 1 else total + part * scales
+    out = tl.sum(total, 1, keep_dims=True) * 2.0**64 * tl.load(scale_ptr)
+    tl.store(out_ptr + tl.program_id(1) * N + rows, out, mask=rows < N)
+
+
+@jit
+def _packed_product_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, M, N, K, stride_x, BR: tl.constexpr,
+                           PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Writes a tile [BM, BN] of out [M, N] = x [M, K] W^T; even and odd columns are two products."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None].to(tl.int64)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None].to(tl.int64)
+    total = tl.zeros([BM, BN], tl.float32)
+    for first in range(0, K, BK):
+        k = first + tl.arange(0, BK)[None, :]
+        pair = first // 2 + tl.arange(0, BK // 2)[None, :]
+        block = first // 16 + tl.arange(0, BK // 16)[None, :]
+        x = tl.load(x_ptr + m * stride_x + k, mask=(m < M) & (k < K), other=0.0)
+        even, odd = tl.split(x.reshape(BM, BK // 2, 2))
+        codes = tl.load(codes_ptr + n * (K // 2) + pair, mask=(n < N) & (pair * 2 < K), other=0).to(tl.int32)
+        scales = tl.load(scales_ptr + n // BR * (K // 16) + block, mask=(n < N) & (block * 16 < K), other=0)
+        scales = float_of(scales.to(tl.int32) << 20) * 2.0**126
+        scales = tl.broadcast_to(scales[:, :, None], (BN, BK // 16, 8)).reshape(BN, BK // 2)
+        low, high = _decode(codes << 28) * 2.0**120 * scales, _decode((codes >> 4) << 28) * 2.0**120 * scales
+        total = tl.dot(even, tl.trans(low.to(x.dtype)), total, input_precision=PRECISION)
+        total = tl.dot(odd, tl.trans(high.to(x.dtype)), total, input_precision=PRECISION)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
+    tl.store(out_ptr + m * N + n, total * tl.load(scale_ptr), mask=(m < M) & (n < N))
+
+
+def _vector_tiles(N):
+    """Returns the tile of a product with one vector. Its rows share what is read of x; but there must be many tiles."""
+    return (
+        dict(ROWS=16, WIDTH=64, STAGES=3, num_warps=2) if N >= 8192 else dict(ROWS=8, WIDTH=128, STAGES=3, num_warps=4)
+    )
+
+
+def packed_linear_triton(x, weight):
+    """Returns `packed_linear_ref(x, weight)`. It reads the packed bytes: nothing of [O, I] is written."""
+    (M, K), N = x.shape, weight.shape[0]
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    tensors, br = (x, weight.codes, weight.scales, weight.scale, out), weight.block[0]
+    if M <= 4:
+        tiles = _vector_tiles(N)
+        _packed_vector_kernel[(-(-N // tiles["ROWS"]), M)](
+            x, weight.codes.view(torch.int32), *tensors[2:], N, K // 8 + 1, x.stride(0), BR=br, **tiles
+        )
+    else:
+        BM = 16 if M <= 16 else 64
+        _packed_product_kernel[(-(-M // BM), -(-N // 64))](
+            *tensors, M, N, K, x.stride(0), BR=br, PRECISION=dot_precision(), BM=BM, BN=64, BK=128, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
 def packed_linear(x, weight, backend="auto"):
     """Returns `packed_linear_ref(x, weight)` on the backend asked for."""
-    return packed_linear_ref(x, weight)
+    op = packed_linear_triton if pick_backend(backend, x.device, x.dtype) == "triton" else packed_linear_ref
+    return op(x, weight)
 
 
 class PackedLinear(nn.Module):

@@ -26,7 +26,7 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 1,644 lines in all
+Files    nvfp4.py + kernels.py: 1,915 lines in all
 """
 
 import math
@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels import at_least_float32, expect, no_autocast
+from kernels import INTERPRET, at_least_float32, bits_of, expect, float_of, jit, no_autocast, philox, pick_backend, tl
 
 FLT_MAX = torch.finfo(torch.float32).max
 
@@ -89,24 +89,6 @@ def e2m1_round(y, u=None):
 def e4m3_round(a):
     """Returns a >= 0, float32, rounded to E4M3: 3 bits after the first, below 2^-6 multiples of 2^-9, at most 448."""
     return a.clamp(max=448).to(torch.float8_e4m3fn).float()
-
-
-def uniform(seed, shape, device):
-    """Returns u float32 `shape` in [0, 1), in steps of 2^-16: the numbers of Philox4x32-10, from Triton's `randint4x`.
-
-    Elements 8 i to 8 i + 7, in row-major order, are the halves of the four words of counter i, the low half first.
-    seed, the key: an int or int64 [].
-    """
-    low, n = 0xFFFFFFFF, math.prod(shape)
-    i = torch.arange(-(-n // 8), device=device)
-    seed = seed if torch.is_tensor(seed) else torch.full((), seed, dtype=torch.int64, device=device)
-    c0, c1, c2, c3, k0, k1 = i & low, i >> 32, i * 0, i * 0, seed & low, seed >> 32 & low
-    for _ in range(10):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits: int64 wraps around, and the bits are right
-        c0, c1, c2, c3 = b >> 32 & low ^ c1 ^ k0, b & low, a >> 32 & low ^ c3 ^ k1, a & low
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    halves = [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, dim=-1).flatten()[:n].view(shape).float() * 2**-16
 
 
 # ---- 2. quantising ----------------------------------------------------------------------------------------
@@ -209,7 +191,7 @@ def quantize_ref(x, block=(1, 16), format="nvfp4", stochastic=False, seed=0, ama
     if kind.bits == 8:
         codes = y.to(torch.float8_e4m3fn).view(torch.uint8)
     else:
-        value = e2m1_round(y, uniform(seed, (R, K), x.device) if stochastic else None)
+        value = e2m1_round(y, philox(seed, (R, K), x.device) if stochastic else None)
         v = value.abs()
         code = torch.where(v < 2, 2 * v, torch.where(v < 4, v + 2, v / 2 + 4))  # 0 .5 1 1.5 2 3 4 6 -> 0 ... 7
         codes = _pack((code + 8 * value.signbit()).to(torch.uint8))
@@ -241,11 +223,14 @@ def quantize(x, block=(1, 16), format="nvfp4", stochastic=False, seed=0, amax=No
         raise ValueError(f"expected a matrix of floats [R, K], got {list(x.shape)} of {x.dtype}; flatten or cast it")
     if not x.numel() or x.shape[0] % rows or x.shape[1] % columns:
         raise ValueError(f"{list(x.shape)} is not made of whole blocks of {list(block)}: pad it with zeros")
-    return quantize_ref(x, block, format, stochastic, seed, amax)
+    packs = FORMATS[format].bits == 4 and pick_backend("auto", x.device, x.dtype) == "triton"
+    return (quantize_triton if packs else quantize_ref)(x, block, format, stochastic, seed, amax)
 
 
 def decode(q, dtype=torch.float32):
-    """Returns q [R, K] without the tensor's scale: code times the scale of the block; exact in BF16, but for fp8."""
+    """Returns q [R, K] without the tensor's scale: code times the scale of the block. Exact in BF16, but for fp8."""
+    if isinstance(q, Operand):
+        return q.values
     if FORMATS[q.format].bits == 8:
         v = q.codes.view(torch.float8_e4m3fn).float()
     else:
@@ -297,37 +282,315 @@ def hadamard(x, signs=None, size=16, inverse=False):
 def quantize_columns(x, format="nvfp4", transform=False, stochastic=False, seed=0):
     """Returns x [T, C] transposed, [C, T], as a Quantized with blocks of one row; transform: after `hadamard`."""
     columns = FORMATS[format].blocks[0][1]
+    if FORMATS[format].bits == 4 and not len(x) % columns and pick_backend("auto", x.device, x.dtype) == "triton":
+        return quantize_triton(x, (1, columns), format, stochastic, seed, columns=True, transform=transform)
     view = (hadamard(x, size=columns) if transform else x).T.contiguous()
     return quantize(view, (1, columns), format, stochastic, seed)
-
-
-def _exact_product(a, b):
-    """Returns a [M, K] b [N, K]^T with float32 sums, of BF16 operands on a GPU."""
-    return torch.mm(a, b.T, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else a @ b.T
-
-
-def fp4_matmul_ref(a, b, out_dtype=torch.float32):
-    """Returns `fp4_matmul(...)`: both operands decoded, their scales multiplied into the float32 sums."""
-    with no_autocast(a.codes.device):
-        if not a.codes.is_cuda:
-            product = decode(a) @ decode(b).T
-        elif "fp8" not in (a.format, b.format):
-            product = _exact_product(decode(a, torch.bfloat16), decode(b, torch.bfloat16))
-        else:  # its float32 scales do not fit into BF16: two halves of 8 bits, and the three products that count
-            parts = [(x.bfloat16(), (x - x.bfloat16().float()).bfloat16()) for x in (decode(a), decode(b))]
-            (a_high, a_low), (b_high, b_low) = parts
-            product = _exact_product(torch.cat([a_high, a_low, a_high], 1), torch.cat([b_high, b_high, b_low], 1))
-        return (product * (a.scale * b.scale)).to(out_dtype)
 
 
 def fp4_matmul(a, b, out_dtype=torch.float32):
     """Returns a b^T [M, N] in out_dtype, for Quantized a [M, K] and b [N, K]: the product of the decoded matrices.
 
-    Sums are float32. The operands may have different formats. Raises ValueError if they differ in width.
+    Sums are float32, and the tensors' scales multiply them. The operands may have different formats.
+    Raises ValueError if they differ in width.
     """
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"widths differ: {list(a.shape)} and {list(b.shape)}; both are blocked along what is summed")
-    return fp4_matmul_ref(a, b, out_dtype)
+    x, y = decode(a), decode(b)
+    with no_autocast(x.device):
+        if not x.is_cuda:
+            product = x.float() @ y.float().T
+        elif "fp8" not in (a.format, b.format):
+            product = torch.mm(x.bfloat16(), y.bfloat16().T, out_dtype=torch.float32)
+        else:  # its float32 scales do not fit into BF16: two halves of 8 bits, and the three products that count
+            (x, x_low), (y, y_low) = ((v.bfloat16(), (v - v.bfloat16().float()).bfloat16()) for v in (x, y))
+            x, y = torch.cat([x, x_low, x], dim=1), torch.cat([y, y, y_low], dim=1)
+            product = torch.mm(x, y.T, out_dtype=torch.float32)
+        return (product * (a.scale * b.scale)).to(out_dtype)
+
+
+# ---- 4. Triton --------------------------------------------------------------------------------------------
+#
+# Two passes over x [T, C], as the largest number is needed before the first can be rounded. A program loops over tiles
+# of x; a tile gives both views: the rows, blocked along C, and the columns, transformed and blocked along T.
+#
+#         x  |####|####|    `_amax_kernel`   2 bytes an element (bf16): one largest number a program and view
+#            |####|####|    `_pack_kernel`   2 bytes to read and, for training, 2 x 2 to write: code times block scale,
+#              tile                          what a product takes on a GPU without FP4. Packed: 2 x 9/16.
+#
+# A column's block of N tokens is a tuple of N tensors, one for each token: the Hadamard transform is then sums and
+# differences of registers. Magnitudes are compared as integers: NaN is above infinity, and so is not lost in a maximum.
+# tl.div_rn, as `/` is not rounded correctly on a GPU; E4M3 in integers, as the interpreter's float8 rounds differently.
+
+
+class Operand(NamedTuple):
+    """A matrix as a product takes it: codes times the scales of their blocks in BF16, and the tensor's scale."""
+
+    values: torch.Tensor  # [R, K]
+    scale: torch.Tensor  # float32 []
+    format = "bf16"
+    shape = property(lambda self: tuple(self.values.shape))  # (R, K)
+
+
+@jit
+def _magnitude(x):
+    """Returns |x| as an integer."""
+    return bits_of(x) & 0x7FFFFFFF
+
+
+@jit
+def _e4m3(a):
+    """Returns (byte, value) of a in [0, 448], rounded to E4M3, ties to even."""
+    bits = bits_of(a)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # 960 = 8 (127 - 7): the exponent's other bias
+    whole = (a * 512 + 8388608.0) - 8388608.0  # 2^23: only whole numbers are left above it
+    byte = tl.where(a < 0.015625, whole.to(tl.int32), normal)
+    value = tl.where(byte < 8, byte * 0.001953125, float_of((byte + 960) << 20))
+    return byte, value
+
+
+@jit
+def _e2m1(y, u, STOCHASTIC: tl.constexpr):
+    """Returns (code, value) of y in [-6, 6], not -0, rounded to E2M1; u in [0, 1) is read if STOCHASTIC."""
+    a, sign = tl.abs(y), bits_of(y) & -0x80000000
+    binade = tl.maximum(bits_of(y) & 0x7F800000, 0x3F800000)  # the bits of 1, 2 or 4: values are half of it apart
+    if STOCHASTIC:
+        q = a * float_of((255 << 23) - binade)  # in units of that distance
+        below = tl.floor(q)
+        q = tl.where(u < q - below, below + 1, below)
+        a = q * float_of(binade - (1 << 23))
+    # Float32 numbers around 2^22 times the binade are as far apart as the values: the sum is rounded as we want, ties
+    # to even. Its last bits count values from 0 on; the binades of 2 and 4 leave out 2 and 4 of them.
+    large = float_of(binade) * 4194304.0
+    total = a + large
+    code = bits_of(total) - bits_of(large) + (binade >> 22) - 254  # 254 = 2 * 127
+    return code | ((sign >> 28) & 8), float_of(bits_of(total - large) | sign)
+
+
+@jit
+def _tensor_scales(partial_ptr, N_PARTIAL: tl.constexpr):
+    """Returns (S_enc, S_dec) of the largest magnitude, whose candidates are at partial_ptr, as integers."""
+    A = tl.max(tl.load(partial_ptr + tl.arange(0, N_PARTIAL)), 0)
+    finite = A < 0x7F800000
+    amax = float_of(tl.where(finite & (A > 0), A, 0x3F800000))
+    encode = tl.minimum(tl.div_rn(2688.0, amax), 3.4028234663852886e38)
+    encode = tl.where(finite & (A > 0), encode, 1.0)
+    return encode, tl.where(finite, tl.div_rn(1.0, encode), float("nan"))
+
+
+@jit
+def _block_scales(A, encode, decode, FORMAT: tl.constexpr):
+    """Returns (byte, value, factor) for block maxima A, magnitudes as integers; factor takes numbers to the format.
+
+    encode, decode: the tensor's S_enc and S_dec, for nvfp4; decode is NaN in a tensor with NaN or an infinity.
+    """
+    finite = A < 0x7F800000
+    a = float_of(tl.where(finite, A, 0))
+    if FORMAT == "nvfp4":
+        byte, value = _e4m3(tl.minimum(a * (encode * (1 / 6)), 448.0))
+        factor = tl.div_rn(1.0, value * tl.where(decode == decode, decode, 1.0))
+        factor = tl.minimum(factor, 3.4028234663852886e38)
+    else:
+        bits = bits_of(tl.div_rn(a, 6.0 if FORMAT == "mxfp4" else 448.0))
+        byte = tl.where(bits <= 0x400000, 0, (bits + 0x7FFFFF) >> 23)  # the exponent, rounded up, as E8M0 holds it
+        value, factor = float_of(tl.where(byte > 0, byte << 23, 0x400000)), float_of((254 - byte) << 23)
+    return tl.where(finite, byte, 127 if FORMAT == "nvfp4" else 255), tl.where(finite, value, float("nan")), factor
+
+
+@jit
+def _element(x, factor, u, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Returns (code, value) of x, scaled by its block's factor and rounded. Of mxfp8, only the value."""
+    if FORMAT == "mxfp8":
+        y = tl.clamp(x * factor, -448.0, 448.0)
+        code, value = _e4m3(tl.abs(y))
+        value = tl.where(y < 0, -value, value)
+    else:
+        code, value = _e2m1(tl.clamp(x * factor + 0.0, -6.0, 6.0), u, STOCHASTIC)  # + 0: -0 becomes 0
+    return code, value
+
+
+@jit
+def _u16(word, high):
+    """Returns half of a random word as a number in [0, 1)."""
+    return ((word >> (16 * high)) & 0xFFFF).to(tl.int32).to(tl.float32) * 1.52587890625e-05  # 2^-16
+
+
+@jit
+def _load_tokens(x_ptr, first, c, T, C, stride, N: tl.constexpr):
+    """Returns a tuple of N tensors, float32: rows first + i of x at the channels c, zeros beyond its end."""
+    x = ()
+    for i in tl.static_range(N):
+        mask = (first + i < T) & (c < C)
+        x = x + (tl.load(x_ptr + (first + i).to(tl.int64) * stride + c, mask=mask, other=0.0).to(tl.float32),)
+    return x
+
+
+@jit
+def _hadamard(x, N: tl.constexpr, SIGNS: tl.constexpr):
+    """Returns the transform of a tuple of N tensors, in the order of `hadamard`."""
+    y = ()
+    for i in tl.static_range(N):
+        y = y + ((x[i] * -1.0 if (SIGNS >> (i % 16)) & 1 else x[i]),)  # `-x` would be an instruction
+    for stage in tl.static_range(5 if N == 32 else 4):
+        z = ()
+        for i in tl.static_range(N):
+            z = z + (y[i - (1 << stage)] - y[i] if (i >> stage) & 1 else y[i] + y[i + (1 << stage)],)
+        y = z
+    z = ()
+    for i in tl.static_range(N):
+        z = z + (y[i] * N**-0.5,)
+    return z
+
+
+@jit
+def _amax_kernel(x_ptr, partial_ptr, T, C, stride, N_PARTIAL: tl.constexpr, N: tl.constexpr, HADAMARD: tl.constexpr,
+                 SIGNS: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Writes each program's largest magnitude to partial [2, N_PARTIAL]: of x, and of its transform if HADAMARD."""
+    width = tl.cdiv(C, WIDTH)
+    of_x, of_transform = tl.zeros([RUNS, WIDTH], tl.int32), tl.zeros([RUNS, WIDTH], tl.int32)
+    for tile in range(tl.program_id(0), width * tl.cdiv(T, RUNS * N), tl.num_programs(0)):
+        first = (tile // width * RUNS + tl.arange(0, RUNS)[:, None]) * N
+        c = tile % width * WIDTH + tl.arange(0, WIDTH)[None, :]
+        x = _load_tokens(x_ptr, first, c, T, C, stride, N)
+        h = _hadamard(x, N, SIGNS) if HADAMARD else x
+        for i in tl.static_range(N):
+            of_x, of_transform = tl.maximum(of_x, _magnitude(x[i])), tl.maximum(of_transform, _magnitude(h[i]))
+    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(of_x, 1), 0))
+    tl.store(partial_ptr + N_PARTIAL + tl.program_id(0), tl.max(tl.max(of_transform, 1), 0))
+
+
+@jit
+def _pack_rows(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode, row, column, T, C, stride, padded,
+               FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+               ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Quantises a tile [ROWS, WIDTH] along its rows, in blocks of [BR, BC]; writes codes and scales, or values."""
+    t, c = row + tl.arange(0, ROWS)[:, None].to(tl.int64), column + tl.arange(0, WIDTH)[None, :]
+    mask = (t < T) & (c < C)
+    x = tl.load(x_ptr + t * stride + c, mask=mask, other=0.0).to(tl.float32)
+    BLOCKS: tl.constexpr = WIDTH // BC
+    A = tl.max(_magnitude(x).reshape(ROWS, BLOCKS, BC), 2).reshape(ROWS // BR, BR, BLOCKS)
+    stored, value, factor = _block_scales(tl.max(A, 1), encode, decode, FORMAT)  # [ROWS / BR, BLOCKS]
+    if scales_ptr is not None:
+        r, b = row // BR + tl.arange(0, ROWS // BR)[:, None], column // BC + tl.arange(0, BLOCKS)[None, :]
+        tl.store(scales_ptr + r.to(tl.int64) * (padded // BC) + b, stored, mask=(r * BR < T) & (b * BC < C))
+    value = tl.broadcast_to(value[:, None, :], (ROWS // BR, BR, BLOCKS)).reshape(ROWS, BLOCKS)[:, :, None]
+    factor = tl.broadcast_to(factor[:, None, :], (ROWS // BR, BR, BLOCKS)).reshape(ROWS, BLOCKS)[:, :, None]
+    u = x
+    if STOCHASTIC:
+        group = (t * padded + column) // 8 + tl.arange(0, WIDTH // 8)[None, :]  # [ROWS, WIDTH / 8]
+        w0, w1, w2, w3 = tl.randint4x(seed, group[:, :, None])
+        i = tl.arange(0, 8)[None, None, :]
+        word = tl.where(i < 4, tl.where(i < 2, w0, w1), tl.where(i < 6, w2, w3))
+        u = _u16(word, i % 2).reshape(ROWS, BLOCKS, BC)
+    code, v = _element(x.reshape(ROWS, BLOCKS, BC), factor, u, FORMAT, STOCHASTIC)
+    if values_ptr is not None:
+        tl.store(values_ptr + t * C + c, (v * value).reshape(ROWS, WIDTH).to(tl.bfloat16), mask=mask)
+    if codes_ptr is not None:  # eight to a word
+        word = tl.sum(code.reshape(ROWS, WIDTH // 8, 8) << (4 * tl.arange(0, 8)[None, None, :]), 2)
+        w = column // 8 + tl.arange(0, WIDTH // 8)[None, :]
+        tl.store(codes_ptr + t * (padded // 8) + w, word, mask=(t < T) & (w * 8 < C))
+
+
+@jit
+def _pack_columns(x_ptr, values_ptr, seed, encode, decode, first, column, T, C, stride, padded, FORMAT: tl.constexpr,
+                  STOCHASTIC: tl.constexpr, N: tl.constexpr, HADAMARD: tl.constexpr, SIGNS: tl.constexpr,
+                  RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Quantises a tile [RUNS * N, WIDTH] along its columns, in blocks of N; writes values."""
+    first = first + N * tl.arange(0, RUNS)[:, None]  # [RUNS, 1]
+    c = column + tl.arange(0, WIDTH)[None, :]
+    x = _load_tokens(x_ptr, first, c, T, C, stride, N)
+    x = _hadamard(x, N, SIGNS) if HADAMARD else x
+    A = _magnitude(x[0])
+    for i in tl.static_range(1, N):
+        A = tl.maximum(A, _magnitude(x[i]))
+    _, value, factor = _block_scales(A, encode, decode, FORMAT)
+    group = (c.to(tl.int64) * padded + first) // 8  # in the transposed matrix [C, padded]
+    group += tl.where(A < 0, 1, 0)  # 0, but lets Triton compute the random numbers in the threads that hold x
+    words = (0, 0, 0, 0)
+    for i in tl.static_range(N):
+        u = value
+        if STOCHASTIC:
+            words = tl.randint4x(seed, group + i // 8) if i % 8 == 0 else words
+            u = _u16(words[i % 8 // 2], i % 2)
+        _, v = _element(x[i], factor, u, FORMAT, STOCHASTIC)
+        row = (first + i).to(tl.int64)
+        tl.store(values_ptr + row * C + c, (v * value).to(tl.bfloat16), mask=(first < T) & (c < C))
+
+
+@jit
+def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, codes_ptr, scales_ptr, rows_ptr, columns_ptr,
+                 T, C, stride, padded_T, padded_C, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, BR: tl.constexpr,
+                 BC: tl.constexpr, HADAMARD: tl.constexpr, SIGNS: tl.constexpr, N_PARTIAL: tl.constexpr,
+                 RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Quantises x [T, C] by rows, by columns or both: what there is a pointer for. scale [2]: those of both views."""
+    encode, decode, encode_columns, decode_columns = 1.0, 1.0, 1.0, 1.0
+    if FORMAT == "nvfp4":
+        encode, decode = _tensor_scales(partial_ptr, N_PARTIAL)
+        encode_columns, decode_columns = _tensor_scales(partial_ptr + N_PARTIAL, N_PARTIAL)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr, decode)
+        tl.store(scale_ptr + 1, decode_columns)
+    seed = tl.load(seed_ptr) if STOCHASTIC else 0
+    ROWS: tl.constexpr = RUNS * BC
+    width = tl.cdiv(C, WIDTH)
+    for tile in range(tl.program_id(0), width * tl.cdiv(T, ROWS), tl.num_programs(0)):
+        row, column = tile // width * ROWS, tile % width * WIDTH
+        if codes_ptr is not None or rows_ptr is not None:
+            _pack_rows(x_ptr, codes_ptr, scales_ptr, rows_ptr, seed, encode, decode, row, column, T, C, stride,
+                       padded_C, FORMAT, STOCHASTIC, BR, BC, ROWS, WIDTH)  # fmt: skip
+        if columns_ptr is not None:
+            _pack_columns(x_ptr, columns_ptr, seed + 1, encode_columns, decode_columns, row, column, T, C, stride,
+                          padded_T, FORMAT, STOCHASTIC, BC, HADAMARD, SIGNS, RUNS, WIDTH)  # fmt: skip
+
+
+PARTIAL = 8 if INTERPRET else 512  # programs of the first pass: about four for each multiprocessor
+
+
+def _launch(x, block, format, stochastic, seed, amax, transform, codes=None, scales=None, rows=None, columns=None):
+    """Runs both passes over x [T, C], into the tensors given; returns the tensor's scales [2], by rows and columns."""
+    (T, C), (br, bc) = x.shape, block
+    x = x if x.stride(1) == 1 else x.contiguous()
+    partial = torch.empty(2, PARTIAL, dtype=torch.int32, device=x.device)
+    scale = torch.empty(2, dtype=torch.float32, device=x.device)
+    tile = dict(HADAMARD=transform and columns is not None, SIGNS=SIGNS, N_PARTIAL=PARTIAL, WIDTH=128, num_warps=4)
+    if format == "nvfp4" and amax is None:
+        _amax_kernel[(PARTIAL,)](x, partial, T, C, x.stride(0), N=16, RUNS=4, **tile)
+    elif format == "nvfp4":
+        partial.copy_(torch.as_tensor(amax, dtype=torch.float32, device=x.device).view(torch.int32))
+    if stochastic and not torch.is_tensor(seed):
+        seed = torch.full((), seed, dtype=torch.int64, device=x.device)
+    n_tiles = -(-T // 64) * -(-C // 128)
+    _pack_kernel[(-(-n_tiles // 4),)](
+        x, partial, seed if stochastic else None, scale, codes, scales, rows, columns, T, C, x.stride(0),
+        -(-T // bc) * bc, -(-C // bc) * bc, FORMAT=format, STOCHASTIC=stochastic, BR=br, BC=bc, RUNS=64 // bc, **tile,
+    )  # fmt: skip
+    return scale
+
+
+def quantize_triton(x, block, format, stochastic=False, seed=0, amax=None):
+    """Returns `quantize_ref(...)` for a format of 4 bits."""
+    R, K = x.shape
+    codes = torch.empty(R, K // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(R // block[0], K // block[1], dtype=torch.uint8, device=x.device)
+    scale = _launch(x, block, format, stochastic, seed, amax, False, codes.view(torch.int32), scales)
+    return Quantized(codes, scales, scale[0], (R, K), format, tuple(block))
+
+
+def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=True, columns=True):
+    """Returns (rows, columns): x [T, C] and its transpose [C, T] as Operands, in one pass; None if not wanted.
+
+    They hold what `decode` returns for `quantize` of the two views, those of `seed` and `seed + 1`, without packed
+    codes: writing codes to read them again would cost more. Where blocks end beyond x, zeros are added; after the
+    transform they are zeros no more, so that columns are then [C, T'], T' of whole blocks. Blocks of columns have one
+    row. The columns' values are a transposed view.
+    """
+    T, C = x.shape
+    padded = -(-T // block[1]) * block[1]
+    by_row = torch.empty(T, C, dtype=torch.bfloat16, device=x.device) if rows else None
+    by_token = torch.empty(padded, C, dtype=torch.bfloat16, device=x.device) if columns else None
+    scale = _launch(x, block, format, stochastic, seed, None, transform, rows=by_row, columns=by_token)
+    of_columns = by_token[: padded if transform else T].T if columns else None
+    return Operand(by_row, scale[0]) if rows else None, Operand(of_columns, scale[1]) if columns else None
 
 
 # ---- 5. the linear layer ----------------------------------------------------------------------------------
@@ -380,8 +643,13 @@ def _views(x, block, format, stochastic=False, seed=0, transform=False, rows=Tru
     block, format: of `quantize`. With square blocks both are the same numbers; else the columns are rounded for
     themselves, with the next seed, and after `hadamard` if transform. Where blocks end beyond x, zeros are added.
     """
-    R, n = len(x), block[1]
-    if block[0] == n:
+    R, n, square = len(x), block[1], block[0] == block[1]
+    if format != "fp8" and pick_backend("auto", x.device, x.dtype) == "triton":
+        of_rows, of_columns = operands(
+            x, block, format, stochastic, seed, transform, rows or square, columns and not square
+        )
+        return of_rows, of_rows._replace(values=of_rows.values.T) if square else of_columns
+    if square:
         q = quantize(_pad(x, n, n), block, format)
         return q.rows(R), q.T
     return (
@@ -477,10 +745,6 @@ class QuantizedLinear(nn.Linear):
         y = quantized_product(x, self.weight, self.recipe)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def extra_repr(self):
-        """Returns what print(model) shows."""
-        return f"{super().extra_repr()}, format={self.recipe.format}"
-
 
 HEAD = {"embeddings", "lm_head"}  # their matrices are read without their forward: never quantised
 KEPT = HEAD | {"q_proj", "k_proj", "v_proj", "o_proj", "fc1_latent_proj", "fc2_latent_proj", "gate", "mtp", "planner"}
@@ -541,18 +805,16 @@ def swap(module, recipe):
 
 
 # ---- 7. merged checkpoints --------------------------------------------------------------------------------
-#
-# A decay of the learning rate shrinks the last steps. With checkpoints th_0 ... th_k of a constant rate, that can be
-# done afterwards: th_0 + sum_i w_i (th_i - th_{i-1}) with w_i = decay(i / (k + 1)). This is sum_j c_j th_j with
-# c_j = w_j - w_{j+1}, w_0 = 1, w_{k+1} = 0. A linear decay is the plain mean; minus-sqrt favours the oldest.
 
 DECAYS = {"minus-sqrt": lambda u: 1 - math.sqrt(u), "linear": lambda u: 1 - u}  # 1 at u = 0, 0 at u = 1
 
 
 def merge_checkpoints(dicts, decay="minus-sqrt"):
-    """Returns the state_dict that training with a decaying learning rate would about have reached.
+    """Returns the state_dict that training with a decaying learning rate would about have reached: smaller last steps.
 
-    dicts: state_dicts at even distances, the oldest first. Dtypes stay; numbers that are not floats are the newest's.
+    th_0 + sum_i w_i (th_i - th_{i-1}), w_i = decay(i / (k + 1)), is sum_j c_j th_j with c_j = w_j - w_{j+1}, w_0 = 1,
+    w_{k+1} = 0: for a linear decay the plain mean; minus-sqrt favours the oldest. dicts: the state_dicts th_0 ... th_k
+    at even distances, the oldest first. Dtypes stay; numbers that are not floats are the newest's.
     Raises ValueError for an unknown decay, no dicts, or dicts that differ in names or shapes.
     Source: Nemotron 3 Super, arXiv:2604.12374; "WSM", arXiv:2507.17634.
     """
@@ -592,43 +854,21 @@ def gradient_bias(dy, x, n_seeds, headroom=1.0):
     return errors
 
 
-def steady_gradient(T, C, value=0.02):
-    """Returns (dy, spike), both [T, C]: dy is `value`, but Gaussian where spike is true, for one of 16 tokens."""
-    spike = F.one_hot(torch.randint(16, (T // 16, C)), 16).bool().transpose(1, 2).flatten(0, 1)
-    return torch.where(spike, torch.randn(T, C), value), spike
-
-
-def product_errors(x, weight, dy, seed=0):
-    """Returns {product: error} of the three products, against their quantised views multiplied in float64."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = quantized_linear(x, weight, RECIPES["nvfp4"], seed)
-    dx, dw = torch.autograd.grad(y, (x, weight), dy)
-    x, weight, columns = x.detach(), quantize(weight.detach(), (16, 16)), partial(quantize_columns, transform=True)
-    views = {
-        "fprop": (y, quantize(x), weight),
-        "dgrad": (dx, quantize(dy, stochastic=True, seed=2 * seed), weight.T),
-        "wgrad": (dw, columns(dy, stochastic=True, seed=2 * seed + 1), columns(x)),
-    }
-    return {name: relative(out.double(), dequantize(a).double() @ dequantize(b).double().T)
-            for name, (out, a, b) in views.items()}  # fmt: skip
-
-
 def demo():
     """Prints the error of each format, of the mean of stochastic gradients, and of the three products."""
     torch.manual_seed(0)
     x = torch.randn(1024, 1024)
     print("1. There and back: error of Gaussian numbers\n\nformat  block       bits   nearest   stochastic")
-    for format, kind in FORMATS.items():
-        for block in kind.blocks:
-            ways = [quantize(x, block, format, stochastic) for stochastic in (False, True)[: 1 + (kind.bits == 4)]]
-            errors = "".join(f"{relative(dequantize(q), x):10.2%}" for q in ways)
-            print(f"{format:8}{block[0]:3} x {block[1]:3}{8 * ways[0].nbytes / x.numel():9.2f}{errors}")
+    for format, block in ((format, block) for format, kind in FORMATS.items() for block in kind.blocks):
+        done = [quantize(x, block, format, way) for way in (False, True)[: 1 + (FORMATS[format].bits == 4)]]
+        errors = "".join(f"{relative(dequantize(q), x):10.2%}" for q in done)
+        print(f"{format:8}{block[0]:3} x {block[1]:3}{8 * done[0].nbytes / x.numel():9.2f}{errors}")
 
-    dy, x = torch.randn(2, 256, 256)
-    exact = hadamard(dy).T @ dequantize(quantize_columns(x, transform=True)).T
-    nearest = relative(fp4_matmul(quantize_columns(dy, transform=True), quantize_columns(x, transform=True)), exact)
-    rows = {"S": gradient_bias(dy, x, 128), "H": gradient_bias(dy, x, 128, 17 / 16)}
     print("\n2. Error of the mean weight gradient over n seeds: S stochastic, H with 17/16 headroom, N to nearest\n")
+    dy, x = torch.randn(2, 256, 256)
+    q, view = quantize_columns(x, transform=True), hadamard(dy).T.contiguous()
+    nearest = relative(fp4_matmul(quantize(view), q), view @ dequantize(q).T)
+    rows = {"S": gradient_bias(dy, x, 128), "H": gradient_bias(dy, x, 128, 17 / 16)}
     print(f"{'n':>4}{'S':>8}{'H':>8}{'N':>8}   1 %{'3 %':>22}{'10 %':>23}")
     for n in rows["S"]:
         errors, line = {"N": nearest} | {name: row[n] for name, row in rows.items()}, [" "] * 56
@@ -637,17 +877,17 @@ def demo():
         print(f"{n:4}{errors['S']:8.2%}{errors['H']:8.2%}{errors['N']:8.2%}   |{''.join(line).rstrip()}")
     print("S falls as 1 / sqrt(n), down to what is clipped: E4M3 may round a scale down. Rounded to nearest, it stays.")
 
-    (dy, spike), x = steady_gradient(4096, 128), 1 + torch.randn(4096, 64)
-    print("\n3. A steady gradient of 0.02 under spikes: what is left of it, and the error of the weight gradient\n")
-    for transform, stochastic in ((False, False), (False, True), (True, False), (True, True)):
-        g, other = (quantize_columns(t, "nvfp4", transform, stochastic and t is dy) for t in (dy, x))
-        back = hadamard(dequantize(g).T, inverse=True) if transform else dequantize(g).T
-        name = f"{'Hadamard' if transform else 'plain'}, {'stochastic' if stochastic else 'nearest'}"
-        print(f"  {name:22}{back[~spike].mean() / 0.02:9.3f}{relative(fp4_matmul(g, other), dy.T @ x):9.1%}")
-
-    print("\n4. The three products of a layer, against their quantised views in float64\n")
-    for name, error in product_errors(torch.randn(64, 96), torch.randn(80, 96), torch.randn(64, 80)).items():
-        print(f"  {name}{error:10.1e}")
+    print("\n3. The three products of a layer, against their quantised views multiplied in float64\n")
+    x, weight, dy = torch.randn(64, 96).requires_grad_(), torch.randn(80, 96).requires_grad_(), torch.randn(64, 80)
+    y = quantized_linear(x, weight, RECIPES["nvfp4"])
+    y.backward(dy)
+    w, columns = quantize(weight.detach(), (16, 16)), partial(quantize_columns, transform=True)
+    for name, out, a, b in (
+        ("fprop", y, quantize(x.detach()), w),
+        ("dgrad", x.grad, quantize(dy, stochastic=True, seed=0), w.T),
+        ("wgrad", weight.grad, columns(dy, stochastic=True, seed=1), columns(x.detach())),
+    ):
+        print(f"  {name}{relative(out.double(), dequantize(a).double() @ dequantize(b).double().T):10.1e}")
 
 
 if __name__ == "__main__":

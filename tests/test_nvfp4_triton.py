@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import nvfp4
-from nvfp4 import FORMATS, decode, dequantize, hadamard, quantize_ref
-from nvfp4_triton import operands, quantize_triton
-from packed_triton import packed_linear
+from nvfp4 import FORMATS, decode, dequantize, hadamard, operands, quantize_ref, quantize_triton
+from decode_kernels import packed_linear_triton as packed_linear
 
 pytest.importorskip("triton")
 
