@@ -10,9 +10,18 @@ import torch.nn.functional as F
 
 from benchmarks import harness
 from benchmarks.harness import Bench
-from nvfp4 import RECIPES, Quantized, decode, dequantize, hadamard, quantize_ref, quantized_linear
-from nvfp4_triton import operands, quantize_triton
-from packed_triton import packed_linear
+from decode_kernels import packed_linear
+from nvfp4 import (
+    RECIPES,
+    Quantized,
+    decode,
+    dequantize,
+    hadamard,
+    operands,
+    quantize_ref,
+    quantize_triton,
+    quantized_linear,
+)
 
 NVFP4 = RECIPES["nvfp4"]
 BLOCK, WEIGHT_BLOCK = (1, 16), NVFP4.weight_block
@@ -35,8 +44,7 @@ def both_views(x, stochastic, backend="auto"):
 
 def packed_product(x, codes, scales, scale, backend="auto"):
     """Returns x [M, K] times the transpose of a packed weight [N, K], as generation does."""
-    weight = Quantized(codes, scales, scale, (len(codes), x.shape[1]), "nvfp4", WEIGHT_BLOCK)
-    return packed_linear(x, weight) if backend == "triton" else x @ dequantize(weight, x.dtype).T
+    return packed_linear(x, Quantized(codes, scales, scale, (len(codes), x.shape[1]), "nvfp4", WEIGHT_BLOCK), backend)
 
 
 def layer(x, weight, backend="auto"):
