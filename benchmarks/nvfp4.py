@@ -135,4 +135,4 @@ def check_bytes(device):
 if __name__ == "__main__":
     if torch.cuda.is_available() or harness.INTERPRET:
         check_bytes("cuda" if torch.cuda.is_available() else "cpu")
-    harness.check_and_time(BENCHES, "nvfp4")
+    harness.check_and_time(BENCHES, "nvfp4_kernels")
