@@ -248,7 +248,7 @@ def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, codes_ptr, scales_ptr,
                           padded_T, FORMAT, STOCHASTIC, BC, HADAMARD, SIGNS, RUNS, WIDTH)  # fmt: skip
 
 
-PARTIAL = 8 if INTERPRET else 512  # programs of the first pass: about four for each multiprocessor
+PARTIAL = 2 if INTERPRET else 512  # programs of the first pass: about four for each multiprocessor
 
 
 def _launch(x, block, format, stochastic, seed, amax, transform, codes=None, scales=None, rows=None, columns=None):

@@ -22,16 +22,19 @@ def _decode(word):
 
 @jit
 def _packed_vector_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, N, odd_words, stride_x,
-                          BR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                          BR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Writes ROWS numbers of out [M, N] = x [M, K] W^T, for one row of x. A thread owns a word of each of its rows."""
     WORDS = odd_words - 1  # K / 8. Were it known to be a multiple of 4, a thread would get 4 words, and 4 times the x
     x_ptr += tl.program_id(1).to(tl.int64) * stride_x
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     of_scales = (tl.program_id(0) * ROWS // BR if BR > 1 else rows) * (WORDS // 2)  # one row of them, or one each
+    w = tl.arange(0, WIDTH)[None, :]
+    codes_ptr += rows * WORDS + w
     total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in tl.range(0, WORDS, WIDTH, num_stages=STAGES):
-        w = first + tl.arange(0, WIDTH)[None, :]
-        words = tl.load(codes_ptr + rows * WORDS + w, mask=(rows < N) & (w < WORDS), other=0)  # [ROWS, WIDTH]
+    coming = tl.load(codes_ptr, mask=(rows < N) & (w < WORDS), other=0)  # [ROWS, WIDTH]
+    for first in range(0, WORDS, WIDTH):
+        words, w = coming, first + tl.arange(0, WIDTH)[None, :]
+        coming = tl.load(codes_ptr + first + WIDTH, mask=(rows < N) & (w + WIDTH < WORDS), other=0)
         mask = (w < WORDS) if BR > 1 else (rows < N) & (w < WORDS)
         scales = tl.load(scales_ptr + of_scales + w // 2, mask=mask, other=0).to(tl.int32)
         scales = _float(scales << 20) * 2.0**120  # E4M3, by the same reasoning
@@ -71,9 +74,7 @@ def _packed_product_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, M, 
 
 def _vector_tiles(N):
     """Returns the tile of a product with one vector. Its rows share what is read of x; but there must be many tiles."""
-    return (
-        dict(ROWS=16, WIDTH=64, STAGES=3, num_warps=2) if N >= 8192 else dict(ROWS=8, WIDTH=128, STAGES=3, num_warps=4)
-    )
+    return dict(ROWS=8, WIDTH=128, num_warps=4)
 
 
 def packed_linear(x, weight):

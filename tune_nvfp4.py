@@ -62,7 +62,7 @@ for name, args, nbytes in (
     ("x both", (False, True, True, False), 6), ("x rows", (False, True, False, False), 4),
     ("x columns", (False, False, True, False), 4), ("dy both", (True, True, True, False), 6),
 ):  # fmt: skip
-    for runs, width, warps in ((4, 128, 4), (4, 128, 8), (4, 64, 4), (2, 128, 4)):
+    for runs, width, warps in ((4, 128, 4), (4, 64, 4), (2, 128, 4)):
         for per in (4, 16) if runs * width == 512 and warps == 4 else (4,):
             try:
                 t = ms(pack(*args, runs, width, warps, per))
@@ -70,7 +70,7 @@ for name, args, nbytes in (
             except Exception as e:
                 say(name, runs, width, warps, type(e).__name__, str(e)[:100])
 
-for N, K in ((15680, 4480), (4480, 15680), (22656, 4480), (4480, 10240), (5144, 768), (3072, 768)):
+for N, K in ((15680, 4480), (8192, 8192), (4480, 15680), (22656, 4480), (4480, 10240), (5144, 768), (3072, 768)):
     w = torch.randn(N, K, device="cuda")
     q = nt.quantize_triton(w, (16, 16), "nvfp4")
     copies = max(1, min(8, int(3e8 / (N * K * 2))))
@@ -79,10 +79,9 @@ for N, K in ((15680, 4480), (4480, 15680), (22656, 4480), (4480, 10240), (5144, 
     v = torch.randn(1, K, device="cuda").bfloat16()
     base = ms(lambda: [F.linear(v, a) for a in wb]) / len(wb)
     found = []
-    for tiles in ((8, 128, 3, 4), (16, 128, 3, 4), (16, 64, 3, 2), (8, 64, 3, 2), (8, 64, 1, 2), (16, 128, 1, 4),
-                  (8, 128, 1, 4),
-                  (8, 256, 3, 8), (4, 128, 3, 4), (8, 32, 1, 1), (8, 128, 2, 4)):  # fmt: skip
-        pt._vector_tiles = lambda N: dict(zip(("ROWS", "WIDTH", "STAGES", "num_warps"), tiles))
+    for tiles in ((8, 128, 4), (16, 128, 4), (4, 128, 4), (8, 64, 2), (16, 64, 2), (4, 64, 2), (8, 32, 1), (16, 32, 1),
+                  (8, 256, 8), (4, 32, 1)):  # fmt: skip
+        pt._vector_tiles = lambda N: dict(zip(("ROWS", "WIDTH", "num_warps"), tiles))
         t = ms(lambda: [pt.packed_linear(v, a) for a in qs]) / len(qs)
         found.append((base / t, tiles))
     found.sort(reverse=True)
