@@ -8,6 +8,7 @@ import triton
 
 import nvfp4
 import nvfp4_triton as nt
+import asm_triton as at
 import packed_triton as pt
 
 start = time.time()
@@ -70,7 +71,7 @@ for name, args, nbytes in (
             except Exception as e:
                 say(name, runs, width, warps, type(e).__name__, str(e)[:100])
 
-for N, K in ((15680, 4480), (8192, 8192), (4480, 15680), (22656, 4480), (4480, 10240), (5144, 768), (3072, 768)):
+for N, K in ((15680, 4480), (8192, 8192), (4480, 15680), (22656, 4480), (5144, 768)):
     w = torch.randn(N, K, device="cuda")
     q = nt.quantize_triton(w, (16, 16), "nvfp4")
     copies = max(1, min(8, int(3e8 / (N * K * 2))))
@@ -84,11 +85,22 @@ for N, K in ((15680, 4480), (8192, 8192), (4480, 15680), (22656, 4480), (4480, 1
         pt._vector_tiles = lambda N: dict(zip(("ROWS", "WIDTH", "num_warps"), tiles))
         t = ms(lambda: [pt.packed_linear(v, a) for a in qs]) / len(qs)
         found.append((base / t, tiles))
+    exact = v.double() @ nvfp4.dequantize(q).double().T
+    error = lambda y: ((y.double() - exact).norm() / exact.norm()).item()  # noqa: E731
+    say("errors", error(F.linear(v, nvfp4.dequantize(q).bfloat16())), error(pt.packed_linear(v, q)),
+        error(at.asm_linear(v, q)))  # fmt: skip
+    for tiles in ((32, 256, 3, 4), (64, 256, 3, 4), (16, 512, 3, 2)) if N > 6000 else ():
+        try:
+            t = ms(lambda: [at.asm_linear(v, a, 16, *tiles) for a in qs]) / len(qs)
+            found.append((base / t, ("asm", *tiles)))
+        except Exception as e:
+            say("asm", tiles, type(e).__name__, str(e)[:100])
     found.sort(reverse=True)
     say(f"{N}x{K}: bf16 {base * 1e3:.1f} us ({2 * N * K / base * 1e3 / copy:.0%} of copy);",
-        " ".join(f"{g:.2f}x{str(t).replace(' ', '')}" for g, t in found[:6]), f"worst {found[-1][0]:.2f}")  # fmt: skip
+        " ".join(f"{g:.2f}x{str(t).replace(' ', '')}" for g, t in found[:8]), f"worst {found[-1][0]:.2f}")  # fmt: skip
     if N == 15680:
         for M in (8, 16, 64, 256):
             v = torch.randn(M, K, device="cuda").bfloat16()
-            us = [ms(f) * 1e3 for f in (lambda: F.linear(v, wb[0]), lambda: pt.packed_linear(v, q))]
-            say(f"  M={M}: {us[0]:.1f} us, packed {us[1]:.1f} us")
+            us = [ms(f) * 1e3 for f in (lambda: F.linear(v, wb[0]), lambda: pt.packed_linear(v, q),
+                                          lambda: at.asm_linear(v, q, 16 if M < 64 else 64, 64, 128))]  # fmt: skip
+            say(f"  M={M}: {us[0]:.1f} us, packed {us[1]:.1f} us, asm {us[2]:.1f} us")
