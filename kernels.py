@@ -2,6 +2,7 @@
 
 What is here
     1. the backend switch     pick_backend, and small helpers that other files with kernels import
+       philox                 random numbers, the same as in a Triton kernel
     2. rms_norm               the norm in front of every layer
        gated_rms_norm         the norm at the end of a Mamba-2 mixer: gate first, then one RMS per group
     3. causal_conv1d          the short depthwise convolution at the start of a Mamba-2 mixer

@@ -24,7 +24,7 @@ Symbols  code                           paper   meaning
 Limits   One expert with weight 1 is an MLP; latent_size = C with identity projections is the standard layer; with all
          experts chosen the layer is a dense sum: see tests/test_latent_moe.py.
 Differs  The paper writes softmax scores. The released models, and so this file, score with a sigmoid.
-Files    latent_moe.py + expert_kernels.py + kernels.py: 1,962 lines in all
+Files    latent_moe.py + expert_kernels.py + kernels.py: 1,963 lines in all
 """
 
 import math

@@ -26,7 +26,7 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 1,915 lines in all
+Files    nvfp4.py + kernels.py: 1,907 lines in all
 """
 
 import math
@@ -282,8 +282,6 @@ def hadamard(x, signs=None, size=16, inverse=False):
 def quantize_columns(x, format="nvfp4", transform=False, stochastic=False, seed=0):
     """Returns x [T, C] transposed, [C, T], as a Quantized with blocks of one row; transform: after `hadamard`."""
     columns = FORMATS[format].blocks[0][1]
-    if FORMATS[format].bits == 4 and not len(x) % columns and pick_backend("auto", x.device, x.dtype) == "triton":
-        return quantize_triton(x, (1, columns), format, stochastic, seed, columns=True, transform=transform)
     view = (hadamard(x, size=columns) if transform else x).T.contiguous()
     return quantize(view, (1, columns), format, stochastic, seed)
 
@@ -306,7 +304,9 @@ def fp4_matmul(a, b, out_dtype=torch.float32):
             (x, x_low), (y, y_low) = ((v.bfloat16(), (v - v.bfloat16().float()).bfloat16()) for v in (x, y))
             x, y = torch.cat([x, x_low, x], dim=1), torch.cat([y, y, y_low], dim=1)
             product = torch.mm(x, y.T, out_dtype=torch.float32)
-        return (product * (a.scale * b.scale)).to(out_dtype)
+        product = product * (a.scale * b.scale)
+        # Not an idle `to`: torch 2.11, if it compiles this, would find the output twice, and lose its gradient.
+        return product if out_dtype == product.dtype else product.to(out_dtype)
 
 
 # ---- 4. Triton --------------------------------------------------------------------------------------------
@@ -315,12 +315,12 @@ def fp4_matmul(a, b, out_dtype=torch.float32):
 # of x; a tile gives both views: the rows, blocked along C, and the columns, transformed and blocked along T.
 #
 #         x  |####|####|    `_amax_kernel`   2 bytes an element (bf16): one largest number a program and view
-#            |####|####|    `_pack_kernel`   2 bytes to read and, for training, 2 x 2 to write: code times block scale,
-#              tile                          what a product takes on a GPU without FP4. Packed: 2 x 9/16.
+#            |####|####|    `_pack_kernel`   2 to read, 2 x 2 to write: code times block scale in BF16, what a product
+#              tile                          takes on a GPU without FP4. Packed codes, rows only: 9/16 to write.
 #
 # A column's block of N tokens is a tuple of N tensors, one for each token: the Hadamard transform is then sums and
-# differences of registers. Magnitudes are compared as integers: NaN is above infinity, and so is not lost in a maximum.
-# tl.div_rn, as `/` is not rounded correctly on a GPU; E4M3 in integers, as the interpreter's float8 rounds differently.
+# differences of registers. Magnitudes are compared as integers, in which NaN is the largest. tl.div_rn: `/` is not
+# rounded correctly on a GPU. E4M3 in integers: the interpreter's float8 rounds differently.
 
 
 class Operand(NamedTuple):
@@ -341,12 +341,11 @@ def _magnitude(x):
 @jit
 def _e4m3(a):
     """Returns (byte, value) of a in [0, 448], rounded to E4M3, ties to even."""
-    bits = bits_of(a)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # 960 = 8 (127 - 7): the exponent's other bias
-    whole = (a * 512 + 8388608.0) - 8388608.0  # 2^23: only whole numbers are left above it
-    byte = tl.where(a < 0.015625, whole.to(tl.int32), normal)
-    value = tl.where(byte < 8, byte * 0.001953125, float_of((byte + 960) << 20))
-    return byte, value
+    bits, small = bits_of(a), a < 0.015625
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000  # 3 bits after the first
+    whole = a * 512 + 8388608.0  # 2^23: only whole numbers are left above it
+    byte = tl.where(small, bits_of(whole) & 15, (normal >> 20) - 960)  # 960 = 8 (127 - 7): the other bias
+    return byte, tl.where(small, (whole - 8388608.0) * 0.001953125, float_of(normal))
 
 
 @jit
@@ -384,8 +383,7 @@ def _block_scales(A, encode, decode, FORMAT: tl.constexpr):
 
     encode, decode: the tensor's S_enc and S_dec, for nvfp4; decode is NaN in a tensor with NaN or an infinity.
     """
-    finite = A < 0x7F800000
-    a = float_of(tl.where(finite, A, 0))
+    finite, a = A < 0x7F800000, float_of(A)
     if FORMAT == "nvfp4":
         byte, value = _e4m3(tl.minimum(a * (encode * (1 / 6)), 448.0))
         factor = tl.div_rn(1.0, value * tl.where(decode == decode, decode, 1.0))
@@ -407,12 +405,6 @@ def _element(x, factor, u, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
     else:
         code, value = _e2m1(tl.clamp(x * factor + 0.0, -6.0, 6.0), u, STOCHASTIC)  # + 0: -0 becomes 0
     return code, value
-
-
-@jit
-def _u16(word, high):
-    """Returns half of a random word as a number in [0, 1)."""
-    return ((word >> (16 * high)) & 0xFFFF).to(tl.int32).to(tl.float32) * 1.52587890625e-05  # 2^-16
 
 
 @jit
@@ -481,7 +473,7 @@ def _pack_rows(x_ptr, codes_ptr, scales_ptr, values_ptr, seed, encode, decode, r
         w0, w1, w2, w3 = tl.randint4x(seed, group[:, :, None])
         i = tl.arange(0, 8)[None, None, :]
         word = tl.where(i < 4, tl.where(i < 2, w0, w1), tl.where(i < 6, w2, w3))
-        u = _u16(word, i % 2).reshape(ROWS, BLOCKS, BC)
+        u = (((word >> (16 * (i % 2))) & 0xFFFF).to(tl.float32) * 2.0**-16).reshape(ROWS, BLOCKS, BC)
     code, v = _element(x.reshape(ROWS, BLOCKS, BC), factor, u, FORMAT, STOCHASTIC)
     if values_ptr is not None:
         tl.store(values_ptr + t * C + c, (v * value).reshape(ROWS, WIDTH).to(tl.bfloat16), mask=mask)
@@ -511,7 +503,7 @@ def _pack_columns(x_ptr, values_ptr, seed, encode, decode, first, column, T, C, 
         u = value
         if STOCHASTIC:
             words = tl.randint4x(seed, group + i // 8) if i % 8 == 0 else words
-            u = _u16(words[i % 8 // 2], i % 2)
+            u = ((words[i % 8 // 2] >> (16 * (i % 2))) & 0xFFFF).to(tl.float32) * 2.0**-16
         _, v = _element(x[i], factor, u, FORMAT, STOCHASTIC)
         row = (first + i).to(tl.int64)
         tl.store(values_ptr + row * C + c, (v * value).to(tl.bfloat16), mask=(first < T) & (c < C))
@@ -543,7 +535,7 @@ def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, codes_ptr, scales_ptr,
                           padded_T, FORMAT, STOCHASTIC, BC, HADAMARD, SIGNS, RUNS, WIDTH)  # fmt: skip
 
 
-PARTIAL = 8 if INTERPRET else 512  # programs of the first pass: about four for each multiprocessor
+PARTIAL = 2 if INTERPRET else 512  # programs of the first pass: about four for each multiprocessor
 
 
 def _launch(x, block, format, stochastic, seed, amax, transform, codes=None, scales=None, rows=None, columns=None):
@@ -579,10 +571,9 @@ def quantize_triton(x, block, format, stochastic=False, seed=0, amax=None):
 def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=True, columns=True):
     """Returns (rows, columns): x [T, C] and its transpose [C, T] as Operands, in one pass; None if not wanted.
 
-    They hold what `decode` returns for `quantize` of the two views, those of `seed` and `seed + 1`, without packed
-    codes: writing codes to read them again would cost more. Where blocks end beyond x, zeros are added; after the
-    transform they are zeros no more, so that columns are then [C, T'], T' of whole blocks. Blocks of columns have one
-    row. The columns' values are a transposed view.
+    They hold what `decode` returns for `quantize` of the two views, those of `seed` and `seed + 1`, without writing
+    codes to read them again. Where blocks end beyond x, zeros are added. After the transform those are zeros no more,
+    and columns are [C, T'], T' of whole blocks. Columns have blocks of one row; their values are a transposed view.
     """
     T, C = x.shape
     padded = -(-T // block[1]) * block[1]

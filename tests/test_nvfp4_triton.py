@@ -3,12 +3,15 @@
 Without a GPU they run under Triton's interpreter (tests/conftest.py sets TRITON_INTERPRET=1).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import kernels
 import nvfp4
-from nvfp4 import FORMATS, decode, dequantize, hadamard, operands, quantize_ref, quantize_triton
 from decode_kernels import packed_linear_triton as packed_linear
+from nvfp4 import FORMATS, decode, dequantize, hadamard, operands, quantize_ref, quantize_triton
 
 pytest.importorskip("triton")
 
@@ -116,3 +119,18 @@ def test_a_packed_product_is_that_of_the_decoded_weights(rows_of_block, dtype):
         assert got.dtype == dtype and (got.double() - exact).norm() <= max(1e-6, torch.finfo(dtype).eps) * exact.norm()
         x[0, 0] = float("nan")
         assert packed_linear(x, weight)[0].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8", "without 2D"])
+def test_a_layer_is_the_same_on_both_backends(name, monkeypatch):
+    NVFP4 = nvfp4.RECIPES["nvfp4"]
+    recipes = {**nvfp4.RECIPES, "mxfp8": nvfp4.MXFP8, "without 2D": replace(NVFP4, weight_block=(1, 16))}
+    x, weight, dy = (draw(*shape, seed=i) for i, shape in enumerate(((43, 64), (50, 64), (43, 50))))
+    outputs = []
+    for backend in ("triton", "torch"):
+        monkeypatch.setattr(kernels, "BACKEND", backend)
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        y = nvfp4.quantized_linear(*leaves, recipes[name], 5)
+        outputs.append([y, *torch.autograd.grad(y, leaves, dy), nvfp4.quantize(weight[:48]).codes.float()])
+    for ours, definition in zip(*outputs):
+        assert nvfp4.relative(ours, definition) < 1e-6
