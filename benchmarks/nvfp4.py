@@ -136,4 +136,3 @@ if __name__ == "__main__":
     if torch.cuda.is_available() or harness.INTERPRET:
         check_bytes("cuda" if torch.cuda.is_available() else "cpu")
     harness.check_and_time(BENCHES, "nvfp4_kernels")
-    import tune_nvfp4  # noqa: F401  scratch, for one run: times variants of tiles
