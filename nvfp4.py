@@ -579,10 +579,10 @@ def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=T
     codes to read them again. Where blocks end beyond x, zeros are added. After the transform those are zeros no more,
     and columns are [C, T'], T' of whole blocks. Columns have blocks of one row; their values are a transposed view.
     """
-    T, C = x.shape
+    (T, C), x = x.shape, _pad(x, 1, 16)  # of a width that is no multiple of 16, Triton would mask every number
     padded = -(-T // block[1]) * block[1]
-    by_row = torch.empty(T, C, dtype=torch.bfloat16, device=x.device) if rows else None
-    by_token = torch.empty(padded, C, dtype=torch.bfloat16, device=x.device) if columns else None
+    by_row = torch.empty(T, x.shape[1], dtype=torch.bfloat16, device=x.device)[:, :C] if rows else None
+    by_token = torch.empty(padded, x.shape[1], dtype=torch.bfloat16, device=x.device)[:, :C] if columns else None
     scale = _launch(x, block, format, stochastic, seed, None, transform, rows=by_row, columns=by_token)
     of_columns = by_token[: padded if transform else T].T if columns else None
     return Operand(by_row, scale[0]) if rows else None, Operand(of_columns, scale[1]) if columns else None
