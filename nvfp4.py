@@ -26,7 +26,7 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 1,907 lines in all
+Files    nvfp4.py + kernels.py: 1,911 lines in all
 """
 
 import math
@@ -579,10 +579,10 @@ def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=T
     codes to read them again. Where blocks end beyond x, zeros are added. After the transform those are zeros no more,
     and columns are [C, T'], T' of whole blocks. Columns have blocks of one row; their values are a transposed view.
     """
-    (T, C), x = x.shape, _pad(x, 1, 16)  # of a width that is no multiple of 16, Triton would mask every number
+    T, C = x.shape
     padded = -(-T // block[1]) * block[1]
-    by_row = torch.empty(T, x.shape[1], dtype=torch.bfloat16, device=x.device)[:, :C] if rows else None
-    by_token = torch.empty(padded, x.shape[1], dtype=torch.bfloat16, device=x.device)[:, :C] if columns else None
+    by_row = torch.empty(T, C, dtype=torch.bfloat16, device=x.device) if rows else None
+    by_token = torch.empty(padded, C, dtype=torch.bfloat16, device=x.device) if columns else None
     scale = _launch(x, block, format, stochastic, seed, None, transform, rows=by_row, columns=by_token)
     of_columns = by_token[: padded if transform else T].T if columns else None
     return Operand(by_row, scale[0]) if rows else None, Operand(of_columns, scale[1]) if columns else None
