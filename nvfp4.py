@@ -26,7 +26,7 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 1,907 lines in all
+Files    nvfp4.py + kernels.py: 1,911 lines in all
 """
 
 import math
@@ -435,9 +435,10 @@ def _hadamard(x, N: tl.constexpr, SIGNS: tl.constexpr):
 
 
 @jit
-def _amax_kernel(x_ptr, partial_ptr, T, C, stride, N_PARTIAL: tl.constexpr, N: tl.constexpr, HADAMARD: tl.constexpr,
-                 SIGNS: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _amax_kernel(x_ptr, partial_ptr, T, C, stride, UNIT: tl.constexpr, N_PARTIAL: tl.constexpr, N: tl.constexpr,
+                 HADAMARD: tl.constexpr, SIGNS: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Writes each program's largest magnitude to partial [2, N_PARTIAL]: of x, and of its transform if HADAMARD."""
+    C, stride = C * UNIT, stride * UNIT
     width = tl.cdiv(C, WIDTH)
     of_x, of_transform = tl.zeros([RUNS, WIDTH], tl.int32), tl.zeros([RUNS, WIDTH], tl.int32)
     for tile in range(tl.program_id(0), width * tl.cdiv(T, RUNS * N), tl.num_programs(0)):
@@ -512,9 +513,10 @@ def _pack_columns(x_ptr, values_ptr, seed, encode, decode, first, column, T, C, 
 @jit
 def _pack_kernel(x_ptr, partial_ptr, seed_ptr, scale_ptr, codes_ptr, scales_ptr, rows_ptr, columns_ptr,
                  T, C, stride, padded_T, padded_C, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr, BR: tl.constexpr,
-                 BC: tl.constexpr, HADAMARD: tl.constexpr, SIGNS: tl.constexpr, N_PARTIAL: tl.constexpr,
-                 RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                 BC: tl.constexpr, UNIT: tl.constexpr, HADAMARD: tl.constexpr, SIGNS: tl.constexpr,
+                 N_PARTIAL: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Quantises x [T, C] by rows, by columns or both: what there is a pointer for. scale [2]: those of both views."""
+    C, stride = C * UNIT, stride * UNIT
     encode, decode, encode_columns, decode_columns = 1.0, 1.0, 1.0, 1.0
     if FORMAT == "nvfp4":
         encode, decode = _tensor_scales(partial_ptr, N_PARTIAL)
@@ -544,17 +546,19 @@ def _launch(x, block, format, stochastic, seed, amax, transform, codes=None, sca
     x = x if x.stride(1) == 1 else x.contiguous()
     partial = torch.empty(2, PARTIAL, dtype=torch.int32, device=x.device)
     scale = torch.empty(2, dtype=torch.float32, device=x.device)
-    tile = dict(HADAMARD=transform and columns is not None, SIGNS=SIGNS, N_PARTIAL=PARTIAL, WIDTH=128, num_warps=4)
+    unit = 1 if C % 8 or x.stride(0) % 8 else 8  # Triton knows of multiples of 16; of 8, rows load by 16 bytes, too
+    sizes = T, C // unit, x.stride(0) // unit
+    tile = dict(HADAMARD=transform and columns is not None, SIGNS=SIGNS, UNIT=unit, N_PARTIAL=PARTIAL, WIDTH=128)
     if format == "nvfp4" and amax is None:
-        _amax_kernel[(PARTIAL,)](x, partial, T, C, x.stride(0), N=16, RUNS=4, **tile)
+        _amax_kernel[(PARTIAL,)](x, partial, *sizes, N=16, RUNS=4, **tile)
     elif format == "nvfp4":
         partial.copy_(torch.as_tensor(amax, dtype=torch.float32, device=x.device).view(torch.int32))
     if stochastic and not torch.is_tensor(seed):
         seed = torch.full((), seed, dtype=torch.int64, device=x.device)
-    n_tiles = -(-T // 64) * -(-C // 128)
-    _pack_kernel[(-(-n_tiles // 4),)](
-        x, partial, seed if stochastic else None, scale, codes, scales, rows, columns, T, C, x.stride(0),
-        -(-T // bc) * bc, -(-C // bc) * bc, FORMAT=format, STOCHASTIC=stochastic, BR=br, BC=bc, RUNS=64 // bc, **tile,
+    n_tiles = -(-T // (2 * bc)) * -(-C // 128)
+    _pack_kernel[(-(-n_tiles // 8),)](
+        x, partial, seed if stochastic else None, scale, codes, scales, rows, columns, *sizes,
+        -(-T // bc) * bc, -(-C // bc) * bc, FORMAT=format, STOCHASTIC=stochastic, BR=br, BC=bc, RUNS=2, **tile,
     )  # fmt: skip
     return scale
 
@@ -575,10 +579,10 @@ def operands(x, block, format, stochastic=False, seed=0, transform=False, rows=T
     codes to read them again. Where blocks end beyond x, zeros are added. After the transform those are zeros no more,
     and columns are [C, T'], T' of whole blocks. Columns have blocks of one row; their values are a transposed view.
     """
-    (T, C), x = x.shape, _pad(x, 1, 16)  # of a width that is no multiple of 16, Triton would mask every number
+    T, C = x.shape
     padded = -(-T // block[1]) * block[1]
-    by_row = torch.empty(T, x.shape[1], dtype=torch.bfloat16, device=x.device)[:, :C] if rows else None
-    by_token = torch.empty(padded, x.shape[1], dtype=torch.bfloat16, device=x.device)[:, :C] if columns else None
+    by_row = torch.empty(T, C, dtype=torch.bfloat16, device=x.device) if rows else None
+    by_token = torch.empty(padded, C, dtype=torch.bfloat16, device=x.device) if columns else None
     scale = _launch(x, block, format, stochastic, seed, None, transform, rows=by_row, columns=by_token)
     of_columns = by_token[: padded if transform else T].T if columns else None
     return Operand(by_row, scale[0]) if rows else None, Operand(of_columns, scale[1]) if columns else None

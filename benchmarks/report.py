@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import textwrap
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -255,6 +256,31 @@ The forms of the scan and softmax attention, forward. [`ssd_claims.json`](assets
 Milliseconds by length:
 
 {table(["", *(f"{T:,}" for T in lengths)], rows)}"""
+
+
+def nvfp4_kernels():
+    """Returns the section on the kernels of NVFP4: nvfp4_kernels.json, or nothing where it was not measured."""
+    if not (BENCH / "nvfp4_kernels.json").exists():
+        return ""
+    rows, lines = record("nvfp4_kernels")["rows"], []
+    sizes = {"packed": "rows, C", "both_views": "T, C", "packed_product": "M, N, K", "layer": "T, inputs, outputs"}
+    for mine, peer in zip(rows[::2], rows[1::2]):
+        op, shape = mine["op"], list(mine["sizes"])
+        letters = sizes[op] + (", at random" if op in ("packed", "both_views") and shape.pop() else "")
+        times = [[row[k] for k in ("fwd_ms", "fwd_bwd_ms") if not isnan(row[k])] for row in (mine, peer)]
+        gain = " / ".join(f"{b / a:.2f}" for a, b in zip(*times))
+        cells = (" / ".join(map(short, found)) for found in times)
+        lines.append([f"`{op}`", f"{' x '.join(f'{n:,}' for n in shape)} ({letters})", next(cells), peer["who"],
+                      next(cells), gain])  # fmt: skip
+    return f"""## NVFP4's kernels
+
+On a GPU without FP4. [`nvfp4_kernels.json`](assets/bench/nvfp4_kernels.json). {sources(*rows)}
+
+{table(["op", "sizes", "Triton, ms", "peer", "its ms", "peer's time / Triton's"], lines)}
+
+`packed` and `both_views`: the quantiser, both of its passes, rounding to nearest or at random; their peer moves as many
+bytes, so that the last column is the share of the copy rate. `packed_product`: weights of 4 bits, for generation.
+`layer`: the three products of a layer, emulated, forward / forward + backward."""
 
 
 # ---- 5. decoding -----------------------------------------------------------------------------------------
@@ -758,8 +784,8 @@ an idle machine with two cores."""
 
 # ---- 10. the page ----------------------------------------------------------------------------------------
 
-SECTIONS = (training, models, kernels, ssd_claims, decoding, passkey, lla, latent_moe, rewards, studies, diffusion,
-            arena_hard)  # fmt: skip
+SECTIONS = (training, models, kernels, ssd_claims, nvfp4_kernels, decoding, passkey, lla, latent_moe, rewards, studies,
+            diffusion, arena_hard)  # fmt: skip
 
 
 def render():
