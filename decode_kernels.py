@@ -732,14 +732,16 @@ def _packed_product_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, M, 
     m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None].to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None].to(tl.int64)
     total = tl.zeros([BM, BN], tl.float32)
+    block = tl.arange(0, BK // 16)[None, :]
+    scales_ptr += n // BR * (K // 16) + block
+    coming = tl.load(scales_ptr, mask=(n < N) & (block < K // 16), other=0)  # a step ahead, as Triton reads the others
     for first in range(0, K, BK):
-        k = first + tl.arange(0, BK)[None, :]
-        pair = first // 2 + tl.arange(0, BK // 2)[None, :]
-        block = first // 16 + tl.arange(0, BK // 16)[None, :]
+        k, pair = first + tl.arange(0, BK)[None, :], first // 2 + tl.arange(0, BK // 2)[None, :]
         x = tl.load(x_ptr + m * stride_x + k, mask=(m < M) & (k < K), other=0.0)
         even, odd = tl.split(x.reshape(BM, BK // 2, 2))
-        codes = tl.load(codes_ptr + n * (K // 2) + pair, mask=(n < N) & (pair * 2 < K), other=0).to(tl.int32)
-        scales = tl.load(scales_ptr + n // BR * (K // 16) + block, mask=(n < N) & (block * 16 < K), other=0)
+        codes = tl.load(codes_ptr + n * (K // 2) + pair, mask=(n < N) & (pair < K // 2), other=0).to(tl.int32)
+        scales, following = coming, first + BK
+        coming = tl.load(scales_ptr + following // 16, mask=(n < N) & (block + following // 16 < K // 16), other=0)
         scales = float_of(scales.to(tl.int32) << 20) * 2.0**126
         scales = tl.broadcast_to(scales[:, :, None], (BN, BK // 16, 8)).reshape(BN, BK // 2)
         low, high = _decode(codes << 28) * 2.0**120 * scales, _decode((codes >> 4) << 28) * 2.0**120 * scales
@@ -766,9 +768,9 @@ def packed_linear_triton(x, weight):
             x, weight.codes.view(torch.int32), *tensors[2:], N, K // 8 + 1, x.stride(0), BR=br, **tiles
         )
     else:
-        BM = 16 if M <= 16 else 64
-        _packed_product_kernel[(-(-M // BM), -(-N // 64))](
-            *tensors, M, N, K, x.stride(0), BR=br, PRECISION=dot_precision(), BM=BM, BN=64, BK=128, num_warps=4,
+        BM, BN = (16, 32) if M <= 16 else (64, 64)
+        _packed_product_kernel[(-(-M // BM), -(-N // BN))](
+            *tensors, M, N, K, x.stride(0), BR=br, PRECISION=dot_precision(), BM=BM, BN=BN, BK=128, num_warps=4,
         )  # fmt: skip
     return out
 
