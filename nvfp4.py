@@ -26,7 +26,7 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 1,911 lines in all
+Files    nvfp4.py + kernels.py: 1,914 lines in all
 """
 
 import math
@@ -601,10 +601,11 @@ class Recipe:
     hadamard_wgrad: bool  # whether the operands of the weight gradient go through the Hadamard transform
     forward: bool = True  # whether y is computed from quantised operands
     backward: bool = True  # whether dx and dW are
+    stochastic_forward: bool = False  # whether x is rounded at random in y: not in the paper's recipe, and it shows why
 
     def __post_init__(self):
         if self.quantizes:
-            _check(self.format, self.weight_block, self.stochastic_grad)
+            _check(self.format, self.weight_block, self.stochastic_grad or self.stochastic_forward)
 
     @property
     def columns(self):
@@ -663,7 +664,9 @@ class _QuantizedLinear(torch.autograd.Function):
         if not recipe.forward:
             return x @ weight.to(x.dtype).T
         w, _ = _views(weight, recipe.weight_block, format, columns=False)  # [O, I]
-        return fp4_matmul(_views(x, block, format, columns=False)[0], w, x.dtype)  # [T, O]
+        seed = ~seed if recipe.stochastic_forward else 0  # none of the backward's
+        a, _ = _views(x, block, format, recipe.stochastic_forward, seed, columns=False)
+        return fp4_matmul(a, w, x.dtype)  # [T, O]
 
     @staticmethod
     @once_differentiable
@@ -721,7 +724,7 @@ def quantized_product(x, weight, recipe):
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    draws = recipe.stochastic_grad and torch.is_grad_enabled()
+    draws = recipe.stochastic_forward or (recipe.stochastic_grad and torch.is_grad_enabled())
     seed = torch.randint(2**62, (), device=x.device) if draws else 0
     return quantized_linear(x.reshape(-1, x.shape[-1]), weight, recipe, seed).view(*x.shape[:-1], len(weight))
 

@@ -496,6 +496,37 @@ def latent_moe_table(found):
     return f"{sources(found)}\n\n{table(head, rows)}"
 
 
+def nvfp4_training():
+    """Returns the section on training in four bits: nvfp4.json, or nothing where it was not measured."""
+    if not (BENCH / "nvfp4.json").exists():
+        return ""
+    found, rows = record("nvfp4"), []
+    for row in found["rows"]:
+        cells = [verdict if isnan(center) else f"{center:+.2f} ± {error:.2f} {verdict}".rstrip()
+                 for center, error, verdict in (row["gap"], row["beside_nvfp4"])]  # fmt: skip
+        cells = {"BF16": ["", ""], "NVFP4": [cells[0], ""]}.get(row["arm"], cells)
+        zeros, ms = f"{row['zeros'][-1]:.3%}", f"{row['ms_per_step']:.1f}"
+        rows.append([row["arm"], f"{mean(row['losses']):.4f}", *cells, row["paper"], zeros, ms])
+    head = ["arm", "loss, nats", "above BF16, %", "above NVFP4, points", "the papers", "zero gradients", "ms/step"]
+    setting, errors = found["setting"], [row["gap"][1] for row in found["rows"] if not isnan(row["gap"][1])]
+    by_arm = {row["arm"]: row for row in found["rows"]}
+    zeros = [f"{mean(by_arm[name]['zeros']):.3%}" for name in ("BF16", "NVFP4")]
+    return f"""## Training in four bits
+
+![The loss of each arm above BF16's, and zero gradients over time](assets/nvfp4.png)
+
+A hybrid of {found["parameters"] / 1e6:.1f}M parameters, {setting["steps"]:,} steps of {setting["batch_size"]} x
+{setting["context"]} tokens, {found["seeds"]} seeds; all arms of a seed have the same first weights and the same texts.
+Validation loss above BF16's, paired, mean ± standard error (largest: {max(errors):.2f} %). A null is what a t-test at
+5 %, each arm by itself, does not tell from 0. [`nvfp4.json`](assets/bench/nvfp4.json). {sources(found)}
+
+{table(head, rows)}
+
+Zero gradients: share of the weights that NVFP4 quantises whose gradient is exactly 0, at the end. Its mean over the
+run is {zeros[0]} in BF16 and {zeros[1]} in NVFP4; Nemotron 3 Super saw three times as many in NVFP4. ms/step: products
+are emulated; hardware with FP4 would be faster than BF16."""
+
+
 # ---- 7. rewards ------------------------------------------------------------------------------------------
 
 
@@ -784,8 +815,8 @@ an idle machine with two cores."""
 
 # ---- 10. the page ----------------------------------------------------------------------------------------
 
-SECTIONS = (training, models, kernels, ssd_claims, nvfp4_kernels, decoding, passkey, lla, latent_moe, rewards, studies,
-            diffusion, arena_hard)  # fmt: skip
+SECTIONS = (training, models, kernels, ssd_claims, nvfp4_kernels, decoding, passkey, lla, latent_moe,
+            nvfp4_training, rewards, studies, diffusion, arena_hard)  # fmt: skip
 
 
 def render():

@@ -369,6 +369,7 @@ RECIPES_TESTED = {
     "without RHT": replace(NVFP4, hadamard_wgrad=False),
     "forward": replace(NVFP4, backward=False),
     "backward": replace(NVFP4, forward=False),
+    "SR of x": replace(NVFP4, stochastic_forward=True),
     "mxfp8": MXFP8,
 }
 
@@ -399,7 +400,8 @@ def test_each_product_is_that_of_its_quantised_views(name):
 
     sr = [dict(stochastic=r.stochastic_grad, seed=2 * seed + i) for i in (0, 1)]
     X, W, D = x.double(), w.double(), dy.double()
-    expected_y = rows(x) @ weight(w).T if r.forward else X @ W.T
+    of_x = dict(stochastic=r.stochastic_forward, seed=~seed)
+    expected_y = rows(x, **of_x) @ weight(w).T if r.forward else X @ W.T
     square = r.weight_block and r.weight_block[0] > 1
     expected_dx = rows(dy, **sr[0])[:, :50] @ (weight(w) if square else rows(w.T)[:, :50].T) if r.backward else D @ W
     expected_dw = columns(dy, **sr[1]) @ columns(x).T if r.backward else D.T @ X
