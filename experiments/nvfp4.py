@@ -154,7 +154,11 @@ class Trainee:
         torch.manual_seed(seed)  # of stochastic rounding
 
     def run(self, seed, steps, corpus):
-        """Trains from scratch. Returns a dict: val_loss in nats, zeros (at twenty steps, or each), seconds."""
+        """Trains from scratch, and returns a dict.
+
+        val_loss: in nats, by the arm's own forward; zeros: what `step` returned at `measured_steps`; seconds: in all;
+        ms_per_step: of training.
+        """
         setting, zeros, began = replace(self.setting, steps=steps), [], time.perf_counter()
         objective = NextToken(corpus, setting.context, setting.batch_size, seed)
         starts = {round(share * steps): phase for share, phase in self.phases.items()}
@@ -181,7 +185,7 @@ class Trainee:
 
 
 def measured_steps(steps):
-    """Returns the steps, twenty at most, after which gradients are looked at."""
+    """Returns the steps, about twenty of them, whose gradients are looked at."""
     return range(0, steps, max(1, steps // 20))
 
 
@@ -190,9 +194,9 @@ def measured_steps(steps):
 
 @dataclass
 class Budget:
-    """Time for all runs."""
+    """What all runs together may take."""
 
-    minutes: float = 9.0  # that all runs may take, set-up included; on a GPU the number of steps follows from it
+    minutes: float = 9.0  # set-up included; on a GPU the number of steps follows from it
     steps: int | None = None  # optimiser steps of a run; default: as many as fit, on a CPU 10
     seeds: int | None = None  # paired seeds; default: 5, on a CPU 2
     graph: bool = True  # on a GPU, record the step of each arm as a CUDA graph
@@ -210,11 +214,13 @@ def fitting_steps(trainees, corpus, setting, seconds):
     step = sum(run["ms_per_step"] for run in first) / 1e3
     around = sum(run["seconds"] for run in first) - 20 * step  # first weights, evaluation
     left = seconds - sum(run["seconds"] for run in first)
-    steps = int((0.96 * left / setting.seeds - around) / step)
+    steps = int((0.92 * left / setting.seeds - around) / step)  # room for a card that gets warm
     most = MAX_FRESH_EPOCHS * corpus.n_train // (setting.context * setting.batch_size)
     if steps < FEW_STEPS:
         raise ValueError(f"only {steps} steps fit: give more --minutes, or fewer --seeds than {setting.seeds}")
-    return min(steps, most)
+    steps = min(steps, most)
+    print(f"{steps} steps, {around + steps * step:.0f} s a seed, of {seconds:.0f} s left for {setting.seeds} seeds")
+    return steps
 
 
 def made_with(setting, device):
@@ -247,6 +253,8 @@ def make_runs(arms, setting, corpus, device, path, limit, graph=True):
     done = {(row["arm"], row["seed"]) for row in rows}
     trainees = {name: Trainee(arm, setting, device, graph) for name, arm in arms.items()}
     if not setting.steps:
+        for trainee in trainees.values():
+            trainee.run(0, 1, corpus)  # compiles what is left to compile, for evaluation
         setting = replace(setting, steps=fitting_steps(trainees, corpus, setting, limit - time.perf_counter()))
     tokens = setting.steps * setting.batch_size * setting.context
     print(f"{device}: {len(arms)} arms, {setting.seeds} seeds, {setting.steps} steps, {tokens:,} tokens a run")
@@ -267,11 +275,6 @@ def make_runs(arms, setting, corpus, device, path, limit, graph=True):
 
 
 # ---- 4. what came out -------------------------------------------------------------------------------------
-
-
-def gaps(losses, base):
-    """Returns the relative gaps in %, seed by seed."""
-    return [100 * (loss - b) / b for loss, b in zip(losses, base)]
 
 
 def told_apart(differences, judges=True):
@@ -385,9 +388,10 @@ def study(budget, arms=ARMS, setting=None, out=Path("out")):
     n_seeds = len({run["seed"] for run in runs})
     if not n_seeds:
         raise ValueError("no seed has all its arms yet; give the command again, and it goes on")
-    real = device == "cuda" and n_seeds == setting.seeds
+    whole = n_seeds == setting.seeds
+    real = whole and device == "cuda" and n_seeds >= Setting().seeds and setting.steps >= FEW_STEPS
     report(arms, setting, runs, ROOT / "assets" / "bench" if real else out, ROOT / "assets" if real else out)
-    if n_seeds == setting.seeds:
+    if whole:
         path.unlink()  # all of it is in the record
 
 
