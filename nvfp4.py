@@ -26,7 +26,7 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 1,911 lines in all
+Files    nvfp4.py + kernels.py: 1,921 lines in all
 """
 
 import math
