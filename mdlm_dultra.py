@@ -36,7 +36,7 @@ Differs  From the authors' code, on purpose. If no token was drawn, the step unm
 Files    mdlm_dultra.py + grpo.py + kernels.py + latent_moe.py + nano_hybrid.py + rollouts.py + unmasking.py +
          decoding.py + expert_kernels.py + lla.py + ssd.py + decode_kernels.py + nvfp4.py + common/canvas.py +
          common/checkpoints.py + common/data.py + common/fit.py + common/objectives.py + common/ranges.py +
-         common/tasks.py + common/accounting.py + common/files.py + common/presets.py + common/sampling.py: 12,067
+         common/tasks.py + common/accounting.py + common/files.py + common/presets.py + common/sampling.py: 12,075
          lines in all
 """
 

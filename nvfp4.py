@@ -26,12 +26,12 @@ Limits   Quantising what was dequantised changes nothing; without quantising, th
          A is taken over all tokens: in the last digit, a token depends on the others of its call, the later ones, too.
 Differs  The transform runs in float32 (the reference: BF16). A tensor with an infinity or NaN decodes to NaN, where the
          reference decodes an infinity to 2688 without a word. MXFP8 is used where the papers use it: Mamba's out_proj.
-Files    nvfp4.py + kernels.py: 1,914 lines in all
+Files    nvfp4.py + kernels.py: 1,922 lines in all
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -151,10 +151,11 @@ def _e4m3_scales(a, A):
 
 def _e8m0_scales(a, largest):
     """Returns (bytes, factor): the power of two 2^ceil(log2(a / largest)), which clips nothing; byte 255 is NaN."""
-    mantissa, exponent = torch.frexp(a / torch.full_like(a, largest))
-    exponent = torch.where(a > 0, exponent - (mantissa == 0.5).int(), -127).clamp(-127, 127)
+    ratio = a / torch.full_like(a, largest)
+    mantissa, exponent = torch.frexp(ratio)
+    exponent = torch.where(ratio > 0, exponent - (mantissa == 0.5).int(), -127).clamp(-127, 127)
     stored = torch.where(a.isfinite(), exponent + 127, 255).to(torch.uint8)
-    return stored, 1 / _scale_values(stored, "e8m0")
+    return stored, 1 / _scale_values(stored, "mx")
 
 
 def _float_scales(a, largest):
@@ -164,10 +165,11 @@ def _float_scales(a, largest):
 
 
 def _scale_values(scales, format):
-    """Returns the scales of blocks as float32."""
-    if scales.dtype == torch.float32:
-        return scales
-    return scales.view(torch.float8_e4m3fn if format == "nvfp4" else torch.float8_e8m0fnu).float()
+    """Returns the scales of blocks as float32. format: of FORMATS; "mx": E8M0."""
+    if format in ("fp8", "nvfp4"):
+        return scales if format == "fp8" else scales.view(torch.float8_e4m3fn).float()
+    bits = torch.where(scales > 0, scales.int() << 23, 0x400000)  # 2^-127 is not normal
+    return torch.where(scales < 255, bits, 0x7FC00000).view(torch.float32)  # torch.compile knows no E8M0 on CPUs
 
 
 def quantize_ref(x, block=(1, 16), format="nvfp4", stochastic=False, seed=0, amax=None, headroom=1.0):
@@ -208,13 +210,15 @@ def _check(format, block, stochastic):
         raise ValueError(f"{format} is rounded to nearest; stochastic rounding is for formats of 4 bits")
 
 
+@torch.no_grad()
 def quantize(x, block=(1, 16), format="nvfp4", stochastic=False, seed=0, amax=None):
     """Returns x [R, K], a float matrix, as a Quantized.
 
     block: (rows, columns) that share a scale; stochastic: rounds elements at random with the numbers of `seed` (an int
     or int64 []); amax: the tensor's largest magnitude, where it is known, or of more than this tensor. Elements are
     rounded to nearest otherwise, scales always. A tensor that holds an infinity or NaN decodes to NaN: raising would
-    have to wait for the device, and training is to see it as it sees any other number that is not finite.
+    have to wait for the device, and training is to see it as it sees any other number that is not finite. No gradient
+    passes: `quantized_linear` is what can be trained.
     Raises ValueError for what is no matrix of whole blocks, an unknown format, or a block that it does not have.
     """
     rows, columns = block = tuple(block)
@@ -615,7 +619,7 @@ class Recipe:
     @property
     def quantizes(self):
         """Whether any product is quantised."""
-        return self.forward or self.backward
+        return self.format != "bf16" and (self.forward or self.backward)
 
 
 RECIPES = {
@@ -654,6 +658,12 @@ def _views(x, block, format, stochastic=False, seed=0, transform=False, rows=Tru
     )
 
 
+def _plain_product(x, weight):
+    """Returns x weight^T in x's dtype, under autocast, too."""
+    with no_autocast(x.device):
+        return x @ weight.to(x.dtype).T
+
+
 class _QuantizedLinear(torch.autograd.Function):
     """y = x W^T and its backward: every operand is quantised from the tensor itself, along the axis that is summed."""
 
@@ -662,11 +672,9 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, seed)
         ctx.recipe, block, format = recipe, (1, recipe.columns), recipe.format
         if not recipe.forward:
-            return x @ weight.to(x.dtype).T
+            return _plain_product(x, weight)
         w, _ = _views(weight, recipe.weight_block, format, columns=False)  # [O, I]
-        seed = ~seed if recipe.stochastic_forward else 0  # none of the backward's
-        a, _ = _views(x, block, format, recipe.stochastic_forward, seed, columns=False)
-        return fp4_matmul(a, w, x.dtype)  # [T, O]
+        return fp4_matmul(_views(x, block, format, recipe.stochastic_forward, ~seed, columns=False)[0], w, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -706,8 +714,8 @@ def quantized_linear(x, weight, recipe, seed=0):
             f"I={x.shape[1]} is not a multiple of {recipe.columns}, the block of {recipe.format}: "
             "choose another width, or keep this layer in BF16"
         )
-    if not len(x):  # no token, no amax
-        return x @ weight.to(x.dtype).T
+    if not len(x) or not recipe.quantizes:  # no token, no amax
+        return _plain_product(x, weight)
     seed = seed if torch.is_tensor(seed) else torch.full((), seed, dtype=torch.int64, device=x.device)
     return _QuantizedLinear.apply(x, weight, seed, recipe)
 
@@ -779,7 +787,7 @@ def quantize_model(model, recipe, keep=None, everything=False):
             recipes[name] = None
             continue
         finer = "out_proj" in words and FORMATS[recipe.format].bits == 4 and not everything
-        recipes[name] = MXFP8 if finer else recipe
+        recipes[name] = replace(MXFP8, forward=recipe.forward, backward=recipe.backward) if finer else recipe
         for width in [module.in_features] if linear else [p.shape[-1] for p in module.parameters()]:
             if width % recipes[name].columns:
                 raise ValueError(

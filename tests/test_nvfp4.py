@@ -217,6 +217,20 @@ def test_powers_of_two_as_scales_clip_nothing():
         assert q.scales[0, 0] == 127 + 10 and not dequantize(q)[1].any()
 
 
+def test_scales_of_the_least_numbers_are_the_least_powers_of_two():
+    x = torch.full((1, 32), 2.0**-149)  # over 448, it is 0 in float32
+    for format in ("mxfp4", "mxfp8"):
+        assert quantize(x, (1, 32), format).scales.tolist() == [[0]]
+    stored = torch.tensor([0, 1, 127, 254, 255], dtype=torch.uint8)
+    assert nvfp4._scale_values(stored, "mx")[:4].tolist() == [2.0**-127, 2.0**-126, 1, 2.0**127]
+    assert nvfp4._scale_values(stored, "mx")[4].isnan()
+
+
+def test_no_gradient_passes_through_a_quantised_matrix():
+    x = torch.randn(16, 16, requires_grad=True)
+    assert not dequantize(quantize(x)).requires_grad and not quantize(x, amax=x.abs().max()).scale.requires_grad
+
+
 def test_a_given_amax_is_used():
     x = torch.randn(16, 16)
     q, a = quantize(x, amax=100.0), quantize(x, amax=torch.tensor(100.0))
@@ -433,9 +447,10 @@ def test_shapes_that_do_not_fit_are_one_clear_line():
     for x in (torch.randn(40), torch.randn(3, 48)):
         with pytest.raises(ValueError, match="expected x"):
             quantized_linear(x, w, NVFP4)
-    for bad in (("nvfp4", (1, 32), True, True), ("fp8", (1, 128), True, False), ("bf16", None, False, False)):
+    for bad in (("nvfp4", (1, 32), True, True), ("fp8", (1, 128), True, False)):
         with pytest.raises(ValueError):
             Recipe(*bad)
+    assert not Recipe("bf16", None, False, False).quantizes
 
 
 # ---- 6. a layer in use ------------------------------------------------------------------------------------
@@ -479,6 +494,17 @@ def test_autocast_gives_its_dtype_and_quantises_the_float32_weight():
     leaf, weight = x.bfloat16().requires_grad_(), layer.weight.detach().requires_grad_()
     quantized_linear(leaf, weight, NVFP4, seed).backward(2 * y.detach())
     assert torch.equal(weight.grad, inside[2])  # the backward ran within autocast, and did not heed it
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "bf16"])
+def test_y_has_the_dtype_of_x_under_autocast(name):
+    for tokens in (5, 0):
+        x, w = torch.randn(tokens, 32, requires_grad=True), torch.randn(20, 32, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = quantized_linear(x, w, RECIPES_TESTED[name])
+        y.sum().backward()
+        assert (y.dtype, x.grad.dtype, w.grad.dtype) == (torch.float32,) * 3
+        assert tokens == 0 or name == "forward" or torch.equal(y, x @ w.T)
 
 
 def test_seeds_come_from_the_generator_and_only_where_a_gradient_may_follow():
@@ -557,6 +583,8 @@ def test_the_rules_keep_what_the_papers_keep():
     recipes = {name.split(".")[-1]: model.get_submodule(name).recipe for name in names if "proj" in name}
     assert recipes["out_proj"] == MXFP8 and recipes["in_proj"] == recipes["up_proj"] == NVFP4
     assert type(model.lm_head) is nn.Linear and model.mtp.layers[1].mixer.experts.product is None
+    quantize_model(model, replace(NVFP4, forward=False))  # BF16 forward: of MXFP8, too
+    assert model.model.layers[0].mixer.out_proj.recipe == replace(MXFP8, forward=False)
     kept = quantize_model(model, NVFP4, keep=["layers.0.", "shared_experts"])
     assert set(names) - set(kept) == {n for n in names if "layers.0." in n or "shared_experts" in n}
     everything = quantize_model(model, NVFP4, everything=True)
