@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import (
@@ -12,7 +13,9 @@ from kernels import (
     dot_precision,
     early_launch,
     expect,
+    float_of,
     jit,
+    no_autocast,
     norm_forward,
     pick_backend,
     rms_norm_ref,
@@ -21,6 +24,7 @@ from kernels import (
     triton,
     wait_for_the_kernel_before,
 )
+from nvfp4 import Quantized, QuantizedLinear, dequantize, quantize_weight, swap
 from ssd import by_heads, split_projected, ssd_step_ref
 
 # ---- 1. products of a few rows --------------------------------------------------------------------------------------
@@ -669,3 +673,161 @@ def mamba2_steps(
         projected, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A_log, D, n_groups, every, overwrite,
         settled,
     )  # fmt: skip
+
+
+# ---- 5. packed weights ----------------------------------------------------------------------------------------------
+
+
+def packed_linear_ref(x, weight):
+    """Returns x [M, I] times the transpose of weight, an nvfp4.Quantized [O, I]: [M, O] in x's dtype, float32 sums."""
+    return (at_least_float32(x) @ dequantize(weight).T.to(at_least_float32(x).dtype)).to(x.dtype)
+
+
+# A product with packed weights, for generation: at one token it is bound by reading the weights, 4.03 bits instead of
+# 16. A program owns some rows of the weight. Eight codes come in a word. A code at the top of a word, shifted right by
+# 6 with copies of its sign, is a float32 of 2^-126 times its value: the two bits of its exponent are the last two of
+# the float's, and 0.5, which has none, is not normal in both. Shift, shift, mask: three instructions a number. The
+# powers of two that are missing go into the activations and the result.
+
+
+@jit
+def _decode(word):
+    """Returns 2^-126 times the number whose code is in the top four bits of an int32."""
+    return float_of((word >> 6) & -0x7E400000)  # keeps the bits of 0x81C00000
+
+
+@jit
+def _packed_vector_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, N, odd_words, stride_x,
+                          BR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Writes ROWS numbers of out [M, N] = x [M, K] W^T, for one row of x. A thread owns a word of each of its rows."""
+    WORDS = odd_words - 1  # K / 8. Were it known to be a multiple of 4, a thread would get 4 words, and 4 times the x
+    x_ptr += tl.program_id(1).to(tl.int64) * stride_x
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
+    of_scales = (tl.program_id(0) * ROWS // BR if BR > 1 else rows) * (WORDS // 2)  # one row of them, or one each
+    w = tl.arange(0, WIDTH)[None, :]
+    codes_ptr, scales_ptr, mask = codes_ptr + rows * WORDS + w, scales_ptr + of_scales + w // 2, rows < N
+    coming = tl.load(codes_ptr, mask=mask & (w < WORDS), other=0)  # [ROWS, WIDTH], read one step ahead
+    coming_scales = tl.load(scales_ptr, mask=(w < WORDS) if BR > 1 else mask & (w < WORDS), other=0)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in range(0, WORDS, WIDTH):
+        words, scales, w = coming, coming_scales.to(tl.int32), first + tl.arange(0, WIDTH)[None, :]
+        more = w + WIDTH < WORDS
+        coming = tl.load(codes_ptr + first + WIDTH, mask=mask & more, other=0)
+        coming_scales = tl.load(scales_ptr + (first + WIDTH) // 2, mask=more if BR > 1 else mask & more, other=0)
+        scales = float_of(scales << 20) * 2.0**120  # E4M3, by the same reasoning
+        into_x = scales * 2.0**62 if BR > 1 else 2.0**62
+        part = total if BR > 1 else tl.zeros([ROWS, WIDTH], tl.float32)
+        for k in tl.static_range(8):
+            x = tl.load(x_ptr + 8 * w + k, mask=w < WORDS, other=0.0).to(tl.float32) * into_x
+            part += _decode(words << (28 - 4 * k)) * x
+        total = part if BR > 1 else total + part * scales
+    out = tl.sum(total, 1, keep_dims=True) * 2.0**64 * tl.load(scale_ptr)
+    tl.store(out_ptr + tl.program_id(1) * N + rows, out, mask=rows < N)
+
+
+@jit
+def _packed_product_kernel(x_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, M, N, K, stride_x, BR: tl.constexpr,
+                           PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Writes a tile [BM, BN] of out [M, N] = x [M, K] W^T; even and odd columns are two products."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None].to(tl.int64)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None].to(tl.int64)
+    total = tl.zeros([BM, BN], tl.float32)
+    block = tl.arange(0, BK // 16)[None, :]
+    scales_ptr += n // BR * (K // 16) + block
+    coming = tl.load(scales_ptr, mask=(n < N) & (block < K // 16), other=0)  # a step ahead, as Triton reads the others
+    for first in range(0, K, BK):
+        k, pair = first + tl.arange(0, BK)[None, :], first // 2 + tl.arange(0, BK // 2)[None, :]
+        x = tl.load(x_ptr + m * stride_x + k, mask=(m < M) & (k < K), other=0.0)
+        even, odd = tl.split(x.reshape(BM, BK // 2, 2))
+        codes = tl.load(codes_ptr + n * (K // 2) + pair, mask=(n < N) & (pair < K // 2), other=0).to(tl.int32)
+        scales, following = coming, first + BK
+        coming = tl.load(scales_ptr + following // 16, mask=(n < N) & (block + following // 16 < K // 16), other=0)
+        scales = float_of(scales.to(tl.int32) << 20) * 2.0**126
+        scales = tl.broadcast_to(scales[:, :, None], (BN, BK // 16, 8)).reshape(BN, BK // 2)
+        low, high = _decode(codes << 28) * 2.0**120 * scales, _decode((codes >> 4) << 28) * 2.0**120 * scales
+        total = tl.dot(even, tl.trans(low.to(x.dtype)), total, input_precision=PRECISION)
+        total = tl.dot(odd, tl.trans(high.to(x.dtype)), total, input_precision=PRECISION)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
+    tl.store(out_ptr + m * N + n, total * tl.load(scale_ptr), mask=(m < M) & (n < N))
+
+
+def _vector_tiles(K):
+    """Returns the tile of a product with one vector: as the measured times say."""
+    return dict(ROWS=8, WIDTH=256, num_warps=8) if K >= 8192 else dict(ROWS=8, WIDTH=128, num_warps=4)
+
+
+def packed_linear_triton(x, weight):
+    """Returns `packed_linear_ref(x, weight)`. It reads the packed bytes: nothing of [O, I] is written."""
+    (M, K), N = x.shape, weight.shape[0]
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    tensors, br = (x, weight.codes, weight.scales, weight.scale, out), weight.block[0]
+    if M <= 4:
+        tiles = _vector_tiles(K)
+        _packed_vector_kernel[(-(-N // tiles["ROWS"]), M)](
+            x, weight.codes.view(torch.int32), *tensors[2:], N, K // 8 + 1, x.stride(0), BR=br, **tiles
+        )
+    else:
+        BM, BN = (16, 32) if M <= 16 else (64, 64)
+        _packed_product_kernel[(-(-M // BM), -(-N // BN))](
+            *tensors, M, N, K, x.stride(0), BR=br, PRECISION=dot_precision(), BM=BM, BN=BN, BK=128, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def packed_linear(x, weight, backend="auto"):
+    """Returns `packed_linear_ref(x, weight)` on the backend asked for."""
+    op = packed_linear_triton if pick_backend(backend, x.device, x.dtype) == "triton" else packed_linear_ref
+    return op(x, weight)
+
+
+class PackedLinear(nn.Module):
+    """A Linear for generation that keeps its weight in the bytes of nvfp4, 4.03 bits for a number.
+
+    The numbers are those that a QuantizedLinear multiplies with. The activations are not rounded: that would only serve
+    the FP4 units of other hardware.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features, self.bias = linear.out_features, linear.bias
+        q = quantize_weight(linear.weight.detach(), linear.recipe)
+        self.block, self.shape = q.block, q.shape
+        self.register_buffer("codes", q.codes, persistent=False)
+        self.register_buffer("scales", q.scales, persistent=False)
+        self.register_buffer("scale", q.scale.view(torch.int32), persistent=False)  # an integer: .to(bfloat16) is none
+
+    @property
+    def packed(self):
+        """The weight, an nvfp4.Quantized [O, I]."""
+        return Quantized(self.codes, self.scales, self.scale.view(torch.float32), self.shape, "nvfp4", self.block)
+
+    def forward(self, x):
+        """Returns [..., O] of x [..., I], in the dtype of autocast if that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        with no_autocast(x.device):
+            y = packed_linear(x.reshape(-1, x.shape[-1]), self.packed).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@torch.no_grad()
+def pack_model(model):
+    """Makes a model of `nvfp4.quantize_model` one for generation, in place; returns the names of its packed layers.
+
+    Linears of nvfp4 become a PackedLinear. The weights of other formats, and of experts, are rounded and stay as many
+    bytes as they were. Such a model cannot be trained or saved.
+    """
+    names = []
+    for name, module in list(model.named_modules()):
+        product, recipe = getattr(module, "product", None), getattr(module, "recipe", None)
+        if isinstance(module, QuantizedLinear) and recipe.format == "nvfp4":
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, PackedLinear(module))
+            names.append(name)
+        elif product or isinstance(module, QuantizedLinear):
+            recipe = recipe or product.keywords["recipe"]
+            for matrix in (m for p in module.parameters() if p.dim() > 1 for m in p.view(-1, *p.shape[-2:])):
+                matrix.copy_(dequantize(quantize_weight(matrix, recipe)))
+            swap(module, None)
+    return names

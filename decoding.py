@@ -352,10 +352,10 @@ def step_of(layer):
 
 
 def can_record(model):
-    """Returns whether a step can be a CUDA graph: it would not run a hook again, nor ask the host for a length."""
+    """Returns whether a step can be a CUDA graph: it would run no hook again, nor ask the host for a length or rows."""
     growing = [layer for layer in model.layers if layer.stateful and isinstance(layer.mixer.new_state(), KVState)]
     fused = is_plain() and all(step_of(layer) is not forward_step for layer in growing)
-    return fused and not any(map(has_hooks, model.modules()))
+    return fused and not any(has_hooks(m) or getattr(m, "product", None) for m in model.modules())  # experts' product
 
 
 def identity_of(model):
@@ -407,7 +407,7 @@ class DecodeSession:
         if self.copied != (modules, dtype):
             self.copied, self.copy = (modules, dtype), copy.deepcopy(model).requires_grad_(False)
             for module in self.copy.modules():
-                if isinstance(module, nn.Linear) and module.weight is not self.copy.model.embeddings.weight:
+                if type(module) is nn.Linear and module.weight is not self.copy.model.embeddings.weight:
                     module.to(dtype)
         torch._foreach_copy_(*(list(itertools.chain(m.parameters(), m.buffers())) for m in (self.copy, model)))
         return self.copy

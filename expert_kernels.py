@@ -34,20 +34,22 @@ from kernels import (
 # ---- 1. definition ----------------------------------------------------------------------------------------
 
 
-def expert_mlp_ref(x, up, down, expert_ids, expert_weights):
+def expert_mlp_ref(x, up, down, expert_ids, expert_weights, product=None):
     """Returns y [S, C], for each token the weighted sum of its K experts: y = sum_k w_k down_k relu(up_k x)^2.
 
     x [S, C]; up [E, F, C] and down [E, C, F], the two matrices of each expert, without bias; expert_ids [S, K] integers
     in [0, E); expert_weights [S, K] float. An expert takes any number of tokens, so none is ever dropped.
+    product: (a [n, I], weight [O, I]) -> [n, O], where an expert's products are not a weight^T (nvfp4.py).
     """
+    product = product or F.linear
     y = torch.zeros(x.shape, dtype=at_least_float32(x).dtype, device=x.device)
-    for expert in range(len(up)):
+    for expert, (of_up, of_down) in enumerate(zip(up, down)):
         if x.is_meta:  # no ids are known there: an even load, which has the right cost
             token = k = expert_ids.new_zeros(-(-expert_ids.numel() // len(up)))
         else:
             token, k = torch.where(expert_ids == expert)  # [n], the rows of this expert
-        hidden = F.relu(x[token] @ up[expert].T).square()  # [n, F]
-        out = hidden @ down[expert].T  # [n, C]
+        hidden = F.relu(product(x[token], of_up)).square()  # [n, F]
+        out = product(hidden, of_down)  # [n, C]
         y = y.index_add(0, token, out.to(y.dtype) * expert_weights[token, k, None].to(y.dtype))
     return y.to(x.dtype)
 
@@ -480,10 +482,11 @@ def expert_mlp_triton(x, up, down, expert_ids, expert_weights):
     return _ExpertMLP.apply(x, up, down, expert_ids, expert_weights)[:, :C]
 
 
-def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
-    """Returns `expert_mlp_ref(x, up, down, expert_ids, expert_weights)` on the backend asked for.
+def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto", product=None):
+    """Returns `expert_mlp_ref(x, up, down, expert_ids, expert_weights, product)` on the backend asked for.
 
-    Under autocast the products run in its dtype. An id outside [0, E) is not caught: a check would wait for the device.
+    Under autocast the products run in its dtype. With a `product` of the caller's, which casts for itself, it is always
+    PyTorch. An id outside [0, E) is not caught: a check would wait for the device.
     Raises ValueError if shapes or dtypes do not match.
     """
     (S, C), (E, width), K = x.shape, up.shape[:2], expert_ids.shape[-1]
@@ -491,6 +494,8 @@ def expert_mlp(x, up, down, expert_ids, expert_weights, backend="auto"):
     expect("down", down, E, C, width)
     expect("expert_ids", expert_ids, S, K)
     expect("expert_weights", expert_weights, S, K)
+    if product is not None:
+        return expert_mlp_ref(x, up, down, expert_ids, expert_weights, product)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         x, up, down = (t.to(torch.get_autocast_dtype(device)) for t in (x, up, down))

@@ -51,9 +51,9 @@ Read     The table above, 1, 2; then `GRPO.batch` and `GRPO.rollouts` in 4, from
          `GRPO.loss`. `python grpo.py` compares five losses, `python train.py --recipe=grpo` learns several tasks at
          once, `python -m experiments.grpo` tests Nemotron's claims, `python -m benchmarks.grpo` times answers.
 Files    grpo.py + decoding.py + kernels.py + nano_hybrid.py + rollouts.py + decode_kernels.py + latent_moe.py +
-         lla.py + ssd.py + expert_kernels.py + common/data.py + common/fit.py + common/objectives.py +
+         lla.py + ssd.py + expert_kernels.py + nvfp4.py + common/data.py + common/fit.py + common/objectives.py +
          common/ranges.py + common/tasks.py + common/accounting.py + common/checkpoints.py + common/files.py +
-         common/presets.py + common/sampling.py: 9,802 lines in all
+         common/presets.py + common/sampling.py: 10,903 lines in all
 """
 
 import time

@@ -2,6 +2,7 @@
 
 What is here
     1. the backend switch     pick_backend, and small helpers that other files with kernels import
+       philox                 random numbers, the same as in a Triton kernel
     2. rms_norm               the norm in front of every layer
        gated_rms_norm         the norm at the end of a Mamba-2 mixer: gate first, then one RMS per group
     3. causal_conv1d          the short depthwise convolution at the start of a Mamba-2 mixer
@@ -35,6 +36,7 @@ Sources. RMSNorm: Zhang and Sennrich, arXiv:1910.07467. Gated norm and conv: sta
 the gradients of the loss in its forward: Liger-Kernel, arXiv:2410.10989.
 """
 
+import math
 import os
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -133,7 +135,37 @@ def number_documents(seq_idx):
     return None if seq_idx is None else F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
 
 
+def philox(seed, shape, device):
+    """Returns u float32 `shape` in [0, 1), in steps of 2^-16: Philox4x32-10, the numbers of Triton's `randint4x`.
+
+    Elements 8 i to 8 i + 7, in row-major order, are the halves of the four words of counter i, the low half first.
+    seed, the key: an int or int64 []. Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3".
+    """
+    low, n = 0xFFFFFFFF, math.prod(shape)
+    i = torch.arange(-(-n // 8), device=device)
+    seed = seed if torch.is_tensor(seed) else torch.full((), seed, dtype=torch.int64, device=device)
+    c0, c1, c2, c3, k0, k1 = i & low, i >> 32, i * 0, i * 0, seed & low, seed >> 32 & low
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits: int64 wraps around, and the bits are right
+        c0, c1, c2, c3 = b >> 32 & low ^ c1 ^ k0, b & low, a >> 32 & low ^ c3 ^ k1, a & low
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    halves = [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=-1).flatten()[:n].view(shape).float() * 2**-16
+
+
 # What the Triton paths share.
+
+
+@jit
+def bits_of(x):
+    """Returns the int32 that holds the bits of a float32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@jit
+def float_of(bits):
+    """Returns the float32 whose bits an int32 holds."""
+    return bits.to(tl.float32, bitcast=True)
 
 
 @torch.compiler.assume_constant_result

@@ -24,7 +24,7 @@ Symbols  code                           paper   meaning
 Limits   One expert with weight 1 is an MLP; latent_size = C with identity projections is the standard layer; with all
          experts chosen the layer is a dense sum: see tests/test_latent_moe.py.
 Differs  The paper writes softmax scores. The released models, and so this file, score with a sigmoid.
-Files    latent_moe.py + expert_kernels.py + kernels.py: 1,924 lines in all
+Files    latent_moe.py + expert_kernels.py + kernels.py: 1,963 lines in all
 """
 
 import math
@@ -191,12 +191,14 @@ class Experts(nn.Module):
         E, width, size = config.n_routed_experts, config.moe_intermediate_size, config.expert_size
         self.up_proj = nn.Parameter(torch.empty(E, width, size))
         self.down_proj = nn.Parameter(torch.empty(E, size, width))
+        self.product = None  # (x [n, I], weight [O, I]) -> [n, O] in place of x weight^T, if set (nvfp4.py)
         self.reset_parameters()
 
     @torch.compiler.disable  # with the reshaping: of a view that leaves a compiled graph, torch 2.11 can lose the shape
     def forward(self, u, ids, weights):
         """Returns [..., l] of u [..., l]; ids, weights [S, K]: the experts of each token, and what each counts."""
-        return expert_mlp(u.flatten(0, -2), self.up_proj, self.down_proj, ids, weights).view(u.shape)
+        y = expert_mlp(u.flatten(0, -2), self.up_proj, self.down_proj, ids, weights, product=self.product)
+        return y.view(u.shape)
 
     def reset_parameters(self):
         """Draws the weights."""

@@ -32,7 +32,7 @@ Differs  The paper adds lambda to unnormalised weights; here, as in the authors'
          its rows have converged (theirs takes 32 steps), to 5e-4 in 16 bits (theirs 1e-6); 16-bit keys and directions
          are multiplied as float16; a decode step solves from moments; the layer learns its ridge, and queries and keys
          share a norm. Parallax (arXiv:2605.29157), which replaces the solve by a projection: experiments/parallax.py.
-Files    lla.py + kernels.py: 1,986 lines in all.
+Files    lla.py + kernels.py: 2,018 lines in all.
 Read     1, the comment that opens 2, 3, `_solve_kernel`, 4. Then `python lla.py`, and `python -m experiments.lla`.
 """
 

@@ -34,9 +34,9 @@ Differs  From the authors' code, on purpose. If no token was drawn, the step unm
          for a correct answer against .1 NFE / 50. By default only the planner learns from rewards (--joint: and the
          backbone), without a teacher (--distill_coef), also from decodings worse than their group (--advantage_floor).
 Files    mdlm_dultra.py + grpo.py + kernels.py + latent_moe.py + nano_hybrid.py + rollouts.py + unmasking.py +
-         decoding.py + expert_kernels.py + lla.py + ssd.py + decode_kernels.py + common/canvas.py +
+         decoding.py + expert_kernels.py + lla.py + ssd.py + decode_kernels.py + nvfp4.py + common/canvas.py +
          common/checkpoints.py + common/data.py + common/fit.py + common/objectives.py + common/ranges.py +
-         common/tasks.py + common/accounting.py + common/files.py + common/presets.py + common/sampling.py: 10,974
+         common/tasks.py + common/accounting.py + common/files.py + common/presets.py + common/sampling.py: 12,075
          lines in all
 """
 

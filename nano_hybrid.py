@@ -38,7 +38,7 @@ Differs  From `transformers` 5: dt is not clamped below at time_step_min (neithe
          (LatentMoE) would start 370 times weaker than that of `nano3` (standard experts).
 Files    nano_hybrid.py + kernels.py + latent_moe.py + lla.py + ssd.py + expert_kernels.py + common/accounting.py +
          common/checkpoints.py + common/objectives.py + common/presets.py + common/ranges.py + common/sampling.py +
-         common/data.py + common/files.py: 6,569 lines in all
+         common/data.py + common/files.py: 6,608 lines in all
 Read     Mamba2 in ssd.py, then sections 3 and 4 here. `generate` is plain; decoding.py yields the same tokens fast.
          `python nano_hybrid.py` shows the claim; `python -m experiments.nano_hybrid` at length.
 """

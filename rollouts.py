@@ -20,9 +20,9 @@ Differs  Length control is the paper's, not the released server's. It is added t
          shortest wrong answer would win. `overlong_penalty`, `faithful`, `circular_scores` and `dpo_loss` are building
          blocks: grpo.py's objective does without them.
 Files    rollouts.py + decoding.py + kernels.py + nano_hybrid.py + decode_kernels.py + latent_moe.py + lla.py +
-         ssd.py + expert_kernels.py + common/tasks.py + common/accounting.py + common/checkpoints.py +
+         ssd.py + expert_kernels.py + nvfp4.py + common/tasks.py + common/accounting.py + common/checkpoints.py +
          common/objectives.py + common/presets.py + common/ranges.py + common/sampling.py + common/data.py +
-         common/files.py: 9,073 lines in all
+         common/files.py: 10,174 lines in all
 """
 
 import copy

@@ -32,9 +32,11 @@ from common.memory import is_out_of_memory
 from common.ranges import check_ranges
 from common.sampling import draw, token_probs
 from common.tasks import BLANK, THINK_END
+from decode_kernels import pack_model
 from decoding import DraftStats, ThinkingBudget, generate
 from mdlm_dultra import MaskedDiffusionLM, decode, rule_of
 from nano_hybrid import Hybrid
+from nvfp4 import RECIPES, quantize_model
 
 OUT = Path("out")
 LONGEST_PROMPT = 1 << 24  # bytes, of a pipe or device
@@ -65,6 +67,7 @@ class SampleConfig:
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
+    precision: str = "bf16"  # of the layers' weights: bf16 (what dtype says), fp8, mxfp4 or nvfp4 (4 bits in memory)
 
 
 def check(config, folder, diffusion):
@@ -72,6 +75,8 @@ def check(config, folder, diffusion):
     if config.prompt is not None and config.prompt_file is not None:
         raise ValueError("--prompt and --prompt_file were both given; choose one")
     check_ranges(config)
+    if config.precision not in RECIPES:
+        raise ValueError(f"--precision={config.precision} is unknown; use {' or '.join(RECIPES)}")
     foreign = NOT_OF_DIFFUSION if diffusion else ONLY_OF_DIFFUSION
     given = {name for name in foreign if getattr(config, name) != getattr(SampleConfig, name)}
     if given:
@@ -116,6 +121,8 @@ def load(config):
     device = pick_device(config.device)
     dtype, _ = pick_dtype(config.dtype, device)
     model = (MaskedDiffusionLM if diffusion else Hybrid).from_pretrained(folder).to(device).eval()
+    n_parameters, names = model.num_parameters(), quantize_model(model, RECIPES[config.precision])
+    pack_model(model)
     matrices_to(model, dtype)
     if config.temperature is None:
         config.temperature = 0.0 if diffusion and model.planner is not None else 0.8
@@ -123,7 +130,9 @@ def load(config):
         raise ValueError(
             f"{folder}: {model.config.vocab_size} tokens in the model, {tokenizer.n_vocab} in {tokenizer.name}"
         )
-    print(f"{folder}: {model.num_parameters() / 1e6:.2f}M parameters, {device}, {str(dtype)[6:]}", file=sys.stderr)
+    rounded = f", {len(names)} layers' matrices in {config.precision}" if names else ""
+    parameters = f"{n_parameters / 1e6:.2f}M parameters"
+    print(f"{folder}: {parameters}, {device}, {str(dtype)[6:]}{rounded}", file=sys.stderr)
     return model, tokenizer, [start] + tokenizer.encode(read_prompt(config)), stop
 
 

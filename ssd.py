@@ -26,7 +26,7 @@ Differs  From the paper's Listing 1: any length, initial and final states, packe
          take chunks of 16, 32 or 64 tokens, whatever chunk_size says (released models: 128).
          From mamba_ssm's kernels: one kernel computes the states of all chunks, in a loop over time; the gradient
          of A is summed chunk by chunk (section 4 says why).
-Files    ssd.py + kernels.py: 1,986 lines in all.
+Files    ssd.py + kernels.py: 2,018 lines in all.
 Read     `ssd_recurrent_ref` first: it is what Mamba-2 *is*; then `ssd_ref`, then `Mamba2`.
 """
 

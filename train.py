@@ -54,6 +54,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import grpo
 import mdlm_dultra
 import nano_hybrid
+import nvfp4
 from common.checkpoints import expect_types, expect_weights, read_trainer, write_trainer
 from common.cli import Interrupt, command, fail, find_run, join_processes, parse, peek, pick_device, pick_dtype
 from common.measure import evaluate, loss_is_finite, weights_are_finite
@@ -105,6 +106,7 @@ class TrainConfig:
     seed: int = 0  # of weights, data order and dropout
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # float32, bfloat16 or float16 (autocast; weights stay float32)
+    precision: str = "bf16"  # of products in the layers: bf16 (what dtype says), fp8, mxfp4 or nvfp4; see nvfp4.py
     compile: bool | None = None  # torch.compile the layers; default: where it pays
     eval_every: int | None = None  # steps between evaluations
     save_every: int | None = None  # steps between checkpoints; default: at each evaluation
@@ -146,8 +148,9 @@ def resolve(given, saved, recipes, presets):
 def check(config):
     """Raises ValueError for a number out of range, or a name that nothing here has."""
     check_ranges(config)
-    if config.optimizer not in ("adamw", "muon"):
-        raise ValueError(f"--optimizer={config.optimizer} is unknown; use adamw or muon")
+    for name, known in dict(optimizer=("adamw", "muon"), precision=tuple(nvfp4.RECIPES)).items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"--{name}={getattr(config, name)} is unknown; use {' or '.join(known)}")
     if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise ValueError(f"--optimizer=muon: torch {torch.__version__} has no torch.optim.Muon; update it")
     if config.muon_lr is not None and config.optimizer != "muon":
@@ -251,8 +254,9 @@ def set_up(argv):
     expect_memory(config, model_config, objective, given | shape, device, dtype, world_size)
 
     torch.manual_seed(config.seed)
-    model = objective.build(model_config)
-    model = (Hybrid(model_config) if model is None else model).to(device)
+    model = (objective.build(model_config) or Hybrid(model_config)).to(device)
+    names = nvfp4.quantize_model(model, nvfp4.RECIPES[config.precision])
+    reason += f"; {config.precision}: {len(names)} of the layers' matrices" if names else ""
     if config.compile:
         model.compile()
     if world_size > 1:

@@ -22,7 +22,7 @@ Limits   One token a step samples the joint distribution of an exact model, seve
          to one over all actions: see tests/test_mdlm_dultra.py.
 Differs  Ancestral sampling leaves out the steps that unmask nothing. The factor rule stops at the first token that
          fails, where Fast-dLLM's code cannot tell that the last one did. For the planner, see mdlm_dultra.py.
-Files    unmasking.py + kernels.py: 1,398 lines in all
+Files    unmasking.py + kernels.py: 1,430 lines in all
          `decode` takes any model with `encode(ids, keys, kv, start)`, `logits(hidden)`, `mask_id` and `n_layers`.
 """
 

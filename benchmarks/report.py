@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import textwrap
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -257,6 +258,31 @@ Milliseconds by length:
 {table(["", *(f"{T:,}" for T in lengths)], rows)}"""
 
 
+def nvfp4_kernels():
+    """Returns the section on the kernels of NVFP4: nvfp4_kernels.json, or nothing where it was not measured."""
+    if not (BENCH / "nvfp4_kernels.json").exists():
+        return ""
+    rows, lines = record("nvfp4_kernels")["rows"], []
+    sizes = {"packed": "rows, C", "both_views": "T, C", "packed_product": "M, N, K", "layer": "T, inputs, outputs"}
+    for mine, peer in zip(rows[::2], rows[1::2]):
+        op, shape = mine["op"], list(mine["sizes"])
+        letters = sizes[op] + (", at random" if op in ("packed", "both_views") and shape.pop() else "")
+        times = [[row[k] for k in ("fwd_ms", "fwd_bwd_ms") if not isnan(row[k])] for row in (mine, peer)]
+        gain = " / ".join(f"{b / a:.2f}" for a, b in zip(*times))
+        cells = (" / ".join(map(short, found)) for found in times)
+        lines.append([f"`{op}`", f"{' x '.join(f'{n:,}' for n in shape)} ({letters})", next(cells), peer["who"],
+                      next(cells), gain])  # fmt: skip
+    return f"""## NVFP4's kernels
+
+On a GPU without FP4. [`nvfp4_kernels.json`](assets/bench/nvfp4_kernels.json). {sources(*rows)}
+
+{table(["op", "sizes", "Triton, ms", "peer", "its ms", "peer's time / Triton's"], lines)}
+
+`packed` and `both_views`: the quantiser, both of its passes, rounding to nearest or at random; their peer moves as many
+bytes, so that the last column is the share of the copy rate. `packed_product`: weights of 4 bits, for generation.
+`layer`: the three products of a layer, emulated, forward / forward + backward."""
+
+
 # ---- 5. decoding -----------------------------------------------------------------------------------------
 
 
@@ -468,6 +494,37 @@ def latent_moe_table(found):
         rows.append([who, f"{E}, {K}, {width}", printed([loss, std]), beside, f"{ms:.0f}", f"{load:.2f}"])
     head = ["layer", "experts, of them used, width", "loss, nats", "difference", "ms/step", "busiest expert / mean"]
     return f"{sources(found)}\n\n{table(head, rows)}"
+
+
+def nvfp4_training():
+    """Returns the section on training in four bits: nvfp4.json, or nothing where it was not measured."""
+    if not (BENCH / "nvfp4.json").exists():
+        return ""
+    found, rows = record("nvfp4"), []
+    for row in found["rows"]:
+        cells = [verdict if isnan(center) else f"{center:+.2f} ± {error:.2f} {verdict}".rstrip()
+                 for center, error, verdict in (row["gap"], row["beside_nvfp4"])]  # fmt: skip
+        cells = {"BF16": ["", ""], "NVFP4": [cells[0], ""]}.get(row["arm"], cells)
+        zeros, ms = f"{row['zeros'][-1]:.3%}", f"{row['ms_per_step']:.1f}"
+        rows.append([row["arm"], f"{mean(row['losses']):.4f}", *cells, row["paper"], zeros, ms])
+    head = ["arm", "loss, nats", "above BF16, %", "above NVFP4, points", "the papers", "zero gradients", "ms/step"]
+    setting, errors = found["setting"], [row["gap"][1] for row in found["rows"] if not isnan(row["gap"][1])]
+    by_arm = {row["arm"]: row for row in found["rows"]}
+    zeros = [f"{mean(by_arm[name]['zeros']):.3%}" for name in ("BF16", "NVFP4")]
+    return f"""## Training in four bits
+
+![The loss of each arm above BF16's, and zero gradients over time](assets/nvfp4.png)
+
+A hybrid of {found["parameters"] / 1e6:.1f}M parameters, {setting["steps"]:,} steps of {setting["batch_size"]} x
+{setting["context"]} tokens, {found["seeds"]} seeds; all arms of a seed have the same first weights and the same texts.
+Validation loss above BF16's, paired, mean ± standard error (largest: {max(errors):.2f} %). A null is what a t-test at
+5 %, each arm by itself, does not tell from 0. [`nvfp4.json`](assets/bench/nvfp4.json). {sources(found)}
+
+{table(head, rows)}
+
+Zero gradients: share of the weights that NVFP4 quantises whose gradient is exactly 0, at the end. Its mean over the
+run is {zeros[0]} in BF16 and {zeros[1]} in NVFP4; Nemotron 3 Super saw three times as many in NVFP4. ms/step: products
+are emulated; hardware with FP4 would be faster than BF16."""
 
 
 # ---- 7. rewards ------------------------------------------------------------------------------------------
@@ -820,8 +877,8 @@ The seven metrics of 16,038 votes on 20 models, with 100 resamples, take {found[
 
 # ---- 10. the page ----------------------------------------------------------------------------------------
 
-SECTIONS = (training, models, kernels, ssd_claims, decoding, passkey, lla, latent_moe, rewards, studies, diffusion,
-            arena_hard, ppe)  # fmt: skip
+SECTIONS = (training, models, kernels, ssd_claims, nvfp4_kernels, decoding, passkey, lla, latent_moe,
+            nvfp4_training, rewards, studies, diffusion, arena_hard, ppe)  # fmt: skip
 
 
 def render():

@@ -89,6 +89,17 @@ def test_padding_of_the_vocabulary_is_never_printed(run, capsys):
     assert make(capsys, "--prompt=x", "--temperature=0").rstrip("\n") == "x" + 12 * "\0"
 
 
+def test_weights_of_four_bits_write_and_say_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = TINY | dict(vocab_size=320, hidden_size=32, intermediate_size=48, mamba_head_dim=8)
+    Hybrid(HybridConfig(**sizes)).save_pretrained("out/a", nanopapers={"tokenizer": "bytes"})
+    assert sample.main(["--prompt=x", "--max_new_tokens=5", "--device=cpu", "--precision=nvfp4"]) == 0
+    assert "0.04M parameters, cpu, float32, 6 layers' matrices in nvfp4" in capsys.readouterr().err
+    assert sample.main(["--prompt=x", "--device=cpu", "--precision=fp4"]) == 2
+    assert "--precision=fp4 is unknown; use bf16 or" in capsys.readouterr().err
+
+
 def test_memory_that_runs_out_is_one_line(run, monkeypatch, capsys):
     def running_out(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")

@@ -34,6 +34,7 @@ EXPERTS = (  # every part that Nemotron 3 Super has
     "--moe_shared_expert_intermediate_size=16 --moe_latent_size=16 --num_nextn_predict_layers=1 "
     "--router_bias_update_rate=0.01"
 ).split()
+NVFP4 = ["--precision=nvfp4", "--moe_intermediate_size=16", "--hybrid_override_pattern=E*"]
 LOCAL_LINEAR = ["--recipe=lla", "--hybrid_override_pattern=M-L"]
 SETTINGS = "--tokenizer=bytes --context=32 --batch_size=2 --eval_every=4 --warmup=2 --lr=1e-2 --device=cpu".split()
 
@@ -162,7 +163,8 @@ MUON = ["--optimizer=muon", "--beta2=0.9"]
 
 
 @pytest.mark.parametrize(("dropout", "shape"), [
-    (0.0, []), (0.2, []), (0.0, EXPERTS), (0.0, LOCAL_LINEAR), (0.0, MUON), (0.0, [*EXPERTS, *MUON])
+    (0.0, []), (0.2, []), (0.0, EXPERTS), (0.0, LOCAL_LINEAR), (0.0, MUON), (0.0, [*EXPERTS, *MUON]),
+    (0.0, [*EXPERTS, *NVFP4])
 ])  # fmt: skip
 def test_half_a_run_and_a_resume_are_the_run_bit_for_bit(flags, dropout, shape):
     flags = [*flags, *shape, f"--hidden_dropout={dropout}", "--weight_decay=0.1"]
@@ -190,6 +192,15 @@ def stop_after(n, flags, run, steps, objective=NextToken):
         assert train.main([*flags, f"--steps={steps}", f"--run={run}"]) == 130
     finally:
         objective.batch = original
+
+
+def test_a_resumed_run_may_switch_its_precision(flags, capsys):
+    assert train.main([*flags, "--steps=4", "--run=a", "--precision=nvfp4"]) == 0
+    assert "nvfp4: 4 of the layers' matrices" in capsys.readouterr().out  # M and -, not the last layer
+    assert train.main(["--resume", "--run=a", "--steps=6", "--precision=bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "changed: --precision=bf16, until now nvfp4" in out and "layers' matrices" not in out
+    assert rows("a")[-1]["loss"] < rows("a")[0]["loss"]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(flags, capsys):
@@ -784,6 +795,8 @@ def test_two_processes_are_one_with_twice_the_batch(flags, shape):
         (["--lr=2", "--weight_decay=0.5"], "--lr=2.0 x --weight_decay=0.5 must be below 1"),
         (["--optimizer=sgd"], "--optimizer=sgd is unknown; use adamw or muon"),
         (["--muon_lr=0.1"], "--muon_lr=0.1 goes with --optimizer=muon"),
+        (["--precision=fp4"], "--precision=fp4 is unknown; use bf16 or fp8 or nvfp4 or mxfp4"),
+        (["--precision=nvfp4", "--hidden_size=40"], "its width 40 is not a multiple of 16, the block of nvfp4"),
         (["--beta2=1"], "--beta2=1.0 must be a number from 0 to 0.999999"),
         (["--recipe=gpt7"], "unknown recipe 'gpt7'; known: hybrid"),
         (["--recipe=grpo", "--envs=sart"], "unknown environment 'sart'; known: sort"),
