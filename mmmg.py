@@ -21,9 +21,8 @@ Files    mmmg.py: 0 lines in all
 
 import operator
 import re
-import string
 import sys
-import unicodedata
+from colorsys import rgb_to_hsv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +33,25 @@ from scipy.stats import linregress
 from skimage.metrics import structural_similarity
 
 from common.cli import fail, parse
-from common.closed_world import PALETTE, SIDE, Thing, clicks, draw, look, pitch, read_text, tone, views, write_text
-from common.endpoint import Chat
+from common.closed_world import (
+    ASKED,
+    PALETTE,
+    SIDE,
+    before_edit,
+    look,
+    make,
+    pitch,
+    read_text,
+    render,
+    tone_of,
+    twist,
+    views,
+)
+from common.endpoint import picture_judge
 from common.jsonl import read_jsonl
 from common.judging import function_judge
-from common.media import HOP, RATE, frame_rms, loud_parts, read_audio, read_image, to_rgb, trim, write_output
+from common.media import HOP, RATE, frame_rms, loud_parts, read_output, to_rgb, trim
+from common.text import edits, plain
 
 # ---- 1. pictures ----------------------------------------------------------------------------------------------------
 
@@ -59,17 +72,6 @@ def ssim(a, b):
 COLORS = PALETTE | {"black": (0, 0, 0), "white": (255, 255, 255)}
 
 
-def hue_value(rgb):
-    """Returns (hue 0..1, value 0..1) of a colour."""
-    r, g, b = (float(x) for x in rgb)
-    high, low = max(r, g, b), min(r, g, b)
-    if high == low:
-        return 0.0, high / 255
-    place = (g - b) / (high - low) if high == r else 2 + (b - r) / (high - low) if high == g else 4 + (r - g) / (
-        high - low)  # fmt: skip
-    return place / 6 % 1, high / 255
-
-
 def is_color(mean, color, strict):
     """Returns whether a mean colour [3] counts as one of COLORS.
 
@@ -79,7 +81,7 @@ def is_color(mean, color, strict):
     if color not in COLORS:
         raise ValueError(f"unknown color {color!r}; use {', '.join(COLORS)}")
     target = COLORS[color]
-    (hue, value), (hue_wanted, value_wanted) = hue_value(mean), hue_value(target)
+    (hue, _, value), (hue_wanted, _, value_wanted) = (rgb_to_hsv(*(x / 255 for x in rgb)) for rgb in (mean, target))
     if color in ("black", "white"):
         right = abs(value - value_wanted) * 255 <= 38
     else:
@@ -183,14 +185,6 @@ def compare(number, comparator):
     return COMPARE[match[1]](number, int(match[2]))
 
 
-def plain(text, apostrophes=False):
-    """Returns text in lower case, without accents and punctuation, single spaces. apostrophes: "don't" is two words."""
-    text = "".join(c for c in unicodedata.normalize("NFD", str(text).lower()) if not unicodedata.combining(c))
-    if not apostrophes:
-        text = re.sub(r"(?<=\w)['’](?=\w)", "", text)
-    return " ".join("".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text).split())
-
-
 def holds(text, kind, *values, published=False):
     """Returns whether a transcript meets one constraint. Words are matched whole; published: as parts of words."""
     said = plain(text, apostrophes=published)
@@ -226,16 +220,6 @@ def transcript(text, constraint, published=False):
         raise ValueError("an empty constraint")
     constraints = [constraint] if isinstance(constraint[0], str) else constraint
     return float(all([holds(text, *one, published=published) for one in constraints]))
-
-
-def edits(a, b):
-    """Returns the least number of insertions, deletions and replacements that make sequence a into b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
 
 
 def text_score(recognised, target, unit="word"):
@@ -340,3 +324,307 @@ def speed_score(per_minute, language, want, published=False):
     if str(language).lower() not in SPEED:
         raise ValueError(f"language={language!r}; use English or Chinese")
     return ramp(per_minute, *SPEED[language.lower()], {"fast": "high", "slow": "low"}.get(want, want), published)
+
+
+# ---- 4. the closed world: instructions, the perfect answer, corruptions ----------------------------------------------
+
+TASKS = tuple(ASKED)
+CORRUPTIONS = "nothing", "extra", "wrong"
+
+
+def instructions(task, n, seed=0):
+    """Returns n instructions of a task, dicts with task, instruction (words) and the facts that are checked."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; use {', '.join(TASKS)}")
+    rng = np.random.default_rng([seed, TASKS.index(task)])
+    return [make(task, rng) for _ in range(n)]
+
+
+def perfect(instruction):
+    """Returns the output that meets an instruction: dict(response, image_list, audio_list)."""
+    return render(instruction)
+
+
+def corrupt(instruction, kind):
+    """Returns an output of which `stated` says what it is worth.
+
+    nothing: the words and tags alone; extra: a picture or sound too many; wrong: what is asked for is not so.
+    """
+    if kind not in CORRUPTIONS:
+        raise ValueError(f"unknown corruption {kind!r}; use {', '.join(CORRUPTIONS)}")
+    if kind == "wrong":
+        if instruction["task"] == "multiview":  # one side shown twice
+            output = perfect(instruction)
+            return output | dict(image_list=[output["image_list"][0]] * 4)
+        return render(twist(instruction))
+    output = perfect(instruction)
+    change = (lambda items: items + items[-1:]) if kind == "extra" else (lambda items: [])
+    return output | {name: change(output[name]) for name in ("image_list", "audio_list")}
+
+
+def stated(instruction, kind):
+    """Returns what a corruption is worth: 0, or the part that is still right."""
+    task = instruction["task"]
+    if kind == "wrong" and task in ("include", "text_single", "text_double"):
+        return 0.5
+    if kind == "wrong" and task == "multiview":
+        sides = views(instruction["seed"])
+        return float(np.mean([ssim(sides[0], side) for side in sides]))
+    return 0.0
+
+
+# ---- 5. scores -------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {"i_format_background": "region_fill", "i_format_border": "border_fill", "i_structure": "order_ti",
+             "a_structure": "order_ta", "a_music_intensity": "intensity", "a_speech_constraint": "transcript",
+             "a_music_attribute": "tempo"}  # fmt: skip
+SOUNDS = "begin_end", "silence", "tempo", "intensity", "pitch", "speed", "transcript"
+
+
+def score(task, instruction, output, judge=None, published=False):
+    """Returns 0..1 of an output dict(response, image_list, audio_list), or None if the task needs a judge.
+
+    task: of TASKS, or of the published ones that a program checks; image_list, audio_list hold pictures and sounds,
+    None for one that could not be read. published: the authors' rules, loopholes included.
+    """
+    kind = PUBLISHED.get(task, task)
+    if kind == "tempo" and ("tempo" not in instruction or "instrument" in instruction):
+        return None  # an instrument is for a judge of sounds
+    images, audios = (list(output.get(name) or ()) for name in ("image_list", "audio_list"))
+    if kind not in TASKS:
+        return ask_judge(judge, instruction, images, audios)
+    response = output.get("response") or ""
+    if kind in ("order_ti", "order_ta"):
+        found = order(response)
+        whole = [len(images), len(audios)] == [found.count("i"), found.count("a")] if found else False
+        whole = whole and all(item is not None for item in images + audios)
+        return float(found in instruction["order"] and (whole or published))
+    media = audios if kind in SOUNDS else images
+    if len(media) != (4 if kind == "multiview" else 1) or any(item is None for item in media):
+        return 0.0
+    if kind == "transcript":
+        said = output.get("transcripts")
+        return transcript(said[0], instruction["constraint"], published) if said else None
+    check = check_sound if kind in SOUNDS else check_things if kind not in PICTURES else check_picture
+    return float(check(kind, instruction, media if kind == "multiview" else media[0], response, published))
+
+
+def ask_judge(judge, instruction, images, audios):
+    """Returns 1 or 0 by a judge's yes or no, None without a judge."""
+    if judge is None:
+        return None
+    if not images + audios or any(item is None for item in images + audios):
+        return 0.0
+    question = f"Does the output meet this instruction? End with yes or no.\n{instruction.get('instruction', '')}"
+    words = re.findall(r"\b(yes|no)\b", judge("yes_no", question, images, audios, ("yes", "no")).lower())
+    return float(words[-1] == "yes") if words else None
+
+
+PICTURES = "region_fill", "border_fill", "text_single", "text_double", "multiview"
+
+
+def check_picture(kind, f, image, response, published):
+    """Returns the score of pictures that are compared pixel by pixel, or read."""
+    if kind == "multiview":
+        return np.mean([ssim(mine, side) for mine, side in zip(image, views(f["seed"]))])
+    if kind.startswith("text"):
+        lines = read_text(image)
+        wanted = [f["text"], f.get("second")][: 1 + (kind == "text_double")]
+        return np.mean([text_score(said, w) for said, w in zip(lines, wanted)]) if len(lines) == len(wanted) else 0
+    if kind == "region_fill":
+        return region_fill(image, f["region"], f["color"], strict=not published)
+    return border_fill(image, f["color"], strict=not published)
+
+
+def stated_in(response, tag, published=False):
+    """Returns what stands between <tag> and </tag>, "" if there is no such thing. published: its last letter alone."""
+    found = re.findall(rf"<{tag}>\s*(.*?)\s*</{tag}>", response)
+    return (found[0][-1:] if published and tag == "count" else found[0]) if len(found) == 1 else ""
+
+
+def check_things(kind, f, image, response, published):
+    """Returns the score of pictures of things."""
+    things = look(image)
+    seen = [thing[:2] for thing in things]
+    a, b = (tuple(f.get(name, ("", ""))) for name in "ab")
+    of = lambda colour, shape: [t for t in things if t[:2] == (colour, shape)]  # noqa: E731
+    if kind == "count":
+        return seen == [(f["colour"], f["shape"])] * f["n"]
+    if kind == "include":
+        return np.mean([a in seen, b in seen])
+    if kind == "exclude":
+        return a in seen and b not in seen
+    if kind == "attribute":
+        return seen == [(f["colour"], f["shape"])]
+    if kind == "universal":
+        return len(seen) == f["n"] and all(colour == f["colour"] for colour, _ in seen)
+    if kind == "comparison":
+        one, two = of(a[0], "circle"), of(b[0], "circle")
+        return len(one) == len(two) == 1 and one[0].size > two[0].size
+    if kind == "self_count":
+        return stated_in(response, "count", published) == str(len(of(f["colour"], "circle")))
+    if kind == "self_colour":
+        return seen == [(stated_in(response, "color"), f["shape"])]
+    if kind == "self_size":
+        sizes = sorted(things, key=lambda thing: -thing.size)
+        return len(sizes) == 2 and sizes[0].size > sizes[1].size and sizes[0].colour == stated_in(response, "larger")
+    if kind == "spatial_abs":
+        one = of(f["colour"], "circle")
+        side = SIDE / 2
+        return len(one) == 1 and f["place"] == (
+            f"{'lower' if one[0].y > side else 'upper'} {'right' if one[0].x > side else 'left'}")  # fmt: skip
+    if kind == "spatial_rel":
+        one, two = of(a[0], "circle"), of(b[0], "square")
+        if len(one) != 1 or len(two) != 1:
+            return 0
+        dx, dy = one[0].x - two[0].x, one[0].y - two[0].y
+        return {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[f["relation"]] > SIDE / 20
+    left, top, right, bottom = f["box"]
+    inside = [t[:2] for t in things if left <= t.x < right and top <= t.y < bottom]
+    wanted = {"edit_add": [a], "edit_remove": [], "edit_colour": [(b[0], a[1])]}[kind]
+    return edit_preservation(before_edit(f), image, f["box"]) * (inside == wanted)
+
+
+def check_sound(kind, f, audio, response, published):
+    """Returns the score of a sound."""
+    if kind == "intensity":
+        return intensity(audio, f["intensity"][0]) == f["intensity"][1]
+    if kind == "tempo":
+        return abs(tempo(audio) - f["tempo"]) < 5
+    if kind == "pitch":
+        return pitch_score(2595 * np.log10(1 + pitch(audio) / 700), f["gender"], f["want"], published)
+    if kind == "speed":
+        return speed_score(tempo(audio), f["language"], f["want"], published)
+    if kind == "begin_end":
+        n = int(min(4, len(audio) / RATE / 2)) * RATE
+        return n > 0 and [tone_of(audio[:n]), tone_of(audio[-n:])] == [f["first"], f["last"]]
+    parts = [audio[int(start * RATE) : int(end * RATE)] for start, end in segments(audio)]
+    return len(parts) == 2 and [tone_of(part) for part in parts] == [f["first"], f["last"]]
+
+
+def aggregate(scores):
+    """Returns (mean, half width of the 95 % interval) of scores [instructions, samples].
+
+    The interval is over the samples' means, as published: it measures sampling, not the choice of instructions. One
+    sample: nan.
+    """
+    scores = np.asarray(scores, dtype=float)
+    if scores.ndim != 2 or not scores.size:
+        raise ValueError(f"scores are [instructions, samples], not {list(scores.shape)}")
+    means = scores.mean(0)  # [samples]
+    n = len(means)
+    return float(scores.mean()), float(1.96 * means.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+
+
+# ---- 6. folders ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_folder(outputs, instructions, samples=4, judge=None, published=False):
+    """Returns {task: dict(score or None, half_width, n, missing, warnings)} of a folder in the published layout.
+
+    outputs: TASK.jsonl with a line for each (instruction, sample), samples of one adjacent, image/ and audio/.
+    instructions: a folder of TASK.jsonl. A file that cannot be read makes that output 0 and a warning; so do lines that
+    are not there. Raises ValueError if there is nothing to score.
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be 1 or more")
+    files, found = sorted(Path(instructions).glob("*.jsonl")), {}
+    if not files:
+        raise ValueError(f"{instructions}: no TASK.jsonl with instructions in this folder")
+    if not any((Path(outputs) / file.name).is_file() for file in files):
+        raise ValueError(f"{outputs}: no TASK.jsonl in this folder that {instructions} has instructions for")
+    for file in files:
+        task, asked, warnings = file.stem, read_jsonl(file), []
+        path = Path(outputs) / file.name
+        if not asked or not path.is_file():
+            why = "no instructions" if not asked else "no such file"
+            found[task] = dict(score=None, half_width=float("nan"), n=0, missing=0, warnings=[f"{path}: {why}"])
+            continue
+        rows = read_jsonl(path, cut_off=True)
+        missing = max(0, len(asked) * samples - len(rows))
+        if len(rows) != len(asked) * samples:
+            warnings.append(f"{task}: {len(rows)} lines, and {len(asked)} instructions x {samples} samples")
+        table = np.zeros((len(asked), samples))
+        for i, instruction in enumerate(asked):
+            for s, row in enumerate(rows[i * samples : (i + 1) * samples]):
+                value = score(task, instruction, read_output(outputs, task, row, warnings.append), judge, published)
+                table[i, s] = np.nan if value is None else value
+        whole = table[~np.isnan(table).any(1)]
+        mean, half = aggregate(whole) if len(whole) else (None, float("nan"))
+        found[task] = dict(score=mean, half_width=half, n=len(whole), missing=missing, warnings=warnings)
+    return found
+
+
+# ---- 7. the command line ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Score a folder of outputs, or a generator in the closed world. Without any flag: what this file claims."""
+
+    outputs: str = ""  # form 1: a model's folder in the published layout
+    instructions: str = ""  # folder of TASK.jsonl
+    samples: int = 4  # of each instruction
+    published: bool = False  # the authors' rules with their loopholes
+    judge: str = ""  # URL of an endpoint, or FILE.py:FUNCTION
+    model: str = ""  # the judge's name at the endpoint
+    generate: str = ""  # form 2: FILE.py:FUNCTION, instruction -> dict(response, image_list, audio_list)
+    tasks: str = ""  # of the closed world, with commas between; by default all
+    n: int = 20  # instructions of each
+    seed: int = 0  # of the instructions
+
+
+def show(found):
+    """Prints a table of {task: result}, warnings first, and the unweighted mean of what was scored."""
+    for row in found.values():
+        for warning in row.get("warnings", ()):
+            print(f"warning: {warning}")
+    for task, row in found.items():
+        value = "not scored (needs a judge or a transcript)" if row["score"] is None else (
+            f"{100 * row['score']:6.1f} +- {100 * row['half_width']:.1f}  n {row['n']}")  # fmt: skip
+        print(f"{task:24} {value}")
+    scored = [row["score"] for row in found.values() if row["score"] is not None]
+    print(f"mean of {len(scored)} of {len(found)} tasks: {100 * np.mean(scored) if scored else float('nan'):.1f}")
+
+
+def run_generator(generate, tasks, n, seed, published=False):
+    """Returns {task: result} of generate(instruction) on n instructions of each closed-world task, one sample."""
+    found = {}
+    for task in tasks:
+        asked = instructions(task, n, seed)
+        values = np.array([[score(task, one, generate(one), None, published)] for one in asked], dtype=float)
+        found[task] = dict(score=aggregate(values)[0], half_width=float("nan"), n=n)
+    return found
+
+
+def main(argv=None):
+    """Runs one of the forms. Returns the exit status: 0; 2 after a mistake, said in one line."""
+    try:
+        config = Config(**parse(Config, prog="mmmg.py", about=Config.__doc__, argv=argv))
+        if bool(config.outputs) == bool(config.generate):
+            raise ValueError("one of --outputs and --generate is needed (see --help)")
+        if config.generate:
+            tasks = config.tasks.split(",") if config.tasks else TASKS
+            show(run_generator(function_judge(config.generate), tasks, config.n, config.seed, config.published))
+            return 0
+        if not config.instructions:
+            raise ValueError("--outputs needs --instructions too: the folder of TASK.jsonl with what was asked")
+        judge = None
+        if config.judge:
+            url = config.judge.startswith(("http://", "https://"))
+            judge = picture_judge(config.judge, config.model) if url else function_judge(config.judge)
+        print("rules: " + ("published, with their loopholes" if config.published else "strict, loopholes closed"))
+        show(evaluate_folder(config.outputs, config.instructions, config.samples, judge, config.published))
+    except (ValueError, OSError) as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(main())
+    try:
+        from experiments.mmmg import demo
+    except ImportError as error:  # the file was copied alone
+        sys.exit(fail(f"the demo is in experiments/mmmg.py ({error}); --help shows what else there is"))
+    demo()

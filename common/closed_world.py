@@ -49,9 +49,9 @@ def draw(things, background=(255, 255, 255), side=SIDE):
 
 def look(picture, least=40):
     """Returns the [Thing] of a picture: components of a palette colour (24 of 255 in each channel) of `least` pixels."""
-    pixels, found = to_rgb(picture).astype(int), []
+    pixels, found = to_rgb(picture).astype(np.int16), []
     for colour, rgb in PALETTE.items():
-        labels, _ = label((np.abs(pixels - rgb) <= 24).all(2))
+        labels, _ = label((np.abs(pixels - np.array(rgb, np.int16)) <= 24).all(2))
         for k, where in enumerate(find_objects(labels), 1):
             part = labels[where] == k
             if part.sum() >= least:
@@ -143,3 +143,204 @@ def pitch(audio):
         return 0.0
     a, b, c = likeness[peaks[0] - 1 : peaks[0] + 2]
     return float(RATE / (peaks[0] + (a - c) / (2 * (a - 2 * b + c))))
+
+
+# ---- tasks: what is asked, what answers it, and what is wrong ---------------------------------------------------------
+
+WORDS = "HAPPY BRIGHT MORNING RIVER STONE GARDEN FUTURE SILVER".split()
+TONES = {"low tone": 200, "middle tone": 500, "high tone": 1200}
+ASKED = {  # task -> its instruction, a format string of the facts
+    "count": "A picture of exactly {n} {colour} {shape}s.", "include": "A picture with a {a[0]} {a[1]} and a {b[0]} {b[1]}.",
+    "exclude": "A picture with a {a[0]} {a[1]} and no {b[0]} {b[1]}.", "attribute": "A {colour} {shape}.",
+    "comparison": "A {a[0]} circle that is larger than a {b[0]} circle.", "universal": "{n} shapes, all of them {colour}.",
+    "spatial_rel": "Exactly one {a[0]} circle {relation} exactly one {b[0]} square.",
+    "spatial_abs": "Exactly one {colour} circle, in the {place} quarter.",
+    "region_fill": "Any picture whose {region} is pure {color}.", "border_fill": "Any picture with a flat {color} border.",
+    "text_single": "A picture of the words {text}.", "text_double": "A picture of the lines {text} and {second}.",
+    "edit_add": "Add a {a[0]} {a[1]} within {box}.", "edit_remove": "Remove the {a[0]} {a[1]} within {box}.",
+    "edit_colour": "Make the {a[1]} within {box} {b[0]}.", "multiview": "Object {seed}, from its four sides.",
+    "self_count": "Some {colour} circles, and <count>how many</count>.",
+    "self_colour": "A {shape}, and <color>its colour</color>.", "self_size": "Two circles, and <larger>colour</larger>.",
+    "order_ti": "Text and pictures in the order {order[0]}.", "order_ta": "Text and sounds in the order {order[0]}.",
+    "begin_end": "A sound that begins with a {first} and ends with a {last}.", "silence": "A {first}, silence, a {last}.",
+    "tempo": "A beat at {tempo} BPM.", "intensity": "A tone that {intensity[1]}s at the {intensity[0]}.",
+    "pitch": "A {gender} voice of {want} pitch.", "speed": "{language} speech at {want} speed.",
+    "transcript": "A speech that meets {constraint}.",
+}  # fmt: skip
+
+
+def tone_of(audio):
+    """Returns the tone of TONES that a sound's pitch is nearest to, None if it has no pitch."""
+    found = pitch(audio)
+    return min(TONES, key=lambda name: abs(np.log(TONES[name] / found))) if found else None
+
+
+def make(task, rng):
+    """Returns the facts of a random instruction of a task, a dict with `task` and `instruction`."""
+    pick = lambda values: values[rng.integers(len(values))]  # noqa: E731
+    colours = [str(c) for c in rng.permutation(list(PALETTE))]
+    shapes, tones = [str(s) for s in rng.permutation(list(SHAPES))], [str(t) for t in rng.permutation(list(TONES))]
+    words = [str(w) for w in rng.permutation(WORDS)]
+    facts = dict(
+        a=(colours[0], shapes[0]), b=(colours[1], shapes[1]), colour=colours[0], other=colours[1], shape=shapes[0],
+        color=colours[0], n=int(rng.integers(2, 7)), relation=pick(["left of", "right of", "above", "below"]),
+        place=pick(["upper left", "upper right", "lower left", "lower right"]), seed=int(rng.integers(10**6)),
+        region=f"{pick(['left', 'right', 'upper', 'lower'])} {pick(['half', 'third', 'quarter'])}",
+        text=f"{words[0]} {words[1]}", second=words[2], box=(80, 80, 160, 160), first=tones[0], last=tones[1],
+        tempo=int(rng.integers(60, 161)), intensity=[pick(["start", "end"]), pick(["fade in", "fade out"])],
+        gender=pick(["male", "female"]), language=pick(["English", "Chinese"]), want=pick(["low", "high"]),
+        order=[pick(["ti", "it", "tit", "iti"])],
+        constraint=pick([["keyword_include", words[0]], ["keyword_exclude", words[5]], ["length_word", "== 4"],
+                         ["start", words[0]], ["keyword_count", words[1], "== 2"]]), words=words[:5],
+    )  # fmt: skip
+    if task == "order_ta":
+        facts["order"] = [facts["order"][0].replace("i", "a")]
+    names = ["words"] if task == "transcript" else ["other"]
+    names += [name for name in facts if "{" + name in ASKED[task]]
+    more = {"self_colour": ["colour"], "self_size": ["a", "b"], "self_count": ["n"]}.get(task, [])
+    facts = {name: facts[name] for name in (*names, *more)}
+    return dict(task=task, instruction=ASKED[task].format(**facts), **facts)
+
+
+def scene(facts):
+    """Returns the picture that an instruction about things asks for."""
+    f, task = facts, facts["task"]
+    if task in ("count", "universal", "self_count"):
+        shapes = [f.get("shape", "circle")] * f["n"]
+        colours = [f["colour"]] * (f["n"] - 1) + [f.get("odd", f["colour"])]
+        return draw([Thing(c, s, 40 + 75 * (i % 3), 40 + 75 * (i // 3), 40)
+                     for i, (c, s) in enumerate(zip(colours, shapes))])  # fmt: skip
+    if task in ("attribute", "self_colour"):
+        return draw([Thing(f["colour"], f["shape"], 120, 120, 60)])
+    if task == "spatial_abs":
+        x, y = 60 + 120 * ("right" in f["place"]), 60 + 120 * ("lower" in f["place"])
+        return draw([Thing(f["colour"], "circle", x, y, 50)])
+    if task == "spatial_rel":
+        dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[f["relation"]]
+        at = [(120 + k * 60 * dx, 120 + k * 60 * dy) for k in (1, -1)]
+        return draw([Thing(f["a"][0], "circle", *at[0], 50), Thing(f["b"][0], "square", *at[1], 50)])
+    if task in ("comparison", "self_size"):
+        return draw([Thing(f["a"][0], "circle", 70, 120, 80), Thing(f["b"][0], "circle", 170, 120, 40)])
+    if task.startswith("edit"):
+        thing = Thing(*f["a"], 120, 120, 50)
+        kinds = {"edit_add": thing, "edit_remove": None, "edit_colour": thing._replace(colour=f["b"][0])}
+        inside = f.get("inside", kinds[task])
+        return draw([*ROUND, *([inside] if inside else [])])
+    things = [Thing(*f["a"], 70, 120, 60), Thing(*f["b"], 170, 120, 60)]
+    return draw(things if (task == "include") != bool(f.get("odd")) else things[:1])
+
+
+ROUND = [
+    Thing("red", "square", 30, 30, 30),
+    Thing("blue", "circle", 205, 35, 30),
+    Thing("green", "triangle", 40, 200, 40),
+]
+
+
+def before_edit(facts):
+    """Returns the picture that is to be edited."""
+    thing = Thing(*facts["a"], 120, 120, 50)
+    return draw([*ROUND, *([] if facts["task"] == "edit_add" else [thing])])
+
+
+def filled(facts):
+    """Returns grey noise, which no colour is near to, with a flat region or border."""
+    noise = np.random.default_rng(0).integers(60, 190, (SIDE, SIDE, 1)).astype(np.uint8).repeat(3, 2)
+    rgb = (PALETTE | {"black": (0, 0, 0), "white": (255,) * 3})[facts["color"]]
+    if facts["task"] == "border_fill":
+        inner, noise = noise, np.full_like(noise, rgb)
+        edge = SIDE // 10
+        noise[edge:-edge, edge:-edge] = inner[edge:-edge, edge:-edge]
+        return noise
+    side, part = facts["region"].split()
+    n = round(SIDE * {"half": 0.5, "third": 0.33, "quarter": 0.25}[part])
+    turned = noise if side in ("upper", "lower") else noise.swapaxes(0, 1)
+    turned[slice(0, n) if side in ("upper", "left") else slice(SIDE - n, SIDE)] = rgb
+    return noise
+
+
+def sound(facts):
+    """Returns the sound that an instruction asks for, float32 [n]."""
+    f, task = facts, facts["task"]
+    if task in ("begin_end", "silence"):
+        gap = np.zeros(0 if task == "begin_end" or f.get("odd") else 2 * RATE, np.float32)
+        return np.concatenate([tone(TONES[f["first"]], 3), gap, tone(TONES[f["last"]], 3)])
+    if task == "tempo":
+        return clicks(f["tempo"], 10)
+    if task == "intensity":
+        slope = np.linspace(0.01, 1, 8 * RATE, dtype=np.float32)
+        return tone(300, 8) * (slope if f["intensity"][1] == "fade in" else slope[::-1])
+    if task == "pitch":
+        mel = {"male": (130, 192), "female": (226, 288)}[f["gender"]][f["want"] == "high"]
+        return tone(700 * (10 ** (mel / 2595) - 1), 2)
+    if task == "speed":
+        return clicks({"English": (140, 200), "Chinese": (210, 290)}[f["language"]][f["want"] == "high"], 12)
+    return tone(300, 1)
+
+
+def render(facts):
+    """Returns dict(response, image_list, audio_list[, transcripts]): what the facts of an instruction ask for."""
+    f, task = facts, facts["task"]
+    out = dict(response="", image_list=[], audio_list=[])
+    if task in ("order_ti", "order_ta"):
+        kind, letter = ("image", "i") if task == "order_ti" else ("audio", "a")
+        tags, blank = iter(range(9)), draw([]) if letter == "i" else tone(300, 1)
+        parts = [
+            "some words" if c == "t" else f"<{kind}_start><{kind}_{next(tags)}><{kind}_end>" for c in f["order"][0]
+        ]
+        out["response"], out[f"{kind}_list"] = "".join(parts), [blank] * f["order"][0].count(letter)
+    elif task in ("begin_end", "silence", "tempo", "intensity", "pitch", "speed", "transcript"):
+        out["audio_list"] = [sound(f)]
+    elif task == "multiview":
+        out["image_list"] = views(f["seed"])
+    elif task in ("region_fill", "border_fill"):
+        out["image_list"] = [filled(f)]
+    elif task.startswith("text"):
+        out["image_list"] = [write_text([f["text"]] + [f["second"]] * (task == "text_double"))]
+    else:
+        out["image_list"] = [scene(f)]
+    if task.startswith("self"):
+        tag, value = {"self_count": ("count", f.get("n")), "self_colour": ("color", f.get("colour")),
+                      "self_size": ("larger", f.get("a", "?")[0])}[task]  # fmt: skip
+        out["response"] = f"<{tag}>{f.get('said', value)}</{tag}>"
+    if task == "transcript":
+        out["transcripts"] = [f.get("said") or say(f["constraint"], f["words"])]
+    return out
+
+
+def say(constraint, words):
+    """Returns a transcript of a few words that meets a constraint of `make`."""
+    kind = constraint[0]
+    said = words[:4]
+    if kind == "keyword_count":
+        said = [*said, constraint[1]]
+    return " ".join(said).lower()
+
+
+def twist(facts):
+    """Returns facts in whose rendering what the instruction asks for is wrong."""
+    f, task = dict(facts), facts["task"]
+    turn = {"low": "high", "high": "low", "fade in": "fade out", "fade out": "fade in", "left of": "right of",
+            "right of": "left of", "above": "below", "below": "above"}  # fmt: skip
+    far = {"red": "blue", "green": "red", "blue": "yellow", "yellow": "blue", "cyan": "red", "pink": "green",
+           "orange": "blue", "purple": "green"}  # fmt: skip
+    changes = {
+        "count": lambda: dict(n=f["n"] + 1), "attribute": lambda: dict(colour=f["other"]),
+        "universal": lambda: dict(odd=f["other"]), "include": lambda: dict(odd=True), "exclude": lambda: dict(odd=True),
+        "comparison": lambda: dict(a=f["b"], b=f["a"]), "spatial_rel": lambda: dict(relation=turn[f["relation"]]),
+        "spatial_abs": lambda: dict(place=f["place"].replace(
+            *(("upper", "lower") if "upper" in f["place"] else ("lower", "upper")))),
+        "region_fill": lambda: dict(color=far[f["color"]]), "border_fill": lambda: dict(color=far[f["color"]]),
+        "text_single": lambda: dict(text=f["text"].split()[0] + " WRONG"),
+        "text_double": lambda: dict(second="WRONG"), "multiview": lambda: {},
+        "edit_add": lambda: dict(inside=None), "edit_remove": lambda: dict(inside=Thing(*f["a"], 120, 120, 50)),
+        "edit_colour": lambda: dict(inside=Thing(*f["a"], 120, 120, 50)), "self_count": lambda: dict(said=10 + f["n"]),
+        "self_colour": lambda: dict(said=f["other"]), "self_size": lambda: dict(said=f["b"][0]),
+        "order_ti": lambda: dict(order=[f["order"][0] + "ti"]), "order_ta": lambda: dict(order=[f["order"][0] + "ta"]),
+        "begin_end": lambda: dict(first=f["last"], last=f["first"]), "silence": lambda: dict(odd=True),
+        "tempo": lambda: dict(tempo=f["tempo"] + 15),
+        "intensity": lambda: dict(intensity=[f["intensity"][0], turn[f["intensity"][1]]]),
+        "pitch": lambda: dict(want=turn[f["want"]]), "speed": lambda: dict(want=turn[f["want"]]),
+        "transcript": lambda: dict(said={"keyword_exclude": f["constraint"][1]}.get(f["constraint"][0], "nothing")),
+    }  # fmt: skip
+    return f | changes[task]()

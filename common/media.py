@@ -12,6 +12,8 @@ import soundfile
 from PIL import Image
 from scipy.signal import resample_poly
 
+from common.jsonl import write_jsonl
+
 RATE = 22050  # samples a second
 FRAME, HOP = 2048, 512  # samples
 MOST_PIXELS, MOST_SECONDS = 50_000_000, 900
@@ -27,7 +29,9 @@ def to_rgb(picture):
     """
     if isinstance(picture, Image.Image):
         if picture.mode.startswith("I"):  # 16 bits: PIL's own conversion clips
-            return np.repeat((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257)[:, :, None], 3, 2).astype("u1")
+            return np.repeat((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257)[:, :, None], 3, 2).astype(
+                "u1"
+            )
         return np.asarray(picture.convert("RGB"))
     picture = np.asarray(picture)
     if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.ndim == 3 and picture.shape[2] not in (3, 4):
@@ -64,7 +68,9 @@ def read_audio(path):
             raise ValueError(f"its header says {said:,} bytes, and the file has {size:,}")
         with soundfile.SoundFile(path) as sound:
             if sound.frames > MOST_SECONDS * sound.samplerate or not 1000 <= sound.samplerate <= 400_000:
-                raise ValueError(f"{sound.frames:,} samples at {sound.samplerate:,} Hz; at most {MOST_SECONDS} s are read")
+                raise ValueError(
+                    f"{sound.frames:,} samples at {sound.samplerate:,} Hz; at most {MOST_SECONDS} s are read"
+                )
             audio, rate = sound.read(dtype="float32", always_2d=True).mean(1), sound.samplerate
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
@@ -83,8 +89,6 @@ def write_output(folder, task, outputs):
 
     A transcript stands beside its sound, in audio/TASK_k.txt.
     """
-    from common.jsonl import write_jsonl
-
     rows, counts = [], dict(image=0, audio=0)
     for kind in counts:
         (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
@@ -103,6 +107,29 @@ def write_output(folder, task, outputs):
                 counts[kind] += 1
         rows.append(row)
     write_jsonl(Path(folder) / f"{task}.jsonl", rows)
+
+
+def read_output(folder, task, row, warn):
+    """Returns a row's output with its files read; what cannot be read is None, and `warn` gets a line."""
+    output = dict(response=str(row.get("response") or ""), image_list=[], audio_list=[])
+    said = []
+    for kind, suffix, read in (("image", "png", read_image), ("audio", "wav", read_audio)):
+        listed = row.get(f"{kind}_list") or ()
+        if not isinstance(listed, list):
+            warn(f"{task}: {kind}_list is a list of numbers, not {str(listed)[:40]!r}")
+            listed = [None]
+        for k in listed:
+            path = Path(folder) / kind / f"{task}_{k}.{suffix}"
+            try:
+                if not isinstance(k, int):
+                    raise ValueError(f"{task}: {kind}_list names files by number, not {str(k)[:40]!r}")
+                output[f"{kind}_list"].append(read(path))
+            except ValueError as error:
+                warn(str(error))
+                output[f"{kind}_list"].append(None)
+            if kind == "audio" and path.with_suffix(".txt").is_file():
+                said.append(path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace"))
+    return output | (dict(transcripts=said) if said else {})
 
 
 # ---- 2. loudness ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,22 @@
+"""Text as it is compared: without case, accents and punctuation; and the edit distance of two sequences."""
+
+import re
+import unicodedata
+
+
+def plain(text, apostrophes=False):
+    """Returns text in lower case, without accents and punctuation, single spaces. apostrophes: "don't" is two words."""
+    text = "".join(c for c in unicodedata.normalize("NFD", str(text).lower()) if not unicodedata.combining(c))
+    if not apostrophes:
+        text = re.sub(r"(?<=\w)['’](?=\w)", "", text)
+    return " ".join("".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text).split())
+
+
+def edits(a, b):
+    """Returns the least number of insertions, deletions and replacements that make sequence a into b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
