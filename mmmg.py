@@ -19,7 +19,6 @@ Differs  Order counts the files, not only the tags. Colours are compared in RGB,
 Files    mmmg.py: 0 lines in all
 """
 
-import operator
 import re
 import sys
 from colorsys import rgb_to_hsv
@@ -50,8 +49,8 @@ from common.closed_world import (
 from common.endpoint import picture_judge
 from common.jsonl import read_jsonl
 from common.judging import function_judge
-from common.media import HOP, RATE, frame_rms, loud_parts, read_output, to_rgb, trim
-from common.text import edits, plain
+from common.media import HOP, RATE, checked_audio, frame_rms, loud_parts, read_output, to_rgb, trim
+from common.text import compare, edits, plain
 
 # ---- 1. pictures ----------------------------------------------------------------------------------------------------
 
@@ -173,18 +172,6 @@ def order(response):
     return None if re.search(r"<(image|audio)_", TAG.sub("", response)) else found
 
 
-COMPARE = {"==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt,
-           ">": operator.gt}  # fmt: skip
-
-
-def compare(number, comparator):
-    """Returns whether a number meets a comparator such as "== 2" or ">=2". Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*(==|!=|<=|>=|<|>)\s*(\d+)\s*", str(comparator))
-    if not match:
-        raise ValueError(f"{comparator!r} is no comparator; one is such as '== 2' or '>=2'")
-    return COMPARE[match[1]](number, int(match[2]))
-
-
 def holds(text, kind, *values, published=False):
     """Returns whether a transcript meets one constraint. Words are matched whole; published: as parts of words."""
     said = plain(text, apostrophes=published)
@@ -233,22 +220,12 @@ def text_score(recognised, target, unit="word"):
 # ---- 3. sound -------------------------------------------------------------------------------------------------------
 
 
-def checked(audio, rate):
-    """Returns audio as float64 [n]. Raises ValueError for what is no sound, or of another rate than 22,050."""
-    audio = np.asarray(audio, dtype=float)
-    if audio.ndim != 1 or not np.isfinite(audio).all():
-        raise ValueError(f"audio is [n], finite, not {list(audio.shape)}")
-    if rate <= 0:
-        raise ValueError(f"rate={rate} must be in samples a second")
-    return audio
-
-
 def segments(audio, rate=RATE):
     """Returns [(start, end)] in seconds of what silence of over 1 s parts; silence: 40 dB below the loudest frame.
 
     As published, the last one runs to the clip's end. A clip of silence has none.
     """
-    audio = checked(audio, rate)
+    audio = checked_audio(audio, rate)
     if not audio.any():
         return []
     parts, found = loud_parts(audio, 40), []
@@ -268,7 +245,7 @@ def intensity(audio, where="start", rate=RATE):
     """
     if where not in ("start", "end"):
         raise ValueError(f"where={where!r}; use start or end")
-    audio = checked(audio, rate)
+    audio = checked_audio(audio, rate)
     audio = trim(audio) if audio.any() else audio[:0]
     n = min(4, int(len(audio) / rate / 2)) * rate
     if not n:
@@ -292,7 +269,7 @@ def intensity(audio, where="start", rate=RATE):
 
 def tempo(audio, rate=RATE):
     """Returns beats a minute by the mean interval between onsets of loudness; 0 if there are fewer than two."""
-    audio = checked(audio, rate)
+    audio = checked_audio(audio, rate)
     if not audio.any():
         return 0.0
     rise = np.maximum(np.diff(frame_rms(audio), prepend=0), 0)

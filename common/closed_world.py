@@ -48,14 +48,15 @@ def draw(things, background=(255, 255, 255), side=SIDE):
 
 
 def look(picture, least=40):
-    """Returns the [Thing] of a picture: components of a palette colour (24 of 255 in each channel) of `least` pixels."""
+    """Returns the [Thing] of a picture: components of a palette colour, at most 24 off, of `least` pixels."""
     pixels, found = to_rgb(picture).astype(np.int16), []
     for colour, rgb in PALETTE.items():
         labels, _ = label((np.abs(pixels - np.array(rgb, np.int16)) <= 24).all(2))
         for k, where in enumerate(find_objects(labels), 1):
             part = labels[where] == k
             if part.sum() >= least:
-                shape = min(SHAPES, key=lambda name, fill=part.mean(): abs(SHAPES[name] - fill))
+                fills = np.array(list(SHAPES.values()))
+                shape = list(SHAPES)[int(np.abs(fills - part.mean()).argmin())]
                 ys, xs = where
                 middle = (xs.start + xs.stop - 1) / 2, (ys.start + ys.stop - 1) / 2
                 found.append(Thing(colour, shape, *middle, xs.stop - xs.start))
@@ -130,7 +131,7 @@ def clicks(per_minute, seconds):
 
 
 def pitch(audio):
-    """Returns the fundamental frequency in Hz of a steady tone, by the first high peak of its autocorrelation; 0: none."""
+    """Returns the fundamental frequency in Hz of a steady tone, by the first high peak of autocorrelation; 0: none."""
     audio = np.asarray(audio, float)[: 2 * RATE]
     if len(audio) < 2048 or frame_rms(audio).max() < 1e-4:
         return 0.0
@@ -145,26 +146,38 @@ def pitch(audio):
     return float(RATE / (peaks[0] + (a - c) / (2 * (a - 2 * b + c))))
 
 
-# ---- tasks: what is asked, what answers it, and what is wrong ---------------------------------------------------------
+# ---- tasks: what is asked, what answers it, and what is wrong ----------------------------------------
 
 WORDS = "HAPPY BRIGHT MORNING RIVER STONE GARDEN FUTURE SILVER".split()
 TONES = {"low tone": 200, "middle tone": 500, "high tone": 1200}
 ASKED = {  # task -> its instruction, a format string of the facts
-    "count": "A picture of exactly {n} {colour} {shape}s.", "include": "A picture with a {a[0]} {a[1]} and a {b[0]} {b[1]}.",
-    "exclude": "A picture with a {a[0]} {a[1]} and no {b[0]} {b[1]}.", "attribute": "A {colour} {shape}.",
-    "comparison": "A {a[0]} circle that is larger than a {b[0]} circle.", "universal": "{n} shapes, all of them {colour}.",
+    "count": "A picture of exactly {n} {colour} {shape}s.",
+    "include": "A picture with a {a[0]} {a[1]} and a {b[0]} {b[1]}.",
+    "exclude": "A picture with a {a[0]} {a[1]} and no {b[0]} {b[1]}.",
+    "attribute": "A {colour} {shape}.",
+    "comparison": "A {a[0]} circle that is larger than a {b[0]} circle.",
+    "universal": "{n} shapes, all of them {colour}.",
     "spatial_rel": "Exactly one {a[0]} circle {relation} exactly one {b[0]} square.",
     "spatial_abs": "Exactly one {colour} circle, in the {place} quarter.",
-    "region_fill": "Any picture whose {region} is pure {color}.", "border_fill": "Any picture with a flat {color} border.",
-    "text_single": "A picture of the words {text}.", "text_double": "A picture of the lines {text} and {second}.",
-    "edit_add": "Add a {a[0]} {a[1]} within {box}.", "edit_remove": "Remove the {a[0]} {a[1]} within {box}.",
-    "edit_colour": "Make the {a[1]} within {box} {b[0]}.", "multiview": "Object {seed}, from its four sides.",
+    "region_fill": "Any picture whose {region} is pure {color}.",
+    "border_fill": "Any picture with a flat {color} border.",
+    "text_single": "A picture of the words {text}.",
+    "text_double": "A picture of the lines {text} and {second}.",
+    "edit_add": "Add a {a[0]} {a[1]} within {box}.",
+    "edit_remove": "Remove the {a[0]} {a[1]} within {box}.",
+    "edit_colour": "Make the {a[1]} within {box} {b[0]}.",
+    "multiview": "Object {seed}, from its four sides.",
     "self_count": "Some {colour} circles, and <count>how many</count>.",
-    "self_colour": "A {shape}, and <color>its colour</color>.", "self_size": "Two circles, and <larger>colour</larger>.",
-    "order_ti": "Text and pictures in the order {order[0]}.", "order_ta": "Text and sounds in the order {order[0]}.",
-    "begin_end": "A sound that begins with a {first} and ends with a {last}.", "silence": "A {first}, silence, a {last}.",
-    "tempo": "A beat at {tempo} BPM.", "intensity": "A tone that {intensity[1]}s at the {intensity[0]}.",
-    "pitch": "A {gender} voice of {want} pitch.", "speed": "{language} speech at {want} speed.",
+    "self_colour": "A {shape}, and <color>its colour</color>.",
+    "self_size": "Two circles, and <larger>colour</larger>.",
+    "order_ti": "Text and pictures in the order {order[0]}.",
+    "order_ta": "Text and sounds in the order {order[0]}.",
+    "begin_end": "A sound that begins with a {first} and ends with a {last}.",
+    "silence": "A {first}, silence, a {last}.",
+    "tempo": "A beat at {tempo} BPM.",
+    "intensity": "A tone that {intensity[1]}s at the {intensity[0]}.",
+    "pitch": "A {gender} voice of {want} pitch.",
+    "speed": "{language} speech at {want} speed.",
     "transcript": "A speech that meets {constraint}.",
 }  # fmt: skip
 
@@ -296,7 +309,7 @@ def render(facts):
     elif task in ("region_fill", "border_fill"):
         out["image_list"] = [filled(f)]
     elif task.startswith("text"):
-        out["image_list"] = [write_text([f["text"]] + [f["second"]] * (task == "text_double"))]
+        out["image_list"] = [write_text([f["text"]] + [f.get("second", "")] * (task == "text_double"))]
     else:
         out["image_list"] = [scene(f)]
     if task.startswith("self"):

@@ -59,7 +59,7 @@ def read_image(path):
 
 
 def read_audio(path):
-    """Returns float32 [n] at 22,050 Hz, the mean of the channels. Raises ValueError for what is no sound, or too long."""
+    """Returns float32 [n] at 22,050 Hz, channels averaged. Raises ValueError for no sound, or too long."""
     try:
         with open(path, "rb") as file:
             head, size = file.read(12), file.seek(0, 2)
@@ -133,6 +133,16 @@ def read_output(folder, task, row, warn):
 
 
 # ---- 2. loudness ----------------------------------------------------------------------------------------------------
+
+
+def checked_audio(audio, rate):
+    """Returns audio as float64 [n]. Raises ValueError for what is no sound."""
+    audio = np.asarray(audio, dtype=float)
+    if audio.ndim != 1 or not np.isfinite(audio).all():
+        raise ValueError(f"audio is [n], finite, not {list(audio.shape)}")
+    if rate <= 0:
+        raise ValueError(f"rate={rate} must be in samples a second")
+    return audio
 
 
 def frame_rms(audio):

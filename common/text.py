@@ -1,5 +1,6 @@
-"""Text as it is compared: without case, accents and punctuation; and the edit distance of two sequences."""
+"""Text as it is compared: without case, accents and punctuation; edit distance; comparators such as ">= 2"."""
 
+import operator
 import re
 import unicodedata
 
@@ -20,3 +21,15 @@ def edits(a, b):
         for j, y in enumerate(b, 1):
             last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
     return row[-1]
+
+
+COMPARE = {"==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt,
+           ">": operator.gt}  # fmt: skip
+
+
+def compare(number, comparator):
+    """Returns whether a number meets a comparator such as "== 2" or ">=2". Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(==|!=|<=|>=|<|>)\s*(\d+)\s*", str(comparator))
+    if not match:
+        raise ValueError(f"{comparator!r} is no comparator; one is such as '== 2' or '>=2'")
+    return COMPARE[match[1]](number, int(match[2]))
