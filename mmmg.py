@@ -13,9 +13,9 @@ Symbols  code       meaning
          judge      judge(kind, question, images, audios, options) -> text, kind yes_no or ocr
 Limits   The perfect renderer scores 1 on every task of the closed world, each corruption its stated value; a flat
          picture is 1, a clip of constant loudness has no fade, one sample has no interval. See tests/test_mmmg.py.
-Differs  Order counts the files, not only the tags. Colours are compared in RGB, not by hue alone. Keywords are found in
-         any letter case, comparators are parsed, not executed. Tempo is by intervals between onsets, not by a beat
-         tracker's weights. A task that lacks its judge is not scored, rather than 0.
+Differs  Order counts the files, not only the tags. Colours are compared in RGB, not by hue alone. Keywords are whole
+         words in any letter case, comparators are parsed, not executed. Tempo is by intervals between onsets, not by a
+         beat tracker's weights. A task that lacks its judge is not scored, rather than 0.
 Files    mmmg.py: 0 lines in all
 """
 
@@ -35,11 +35,12 @@ from common.cli import fail, parse
 from common.closed_world import (
     ASKED,
     PALETTE,
-    SIDE,
     before_edit,
+    is_related,
     look,
     make,
     pitch,
+    place_of,
     read_text,
     render,
     tone_of,
@@ -50,7 +51,7 @@ from common.endpoint import picture_judge
 from common.jsonl import read_jsonl
 from common.judging import function_judge
 from common.media import HOP, RATE, checked_audio, frame_rms, loud_parts, read_output, to_rgb, trim
-from common.text import compare, edits, plain
+from common.text import compare, edits, plain, stated_in
 
 # ---- 1. pictures ----------------------------------------------------------------------------------------------------
 
@@ -365,6 +366,8 @@ def score(task, instruction, output, judge=None, published=False):
     None for one that could not be read. published: the authors' rules, loopholes included.
     """
     kind = PUBLISHED.get(task, task)
+    if not isinstance(output, dict):
+        raise ValueError(f"{task}: an output is dict(response, image_list, audio_list), not {type(output).__name__}")
     if kind == "tempo" and ("tempo" not in instruction or "instrument" in instruction):
         return None  # an instrument is for a judge of sounds
     images, audios = (list(output.get(name) or ()) for name in ("image_list", "audio_list"))
@@ -413,12 +416,6 @@ def check_picture(kind, f, image, response, published):
     return border_fill(image, f["color"], strict=not published)
 
 
-def stated_in(response, tag, published=False):
-    """Returns what stands between <tag> and </tag>, "" if there is no such thing. published: its last letter alone."""
-    found = re.findall(rf"<{tag}>\s*(.*?)\s*</{tag}>", response)
-    return (found[0][-1:] if published and tag == "count" else found[0]) if len(found) == 1 else ""
-
-
 def check_things(kind, f, image, response, published):
     """Returns the score of pictures of things."""
     things = look(image)
@@ -447,15 +444,10 @@ def check_things(kind, f, image, response, published):
         return len(sizes) == 2 and sizes[0].size > sizes[1].size and sizes[0].colour == stated_in(response, "larger")
     if kind == "spatial_abs":
         one = of(f["colour"], "circle")
-        side = SIDE / 2
-        return len(one) == 1 and f["place"] == (
-            f"{'lower' if one[0].y > side else 'upper'} {'right' if one[0].x > side else 'left'}")  # fmt: skip
+        return len(one) == 1 and place_of(one[0]) == f["place"]
     if kind == "spatial_rel":
         one, two = of(a[0], "circle"), of(b[0], "square")
-        if len(one) != 1 or len(two) != 1:
-            return 0
-        dx, dy = one[0].x - two[0].x, one[0].y - two[0].y
-        return {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[f["relation"]] > SIDE / 20
+        return len(one) == len(two) == 1 and is_related(one[0], two[0], f["relation"])
     left, top, right, bottom = f["box"]
     inside = [t[:2] for t in things if left <= t.x < right and top <= t.y < bottom]
     wanted = {"edit_add": [a], "edit_remove": [], "edit_colour": [(b[0], a[1])]}[kind]

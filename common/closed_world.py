@@ -63,6 +63,17 @@ def look(picture, least=40):
     return found
 
 
+def place_of(thing, side=SIDE):
+    """Returns the quarter of the picture that a thing's centre is in, such as "upper left"."""
+    return f"{'lower' if thing.y > side / 2 else 'upper'} {'right' if thing.x > side / 2 else 'left'}"
+
+
+def is_related(a, b, relation, margin=SIDE / 20):
+    """Returns whether thing a is "left of", "right of", "above" or "below" thing b, by more than a margin."""
+    dx, dy = a.x - b.x, a.y - b.y
+    return {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation] > margin
+
+
 # ---- words ----------------------------------------------------------------------------------------------------------
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 "

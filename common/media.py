@@ -114,7 +114,7 @@ def read_output(folder, task, row, warn):
     output = dict(response=str(row.get("response") or ""), image_list=[], audio_list=[])
     said = []
     for kind, suffix, read in (("image", "png", read_image), ("audio", "wav", read_audio)):
-        listed = row.get(f"{kind}_list") or ()
+        listed = row.get(f"{kind}_list") or []
         if not isinstance(listed, list):
             warn(f"{task}: {kind}_list is a list of numbers, not {str(listed)[:40]!r}")
             listed = [None]

@@ -33,3 +33,9 @@ def compare(number, comparator):
     if not match:
         raise ValueError(f"{comparator!r} is no comparator; one is such as '== 2' or '>=2'")
     return COMPARE[match[1]](number, int(match[2]))
+
+
+def stated_in(response, tag, published=False):
+    """Returns what stands between <tag> and </tag>, "" if there is no such thing. published: its last letter alone."""
+    found = re.findall(rf"<{tag}>\s*(.*?)\s*</{tag}>", response)
+    return (found[0][-1:] if published and tag == "count" else found[0]) if len(found) == 1 else ""

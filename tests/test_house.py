@@ -217,6 +217,11 @@ EXAMPLES = {  # ten lines with each, run in a folder with the files that its doc
         ci = interval(bootstrap(battles.a, battles.b, battles.y, 2, anchor=0))
         assert separability(ci) == 0
     """,
+    "mmmg.py": """
+        from mmmg import TASKS, aggregate, instructions, perfect, score
+        scores = [[score(task, one, perfect(one))] for task in TASKS for one in instructions(task, 1, 0)]
+        assert aggregate(scores)[0] > 0.999 and len(TASKS) >= 18
+    """,
     "rollouts.py": """
         from rollouts import dpo_loss
         chosen, rejected = torch.randn(2, 5, requires_grad=True)

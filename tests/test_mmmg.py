@@ -1,0 +1,346 @@
+"""mmmg.py: evaluators against values known by hand, the closed world, loopholes, hostile files, folders."""
+
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+import mmmg
+from common.closed_world import clicks, tone
+from common.media import RATE, frame_rms, loud_parts, read_audio, read_image, to_rgb, trim, write_output
+from common.text import compare
+from conftest import ROOT
+from experiments.mmmg import alignment, half, loopholes, noisy
+from mmmg import (
+    CORRUPTIONS,
+    REGIONS,
+    TASKS,
+    aggregate,
+    border_fill,
+    corrupt,
+    edit_preservation,
+    evaluate_folder,
+    instructions,
+    intensity,
+    main,
+    order,
+    perfect,
+    pitch_score,
+    region_fill,
+    score,
+    segments,
+    speed_score,
+    ssim,
+    stated,
+    tempo,
+    text_score,
+    transcript,
+)  # fmt: skip
+
+GREEN = (0, 128, 0)
+TAG = "<image_start><image_{}><image_end>"
+rng = np.random.default_rng(0)
+NOISE = rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)
+
+
+# ---- 1. pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_ssim_of_equal_small_and_resized_pictures():
+    assert ssim(NOISE, NOISE) == 1 and ssim(NOISE[:6], NOISE[:6]) == 0
+    assert ssim(NOISE, 255 - NOISE) < 0
+    flat = np.full((60, 80, 3), 90, np.uint8)
+    assert ssim(flat[:30, :30], flat) == pytest.approx(1)
+    assert ssim(Image.fromarray(flat).convert("L"), Image.fromarray(flat).quantize(4)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_a_region_is_filled_where_it_is_and_nowhere_else(region):
+    asked = dict(task="region_fill", region=region, color="green")
+    assert region_fill(perfect(asked)["image_list"][0], region, "green", strict=True) == pytest.approx(1)
+    whole = np.full((90, 120, 3), GREEN, np.uint8)
+    assert region_fill(whole, region, "green") == 0  # all of the complement looks the same
+    assert region_fill(perfect(asked)["image_list"][0], region, "red") == 0
+
+
+def test_region_and_border_reject_what_is_none():
+    with pytest.raises(ValueError, match="unknown region 'middle'"):
+        region_fill(NOISE, "middle", "red")
+    with pytest.raises(ValueError, match="unknown color 'teal'"):
+        border_fill(NOISE, "teal")
+    assert border_fill(np.zeros((12, 12, 3), np.uint8), "black") == 0  # strips under 7 px, and all black
+
+
+def test_the_hue_of_red_is_a_circle():
+    assert region_fill(half((255, 0, 20)), "left half", "red", strict=True) > 0.99
+    assert region_fill(half((255, 20, 0)), "left half", "red", strict=True) > 0.99
+
+
+def test_an_edit_counts_outside_of_its_box_only():
+    after = NOISE.copy()
+    after[20:40, 20:40] = 0
+    assert edit_preservation(NOISE, after, (20, 20, 40, 40)) == 1
+    after[0:15] = 0
+    assert edit_preservation(NOISE, after, (20, 20, 40, 40)) < 0.9
+    grown = NOISE.copy()
+    grown[18:42, 18:42] = 0
+    assert edit_preservation(NOISE, grown, (20, 20, 40, 40), margin=10) == 1
+    assert edit_preservation(NOISE, grown, (20, 20, 40, 40)) < 1
+
+
+def test_every_mode_is_read_as_rgb():
+    assert to_rgb(Image.fromarray(np.full((9, 9), 65535, np.uint16))).max() == 255
+    assert to_rgb(Image.new("RGBA", (9, 9), (1, 2, 3, 4)))[0, 0].tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="uint8"):
+        to_rgb(np.zeros((9, 9, 3)))
+
+
+# ---- 2. text --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("response, found", [
+    ("", ""), ("a", "t"), (TAG.format(0), "i"), (f"a{TAG.format(0)}b", "tit"), (f" {TAG.format(0)} \n", "ti"),
+    (TAG.format(0) + " " + TAG.format(1), "ii"), ("<image_start><image_0>", None), ("<audio_0>", None),
+    ("x<audio_start><audio_0><audio_end>" + TAG.format(0), "tai"), ("<image_end>" + TAG.format(0), None),
+])  # fmt: skip
+def test_order(response, found):
+    assert order(response) == found
+
+
+@pytest.mark.parametrize("text, constraint, holds", [
+    ("NASA flew", ["keyword_exclude", "nasa"], 0), ("we flew", ["keyword_exclude", "NASA", "Mars"], 1),
+    ("the nasa", ["keyword_include", "NASA"], 1), ("a b a", ["keyword_count", "A", "==2"], 1),
+    ("Don't go", ["length_word", "== 2"], 1), ("a b c", ["length_word", "<3"], 0), ("Art is all.", ["start", "art"], 1),
+    ("it is for all!", ["end", "For All"], 1), ("", ["length_word", "<= 2"], 1), ("", ["keyword_include", "a"], 0),
+    ("Élan vital", ["exact_match", "elan vital"], 1), ("a b", [["start", "a"], ["end", "a"]], 0),
+])  # fmt: skip
+def test_transcript(text, constraint, holds):
+    assert transcript(text, constraint) == float(holds)
+
+
+@pytest.mark.parametrize("wrong", ["2", "== two", "__import__('os')", ">= 2 or True", "=> 2"])
+def test_comparators_are_parsed_and_nothing_else(wrong):
+    with pytest.raises(ValueError, match="no comparator"):
+        transcript("a b", ["length_word", wrong])
+    assert compare(2, " >=2 ") and not compare(2, "!= 2")
+
+
+def test_unknown_constraints_are_refused():
+    for wrong in (["rhyme", "a"], ["keyword_count", "a"], [], ["start"]):
+        with pytest.raises(ValueError):
+            transcript("a", wrong)
+
+
+def test_text_score():
+    assert text_score("Hello, World!", "hello world") == 1 and text_score("hello", "hello world") == 0.5
+    assert text_score("NOPARKING", "NO PARKING", "char") == 1 and text_score("NOPARKING", "NO PARKING") == 0
+    assert text_score("a b c d e", "a") == 0 and text_score("", "a") == 0 and text_score("", "") == 1
+    assert text_score("Straße für alle", "straße fur alle") == 1
+
+
+# ---- 3. sound -------------------------------------------------------------------------------------------------------
+
+
+def test_segments_are_parted_by_more_than_a_second():
+    quiet = lambda seconds: np.zeros(int(seconds * RATE), np.float32)  # noqa: E731
+    two = segments(np.concatenate([quiet(1), tone(300, 2), quiet(2), tone(500, 2), quiet(1)]))
+    assert np.allclose(two, [(1, 3), (5, 8)], atol=0.1)
+    assert len(segments(np.concatenate([tone(300, 2), quiet(0.9), tone(300, 2)]))) == 1
+    assert segments(quiet(3)) == [] and segments(quiet(0)) == []
+
+
+def test_intensity():
+    rising = tone(300, 8) * np.linspace(0, 1, 8 * RATE)
+    assert intensity(rising) == intensity(rising, "end") == "fade in"
+    assert intensity(rising[::-1]) == intensity(rising[::-1], "end") == "fade out"
+    for none in (tone(300, 8), tone(300, 1.9), np.zeros(RATE * 5), np.zeros(0)):
+        assert intensity(none) is None
+    with pytest.raises(ValueError, match="middle"):
+        intensity(rising, "middle")
+
+
+@pytest.mark.parametrize("bpm", [60, 90, 120, 160])
+def test_tempo_of_clicks(bpm):
+    assert tempo(clicks(bpm, 10)) == pytest.approx(bpm, abs=1)
+    assert tempo(np.r_[np.zeros(RATE), clicks(bpm, 10)]) == pytest.approx(bpm, abs=1)
+    assert tempo(np.zeros(RATE)) == 0
+
+
+def test_pitch_and_speed_go_the_right_way():
+    assert [pitch_score(mel, "male", "high") for mel in (100, 161, 200)] == [0, 0.5, 1]
+    assert [pitch_score(mel, "female", "low") for mel in (200, 257, 300)] == [1, 0.5, 0]
+    assert [speed_score(x, "English", "high") for x in (100, 168, 300)] == [0, 0.5, 1]
+    assert {pitch_score(mel, "male", "low", published=True) for mel in (100, 161, 200)} == {1}
+    assert {speed_score(x, "Chinese", "high", published=True) for x in (100, 300)} == {0}
+
+
+def test_loudness_is_librosa_s():
+    librosa = pytest.importorskip("librosa", reason="an oracle of 210 MB: pip install librosa")
+    for seed in range(10):
+        r = np.random.default_rng(seed)
+        n = int(r.integers(3000, 60000))
+        audio = (r.normal(size=n) * np.interp(np.arange(n), np.linspace(0, n, 9), r.random(9) ** 6)).astype(np.float32)
+        assert np.allclose(frame_rms(audio), librosa.feature.rms(y=audio)[0], atol=1e-5)
+        assert np.array_equal(loud_parts(audio, 40), librosa.effects.split(audio, top_db=40))
+        assert np.array_equal(trim(audio), librosa.effects.trim(audio, top_db=60)[0])
+
+
+# ---- 4. the closed world --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_perfect_answer_is_right_and_a_corruption_worth_what_is_stated(task):
+    for asked in instructions(task, 4, seed=3):
+        assert score(task, asked, perfect(asked)) == pytest.approx(1)
+        for kind in CORRUPTIONS:
+            assert score(task, asked, corrupt(asked, kind)) == pytest.approx(stated(asked, kind)), kind
+
+
+def test_instructions_follow_from_their_seed():
+    assert instructions("count", 3, 5) == instructions("count", 3, 5) != instructions("count", 3, 6)
+    assert len(TASKS) >= 18
+    with pytest.raises(ValueError, match="unknown task"):
+        instructions("dance", 1, 0)
+
+
+@pytest.mark.parametrize("task", ["region_fill", "order_ti", "tempo", "text_single"])
+def test_a_noisy_renderer_is_measured_without_bias(task):
+    measured, true = noisy(task, 40)
+    assert measured == pytest.approx(true, abs=0.03)
+
+
+def test_every_loophole_is_there_as_published_and_closed_here():
+    for what, published, here in loopholes():
+        assert published > 0.99 and here < 0.01, what
+
+
+def test_simulated_annotators_are_found_again():
+    found = alignment()
+    assert found["agreement"][1] <= 0.94 * 0.99 + 0.06 * 0.01 <= found["agreement"][2]  # both err in 1 %
+    assert found["kappa"][1] < found["kappa"][0] < found["kappa"][2]
+    assert found["threshold"] == pytest.approx(0.68, abs=0.01)
+
+
+def test_aggregate():
+    mean, half_width = aggregate([[1, 0], [1, 1]])
+    assert mean == 0.75 and half_width == pytest.approx(1.96 * np.std([1, 0.5], ddof=1) / np.sqrt(2))
+    assert np.isnan(aggregate([[1], [0]])[1])
+    with pytest.raises(ValueError, match="instructions, samples"):
+        aggregate([1, 2])
+
+
+def test_what_needs_a_judge_is_not_scored_and_a_judge_scores_it():
+    output = dict(response="", image_list=[NOISE], audio_list=[])
+    assert score("i_object_cot", {"instruction": "a cat"}, output) is None
+    assert score("i_object_cot", {"instruction": "a cat"}, output, lambda *_: "I do not know. Yes") == 1
+    assert score("i_object_cot", {"instruction": "a cat"}, output, lambda *_: "None is known: no") == 0
+    assert score("i_object_cot", {"instruction": "a cat"}, output, lambda *_: "I know nothing") is None
+
+
+# ---- 5. folders and hostile files -----------------------------------------------------------------------------------
+
+
+def write_world(folder, task, n, samples=1, change=perfect):
+    """Writes instructions and outputs of a task; returns (outputs, instructions) as folders."""
+    from common.jsonl import write_jsonl
+
+    asked = instructions(task, n)
+    (folder / "asked").mkdir(exist_ok=True)
+    write_jsonl(folder / "asked" / f"{task}.jsonl", asked)
+    write_output(folder / "out", task, [change(one) for one in asked for _ in range(samples)])
+    return folder / "out", folder / "asked"
+
+
+def test_a_folder_scores_as_its_outputs_do(tmp_path):
+    for task in ("region_fill", "order_ta", "transcript", "tempo"):
+        folders = write_world(tmp_path, task, 2, samples=2)
+    found = evaluate_folder(*folders, samples=2)
+    assert {task: row["score"] for task, row in found.items()} == pytest.approx(dict.fromkeys(found, 1.0))
+    assert all(row["n"] == 2 and row["half_width"] == 0 and not row["warnings"] for row in found.values())
+
+
+def test_order_counts_the_files_unless_published(tmp_path):
+    folders = write_world(tmp_path, "order_ti", 3, change=lambda one: corrupt(one, "nothing"))
+    assert evaluate_folder(*folders, samples=1)["order_ti"]["score"] == 0
+    assert evaluate_folder(*folders, samples=1, published=True)["order_ti"]["score"] == 1
+
+
+def huge_png(path):
+    """Writes the head of a PNG of 30,000 x 30,000."""
+    import zlib
+
+    head = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(  # noqa: E731
+        ">I", zlib.crc32(name + data))  # fmt: skip
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")))
+
+
+def test_hostile_pictures_get_a_line_and_0_and_the_rest_is_scored(tmp_path):
+    folders = write_world(tmp_path, "region_fill", 6)
+    file = lambda k: tmp_path / "out" / "image" / f"region_fill_{k}.png"  # noqa: E731
+    file(0).write_bytes(file(0).read_bytes()[:500])
+    huge_png(file(1))
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(file(2), format="GIF", save_all=True, append_images=frames[1:])
+    file(3).unlink()
+    Image.open(file(4)).convert("P").save(file(4))
+    found = evaluate_folder(*folders, samples=1)["region_fill"]
+    assert len(found["warnings"]) == 4 and all("\n" not in line for line in found["warnings"])
+    for line, word in zip(
+        found["warnings"], ("truncated", "decompression bomb", "animation of 2 frames", "no such file")
+    ):
+        assert word in line
+    assert found["n"] == 6 and 1.5 / 6 < found["score"] <= 2 / 6
+
+
+def test_hostile_sounds(tmp_path):
+    folders = write_world(tmp_path, "tempo", 3)
+    path = tmp_path / "out" / "audio" / "tempo_0.wav"
+    data = bytearray(path.read_bytes())
+    data[4:8] = struct.pack("<I", 2**31)
+    path.write_bytes(data)
+    soundfile.write(tmp_path / "out" / "audio" / "tempo_1.wav", np.zeros(1000 * 901, np.float32), 1000)
+    found = evaluate_folder(*folders, samples=1)["tempo"]
+    assert "its header says" in found["warnings"][0] and "at most 900 s" in found["warnings"][1]
+    assert found["score"] == pytest.approx(1 / 3)
+    soundfile.write(tmp_path / "ü.wav", np.ones((4410, 2)) * 0.5, 44100)
+    assert len(read_audio(tmp_path / "ü.wav")) == 2205
+
+
+def test_missing_lines_and_empty_folders(tmp_path):
+    asked = write_world(tmp_path, "count", 3, samples=2)[1]
+    lines = (tmp_path / "out" / "count.jsonl").read_text().splitlines()
+    (tmp_path / "out" / "count.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    found = evaluate_folder(tmp_path / "out", asked, samples=2)["count"]
+    assert found["missing"] == 1 and found["score"] == pytest.approx(5 / 6)
+    assert "count: 5 lines, and 3 instructions x 2" in found["warnings"][0]
+    (tmp_path / "empty").mkdir()
+    for outputs, questions in ((tmp_path / "empty", asked), (tmp_path / "out", tmp_path / "empty")):
+        with pytest.raises(ValueError, match="no TASK.jsonl"):
+            evaluate_folder(outputs, questions)
+    with pytest.raises(ValueError, match="no such file"):
+        read_image(tmp_path / "日本.png")
+
+
+def test_the_command_line(tmp_path, capsys):
+    out, asked = write_world(tmp_path, "count", 2)
+    assert main([f"--outputs={out}", f"--instructions={asked}", "--samples=1"]) == 0
+    assert "100.0" in capsys.readouterr().out
+    generator = tmp_path / "mine.py"
+    generator.write_text("from mmmg import perfect\n\ndef make(instruction):\n    return perfect(instruction)\n")
+    assert main([f"--generate={generator}:make", "--tasks=region_fill,order_ti", "--n=2"]) == 0
+    assert "mean of 2 of 2 tasks: 100.0" in capsys.readouterr().out
+    for flags in (
+        [],
+        [f"--outputs={out}"],
+        [f"--generate={generator}:make", "--tasks=dance"],
+        ["--generate=none.py:f"],
+    ):
+        assert main(flags) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_file_is_short_enough():
+    assert (ROOT / "mmmg.py").read_text(encoding="utf-8").count("\n") <= 600 and mmmg.__doc__
