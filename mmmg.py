@@ -16,7 +16,8 @@ Limits   The perfect renderer scores 1 on every task of the closed world, each c
 Differs  Order counts the files, not only the tags. Colours are compared in RGB, not by hue alone. Keywords are whole
          words in any letter case, comparators are parsed, not executed. Tempo is by intervals between onsets, not by a
          beat tracker's weights. A task that lacks its judge is not scored, rather than 0.
-Files    mmmg.py: 0 lines in all
+Files    mmmg.py + common/cli.py + common/closed_world.py + common/endpoint.py + common/jsonl.py + common/judging.py
+         + common/media.py + common/text.py + common/ranges.py: 2,215 lines in all
 """
 
 import re
@@ -31,26 +32,12 @@ from scipy.signal import find_peaks
 from scipy.stats import linregress
 from skimage.metrics import structural_similarity
 
+from common import closed_world as world
 from common.cli import fail, parse
-from common.closed_world import (
-    ASKED,
-    PALETTE,
-    before_edit,
-    is_related,
-    look,
-    make,
-    pitch,
-    place_of,
-    read_text,
-    render,
-    tone_of,
-    twist,
-    views,
-)
 from common.endpoint import picture_judge
 from common.jsonl import read_jsonl
 from common.judging import function_judge
-from common.media import HOP, RATE, checked_audio, frame_rms, loud_parts, read_output, to_rgb, trim
+from common.media import HOP, RATE, checked_audio, frame_rms, loud_parts, ocr, read_output, to_rgb, trim
 from common.text import compare, edits, plain, stated_in
 
 # ---- 1. pictures ----------------------------------------------------------------------------------------------------
@@ -69,7 +56,7 @@ def ssim(a, b):
     return float(structural_similarity(a, b, channel_axis=2, data_range=255))
 
 
-COLORS = PALETTE | {"black": (0, 0, 0), "white": (255, 255, 255)}
+COLORS = world.PALETTE | {"black": (0, 0, 0), "white": (255, 255, 255)}
 
 
 def is_color(mean, color, strict):
@@ -82,10 +69,8 @@ def is_color(mean, color, strict):
         raise ValueError(f"unknown color {color!r}; use {', '.join(COLORS)}")
     target = COLORS[color]
     (hue, _, value), (hue_wanted, _, value_wanted) = (rgb_to_hsv(*(x / 255 for x in rgb)) for rgb in (mean, target))
-    if color in ("black", "white"):
-        right = abs(value - value_wanted) * 255 <= 38
-    else:
-        right = not 0.15 < abs(hue - hue_wanted) < 0.85
+    grey = color in ("black", "white")
+    right = abs(value - value_wanted) * 255 <= 38 if grey else not 0.15 < abs(hue - hue_wanted) < 0.85
     return right and (not strict or bool((np.abs(np.asarray(mean) - target) <= 48).all()))
 
 
@@ -306,7 +291,7 @@ def speed_score(per_minute, language, want, published=False):
 
 # ---- 4. the closed world: instructions, the perfect answer, corruptions ----------------------------------------------
 
-TASKS = tuple(ASKED)
+TASKS = tuple(world.ASKED)
 CORRUPTIONS = "nothing", "extra", "wrong"
 
 
@@ -315,12 +300,12 @@ def instructions(task, n, seed=0):
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; use {', '.join(TASKS)}")
     rng = np.random.default_rng([seed, TASKS.index(task)])
-    return [make(task, rng) for _ in range(n)]
+    return [world.make(task, rng) for _ in range(n)]
 
 
 def perfect(instruction):
     """Returns the output that meets an instruction: dict(response, image_list, audio_list)."""
-    return render(instruction)
+    return world.render(instruction)
 
 
 def corrupt(instruction, kind):
@@ -334,7 +319,7 @@ def corrupt(instruction, kind):
         if instruction["task"] == "multiview":  # one side shown twice
             output = perfect(instruction)
             return output | dict(image_list=[output["image_list"][0]] * 4)
-        return render(twist(instruction))
+        return world.render(world.twist(instruction))
     output = perfect(instruction)
     change = (lambda items: items + items[-1:]) if kind == "extra" else (lambda items: [])
     return output | {name: change(output[name]) for name in ("image_list", "audio_list")}
@@ -346,7 +331,7 @@ def stated(instruction, kind):
     if kind == "wrong" and task in ("include", "text_single", "text_double"):
         return 0.5
     if kind == "wrong" and task == "multiview":
-        sides = views(instruction["seed"])
+        sides = world.views(instruction["seed"])
         return float(np.mean([ssim(sides[0], side) for side in sides]))
     return 0.0
 
@@ -371,14 +356,16 @@ def score(task, instruction, output, judge=None, published=False):
     if kind == "tempo" and ("tempo" not in instruction or "instrument" in instruction):
         return None  # an instrument is for a judge of sounds
     images, audios = (list(output.get(name) or ()) for name in ("image_list", "audio_list"))
+    if kind == "i_ocr":
+        return read_score(instruction["text"], images, judge)
     if kind not in TASKS:
         return ask_judge(judge, instruction, images, audios)
     response = output.get("response") or ""
     if kind in ("order_ti", "order_ta"):
         found = order(response)
-        whole = [len(images), len(audios)] == [found.count("i"), found.count("a")] if found else False
+        whole = found and [len(images), len(audios)] == [found.count("i"), found.count("a")]
         whole = whole and all(item is not None for item in images + audios)
-        return float(found in instruction["order"] and (whole or published))
+        return float(found in instruction["order"] and bool(whole or published))
     media = audios if kind in SOUNDS else images
     if len(media) != (4 if kind == "multiview" else 1) or any(item is None for item in media):
         return 0.0
@@ -387,6 +374,14 @@ def score(task, instruction, output, judge=None, published=False):
         return transcript(said[0], instruction["constraint"], published) if said else None
     check = check_sound if kind in SOUNDS else check_things if kind not in PICTURES else check_picture
     return float(check(kind, instruction, media if kind == "multiview" else media[0], response, published))
+
+
+def read_score(text, images, judge):
+    """Returns the score of a picture's words by a judge or an OCR, which may lose spaces; None if there is neither."""
+    if len(images) != 1 or images[0] is None:
+        return 0.0
+    said = judge("ocr", "Write the text in the picture, nothing else.", images, [], ()) if judge else ocr(images[0])
+    return None if said is None else max(text_score(said, text), float(text_score(said, text, "char") == 1))
 
 
 def ask_judge(judge, instruction, images, audios):
@@ -406,9 +401,9 @@ PICTURES = "region_fill", "border_fill", "text_single", "text_double", "multivie
 def check_picture(kind, f, image, response, published):
     """Returns the score of pictures that are compared pixel by pixel, or read."""
     if kind == "multiview":
-        return np.mean([ssim(mine, side) for mine, side in zip(image, views(f["seed"]))])
+        return np.mean([ssim(mine, side) for mine, side in zip(image, world.views(f["seed"]))])
     if kind.startswith("text"):
-        lines = read_text(image)
+        lines = world.read_text(image)
         wanted = [f["text"], f.get("second")][: 1 + (kind == "text_double")]
         return np.mean([text_score(said, w) for said, w in zip(lines, wanted)]) if len(lines) == len(wanted) else 0
     if kind == "region_fill":
@@ -418,7 +413,7 @@ def check_picture(kind, f, image, response, published):
 
 def check_things(kind, f, image, response, published):
     """Returns the score of pictures of things."""
-    things = look(image)
+    things = world.look(image)
     seen = [thing[:2] for thing in things]
     a, b = (tuple(f.get(name, ("", ""))) for name in "ab")
     of = lambda colour, shape: [t for t in things if t[:2] == (colour, shape)]  # noqa: E731
@@ -444,14 +439,14 @@ def check_things(kind, f, image, response, published):
         return len(sizes) == 2 and sizes[0].size > sizes[1].size and sizes[0].colour == stated_in(response, "larger")
     if kind == "spatial_abs":
         one = of(f["colour"], "circle")
-        return len(one) == 1 and place_of(one[0]) == f["place"]
+        return len(one) == 1 and world.place_of(one[0]) == f["place"]
     if kind == "spatial_rel":
         one, two = of(a[0], "circle"), of(b[0], "square")
-        return len(one) == len(two) == 1 and is_related(one[0], two[0], f["relation"])
+        return len(one) == len(two) == 1 and world.is_related(one[0], two[0], f["relation"])
     left, top, right, bottom = f["box"]
     inside = [t[:2] for t in things if left <= t.x < right and top <= t.y < bottom]
     wanted = {"edit_add": [a], "edit_remove": [], "edit_colour": [(b[0], a[1])]}[kind]
-    return edit_preservation(before_edit(f), image, f["box"]) * (inside == wanted)
+    return edit_preservation(world.before_edit(f), image, f["box"]) * (inside == wanted)
 
 
 def check_sound(kind, f, audio, response, published):
@@ -461,14 +456,14 @@ def check_sound(kind, f, audio, response, published):
     if kind == "tempo":
         return abs(tempo(audio) - f["tempo"]) < 5
     if kind == "pitch":
-        return pitch_score(2595 * np.log10(1 + pitch(audio) / 700), f["gender"], f["want"], published)
+        return pitch_score(2595 * np.log10(1 + world.pitch(audio) / 700), f["gender"], f["want"], published)
     if kind == "speed":
         return speed_score(tempo(audio), f["language"], f["want"], published)
     if kind == "begin_end":
         n = int(min(4, len(audio) / RATE / 2)) * RATE
-        return n > 0 and [tone_of(audio[:n]), tone_of(audio[-n:])] == [f["first"], f["last"]]
+        return n > 0 and [world.tone_of(audio[:n]), world.tone_of(audio[-n:])] == [f["first"], f["last"]]
     parts = [audio[int(start * RATE) : int(end * RATE)] for start, end in segments(audio)]
-    return len(parts) == 2 and [tone_of(part) for part in parts] == [f["first"], f["last"]]
+    return len(parts) == 2 and [world.tone_of(part) for part in parts] == [f["first"], f["last"]]
 
 
 def aggregate(scores):
@@ -509,14 +504,21 @@ def evaluate_folder(outputs, instructions, samples=4, judge=None, published=Fals
             why = "no instructions" if not asked else "no such file"
             found[task] = dict(score=None, half_width=float("nan"), n=0, missing=0, warnings=[f"{path}: {why}"])
             continue
-        rows = read_jsonl(path, cut_off=True)
+        try:
+            rows = read_jsonl(path, cut_off=True)
+        except ValueError as error:
+            rows, warnings = [], [str(error)]
         missing = max(0, len(asked) * samples - len(rows))
         if len(rows) != len(asked) * samples:
             warnings.append(f"{task}: {len(rows)} lines, and {len(asked)} instructions x {samples} samples")
         table = np.zeros((len(asked), samples))
         for i, instruction in enumerate(asked):
             for s, row in enumerate(rows[i * samples : (i + 1) * samples]):
-                value = score(task, instruction, read_output(outputs, task, row, warnings.append), judge, published)
+                output = read_output(outputs, task, row, warnings.append)
+                try:
+                    value = score(task, instruction, output, judge, published)
+                except KeyError as error:
+                    raise ValueError(f"{file}, line {i + 1}: an instruction without {error}") from None
                 table[i, s] = np.nan if value is None else value
         whole = table[~np.isnan(table).any(1)]
         mean, half = aggregate(whole) if len(whole) else (None, float("nan"))
@@ -578,12 +580,10 @@ def main(argv=None):
             return 0
         if not config.instructions:
             raise ValueError("--outputs needs --instructions too: the folder of TASK.jsonl with what was asked")
-        judge = None
-        if config.judge:
-            url = config.judge.startswith(("http://", "https://"))
-            judge = picture_judge(config.judge, config.model) if url else function_judge(config.judge)
+        url = config.judge.startswith(("http://", "https://"))
+        judge = picture_judge(config.judge, config.model) if url else config.judge and function_judge(config.judge)
         print("rules: " + ("published, with their loopholes" if config.published else "strict, loopholes closed"))
-        show(evaluate_folder(config.outputs, config.instructions, config.samples, judge, config.published))
+        show(evaluate_folder(config.outputs, config.instructions, config.samples, judge or None, config.published))
     except (ValueError, OSError) as error:
         return fail(error)
     return 0

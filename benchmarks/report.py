@@ -756,10 +756,41 @@ A bootstrap of 1,000 resamples, 20 models and 10,000 battles takes {found["boots
 an idle machine with two cores."""
 
 
+def mmmg():
+    """Returns the section on evaluators of pictures and sound: mmmg.json."""
+    found = record("mmmg")
+    world = found["world"]
+    heads = ["perfect", "nothing", "extra", "wrong", "noisy", "true", "text only, published"]
+    rows = [[f"`{task}`", *(f"{row[head]:.3f}" for head in heads)] for task, row in world.items()]
+    off = max(abs(row["noisy"] - row["true"]) for row in world.values())
+    least, missed = min(row["perfect"] for row in world.values()), max(row["off"] for row in world.values())
+    holes = [[what, f"{published:.2f}", f"{here:.2f}"] for what, published, here in found["loopholes"]]
+    people = [[name, *(f"{x:.3f}" for x in found["alignment"][name])] for name in ("agreement", "kappa", "Pearson")]
+    return f"""## MMMG
+
+[`mmmg.json`](assets/bench/mmmg.json). {sources(found)}
+
+Evaluators in a closed world of {len(world)} tasks, {found["n"]} instructions each. The perfect renderer scores at
+least {least:.4f}; a corruption misses its stated value by {missed:.4f} at most. The noisy renderer is wrong in a fifth
+of {found["samples"]} answers a task: measured and true mean differ by {100 * off:.2f} points at most. A text-only
+generator ("nothing") is paid by the published rule of order alone.
+
+{table(["task", *heads], rows)}
+
+Loopholes of the published evaluators: the score that they pay, and the score here.
+
+{table(["what", "published", "here"], holes)}
+
+Simulated annotators of known error, and their agreement with an evaluator's verdict; 95 % by a bootstrap over items.
+The threshold of a similarity is found at {found["alignment"]["threshold"]:.2f}, on a grid of 100.
+
+{table(["", "value", "lower", "upper"], people)}"""
+
+
 # ---- 10. the page ----------------------------------------------------------------------------------------
 
 SECTIONS = (training, models, kernels, ssd_claims, decoding, passkey, lla, latent_moe, rewards, studies, diffusion,
-            arena_hard)  # fmt: skip
+            arena_hard, mmmg)  # fmt: skip
 
 
 def render():

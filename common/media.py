@@ -3,7 +3,6 @@
 The loudness functions agree with librosa 0.11 (`feature.rms`, `effects.trim`, `effects.split`), without numba.
 """
 
-import struct
 import warnings
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from common.jsonl import write_jsonl
 
 RATE = 22050  # samples a second
 FRAME, HOP = 2048, 512  # samples
-MOST_PIXELS, MOST_SECONDS = 50_000_000, 900
+MOST_PIXELS, MOST_SECONDS, MOST_SAMPLES = 50_000_000, 900, 200_000_000
 
 # ---- 1. files -------------------------------------------------------------------------------------------------------
 
@@ -62,11 +61,14 @@ def read_audio(path):
     """Returns float32 [n] at 22,050 Hz, channels averaged. Raises ValueError for no sound, or too long."""
     try:
         with open(path, "rb") as file:
-            head, size = file.read(12), file.seek(0, 2)
-        if head[:4] == b"RIFF" and len(head) == 12 and struct.unpack("<I", head[4:8])[0] + 8 > size:
-            said = struct.unpack("<I", head[4:8])[0] + 8
-            raise ValueError(f"its header says {said:,} bytes, and the file has {size:,}")
+            head, size = file.read(4096), file.seek(0, 2)
+        for place in (4, head.find(b"data") + 4) if head[:4] == b"RIFF" else ():
+            said = place + 4 + int.from_bytes(head[place : place + 4], "little")
+            if place > 3 and said > size:
+                raise ValueError(f"its header says {said:,} bytes, and the file has {size:,}")
         with soundfile.SoundFile(path) as sound:
+            if sound.frames * sound.channels > MOST_SAMPLES:
+                raise ValueError(f"{sound.frames:,} samples in {sound.channels} channels")
             if sound.frames > MOST_SECONDS * sound.samplerate or not 1000 <= sound.samplerate <= 400_000:
                 raise ValueError(
                     f"{sound.frames:,} samples at {sound.samplerate:,} Hz; at most {MOST_SECONDS} s are read"
@@ -82,6 +84,21 @@ def read_audio(path):
         divisor = np.gcd(rate, RATE)
         audio = resample_poly(audio, RATE // divisor, rate // divisor)
     return audio.astype(np.float32)
+
+
+def ocr(picture):
+    """Returns the words in a picture, or None without rapidocr: pip install rapidocr-onnxruntime (no download)."""
+    try:
+        from rapidocr_onnxruntime import RapidOCR
+    except ImportError:
+        return None
+    if ocr.engine is None:
+        ocr.engine = RapidOCR()
+    found, _ = ocr.engine(to_rgb(picture)[:, :, ::-1])
+    return " ".join(line[1] for line in found or ())
+
+
+ocr.engine = None
 
 
 def write_output(folder, task, outputs):

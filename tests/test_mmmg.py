@@ -309,6 +309,26 @@ def test_hostile_sounds(tmp_path):
     assert len(read_audio(tmp_path / "ü.wav")) == 2205
 
 
+def test_a_file_that_is_no_json_costs_its_own_task_only(tmp_path):
+    write_world(tmp_path, "count", 2)
+    out, asked = write_world(tmp_path, "attribute", 2)
+    (out / "count.jsonl").write_text("{broken\n{}\n")
+    found = evaluate_folder(out, asked, samples=1)
+    assert found["count"]["score"] == 0 and "not JSON" in found["count"]["warnings"][0]
+    assert found["attribute"]["score"] == 1
+    (asked / "count.jsonl").write_text('{"instruction": "?"}\n')
+    write_output(out, "count", [dict(response="", image_list=[NOISE])])
+    with pytest.raises(ValueError, match="line 1: an instruction without 'colour'"):
+        evaluate_folder(out, asked, samples=1)
+
+
+def test_words_in_a_picture_are_read_by_a_judge():
+    output = dict(response="", image_list=[NOISE], audio_list=[])
+    read = lambda said: score("i_ocr", {"text": "No Parking"}, output, lambda *_: said)  # noqa: E731
+    assert [read(said) for said in ("no parking!", "NOPARKING", "no dogs", "")] == [1, 1, 0.5, 0]
+    assert score("i_ocr", {"text": "No"}, dict(output, image_list=[])) == 0
+
+
 def test_missing_lines_and_empty_folders(tmp_path):
     asked = write_world(tmp_path, "count", 3, samples=2)[1]
     lines = (tmp_path / "out" / "count.jsonl").read_text().splitlines()
