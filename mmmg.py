@@ -17,7 +17,7 @@ Differs  Order counts the files, not only the tags. Colours are compared in RGB,
          words in any letter case, comparators are parsed, not executed. Tempo is by intervals between onsets, not by a
          beat tracker's weights. A task that lacks its judge is not scored, rather than 0.
 Files    mmmg.py + common/cli.py + common/closed_world.py + common/endpoint.py + common/jsonl.py + common/judging.py
-         + common/media.py + common/text.py + common/ranges.py: 2,215 lines in all
+         + common/media.py + common/text.py + common/ranges.py: 2,226 lines in all
 """
 
 import re
@@ -38,7 +38,7 @@ from common.endpoint import picture_judge
 from common.jsonl import read_jsonl
 from common.judging import function_judge
 from common.media import HOP, RATE, checked_audio, frame_rms, loud_parts, ocr, read_output, to_rgb, trim
-from common.text import compare, edits, plain, stated_in
+from common.text import compare, edits, plain, stated_in, verdict
 
 # ---- 1. pictures ----------------------------------------------------------------------------------------------------
 
@@ -341,6 +341,7 @@ def stated(instruction, kind):
 PUBLISHED = {"i_format_background": "region_fill", "i_format_border": "border_fill", "i_structure": "order_ti",
              "a_structure": "order_ta", "a_music_intensity": "intensity", "a_speech_constraint": "transcript",
              "a_music_attribute": "tempo"}  # fmt: skip
+PICTURES = "region_fill", "border_fill", "text_single", "text_double", "multiview"
 SOUNDS = "begin_end", "silence", "tempo", "intensity", "pitch", "speed", "transcript"
 
 
@@ -359,7 +360,7 @@ def score(task, instruction, output, judge=None, published=False):
     if kind == "i_ocr":
         return read_score(instruction["text"], images, judge)
     if kind not in TASKS:
-        return ask_judge(judge, instruction, images, audios)
+        return ask_judge(judge, instruction, images, audios, published)
     response = output.get("response") or ""
     if kind in ("order_ti", "order_ta"):
         found = order(response)
@@ -384,18 +385,15 @@ def read_score(text, images, judge):
     return None if said is None else max(text_score(said, text), float(text_score(said, text, "char") == 1))
 
 
-def ask_judge(judge, instruction, images, audios):
+def ask_judge(judge, instruction, images, audios, published):
     """Returns 1 or 0 by a judge's yes or no, None without a judge."""
     if judge is None:
         return None
     if not images + audios or any(item is None for item in images + audios):
         return 0.0
     question = f"Does the output meet this instruction? End with yes or no.\n{instruction.get('instruction', '')}"
-    words = re.findall(r"\b(yes|no)\b", judge("yes_no", question, images, audios, ("yes", "no")).lower())
-    return float(words[-1] == "yes") if words else None
-
-
-PICTURES = "region_fill", "border_fill", "text_single", "text_double", "multiview"
+    said = verdict(judge("yes_no", question, images, audios, ("yes", "no")), "yes", published)
+    return None if said is None else float(said)
 
 
 def check_picture(kind, f, image, response, published):
@@ -521,6 +519,8 @@ def evaluate_folder(outputs, instructions, samples=4, judge=None, published=Fals
                     raise ValueError(f"{file}, line {i + 1}: an instruction without {error}") from None
                 table[i, s] = np.nan if value is None else value
         whole = table[~np.isnan(table).any(1)]
+        if (lacking := len(asked) - len(whole)) and len(whole):
+            warnings.append(f"{task}: {lacking} of {len(asked)} instructions lack a judge or a transcript")
         mean, half = aggregate(whole) if len(whole) else (None, float("nan"))
         found[task] = dict(score=mean, half_width=half, n=len(whole), missing=missing, warnings=warnings)
     return found

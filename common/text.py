@@ -39,3 +39,14 @@ def stated_in(response, tag, published=False):
     """Returns what stands between <tag> and </tag>, "" if there is no such thing. published: its last letter alone."""
     found = re.findall(rf"<{tag}>\s*(.*?)\s*</{tag}>", response)
     return (found[0][-1:] if published and tag == "count" else found[0]) if len(found) == 1 else ""
+
+
+def verdict(text, wanted="yes", published=False):
+    """Returns whether a judge's last yes or no is the wanted one, None if there is none.
+
+    published: the letters anywhere in the last 20, so that "I do not know" says no.
+    """
+    if published:
+        return wanted in text.lower()[-20:]
+    words = re.findall(r"\b(yes|no)\b", text.lower())
+    return words[-1] == wanted if words else None

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.harness import ROOT, provenance
 from common.closed_world import PALETTE
 from common.runlog import save_plot
-from common.text import stated_in
+from common.text import edits, stated_in, verdict
 from mmmg import (
     CORRUPTIONS,
     TASKS,
@@ -26,6 +26,7 @@ from mmmg import (
     score,
     speed_score,
     stated,
+    text_score,
     transcript,
 )  # fmt: skip
 
@@ -69,7 +70,7 @@ def half(rgb):
 
 
 def loopholes():
-    """Returns [(what, published score, score here)]; every one of them should be 0 (speech that is fast: 1)."""
+    """Returns [(what, published score, score here)]; all of them should be 0."""
     rows = [(f"{name} half asked to be {color}", *(region_fill(half(rgb), "left half", color, strict)
              for strict in (False, True))) for name, rgb, color in (
                 ("black", (0, 0, 0), "red"), ("white", (255, 255, 255), "red"), ("grey", (128, 128, 128), "orange"),
@@ -85,6 +86,16 @@ def loopholes():
         float(stated_in("<count>13</count>", "count", p) == "3") for p in (True, False))))  # fmt: skip
     rows.append(("a high voice asked to be low", *(pitch_score(182, "male", "low", p) for p in (True, False))))
     rows.append(("fast speech asked to be slow", *(speed_score(180, "English", "low", p) for p in (True, False))))
+    rows.append(
+        ('"I do not know" as a judge\'s no', *(float(bool(verdict("I do not know", "no", p))) for p in (True, False)))
+    )
+    rows.append(
+        ("Chinese read in another order", 1 - len(set("上天") ^ set("天上")) / 2, text_score("上天", "天上", "char"))
+    )
+    nonsense = "la la la la la"
+    rows.append(
+        ("five words of nonsense for one", 1.0 - edits(nonsense.split(), ["hello"]), text_score(nonsense, "hello"))
+    )
     return rows
 
 

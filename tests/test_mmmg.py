@@ -213,7 +213,7 @@ def test_a_noisy_renderer_is_measured_without_bias(task):
 
 def test_every_loophole_is_there_as_published_and_closed_here():
     for what, published, here in loopholes():
-        assert published > 0.99 and here < 0.01, what
+        assert (published > 0.99 or published == -4) and here < 0.01, what
 
 
 def test_simulated_annotators_are_found_again():
@@ -307,6 +307,13 @@ def test_hostile_sounds(tmp_path):
     assert found["score"] == pytest.approx(1 / 3)
     soundfile.write(tmp_path / "ü.wav", np.ones((4410, 2)) * 0.5, 44100)
     assert len(read_audio(tmp_path / "ü.wav")) == 2205
+
+
+def test_what_was_not_scored_is_said(tmp_path):
+    out, asked = write_world(tmp_path, "transcript", 2)
+    (out / "audio" / "transcript_1.txt").unlink()
+    found = evaluate_folder(out, asked, samples=1)["transcript"]
+    assert found["score"] == 1 and found["n"] == 1 and "1 of 2 instructions lack" in found["warnings"][0]
 
 
 def test_a_file_that_is_no_json_costs_its_own_task_only(tmp_path):
