@@ -17,7 +17,7 @@ Differs  Order counts the files, not only the tags. Colours are compared in RGB,
          words in any letter case, comparators are parsed, not executed. Tempo is by intervals between onsets, not by a
          beat tracker's weights. A task that lacks its judge is not scored, rather than 0.
 Files    mmmg.py + common/cli.py + common/closed_world.py + common/endpoint.py + common/jsonl.py + common/judging.py
-         + common/media.py + common/text.py + common/ranges.py: 2,226 lines in all
+         + common/media.py + common/ranges.py + common/text.py: 2,226 lines in all
 """
 
 import re
@@ -38,6 +38,7 @@ from common.endpoint import picture_judge
 from common.jsonl import read_jsonl
 from common.judging import function_judge
 from common.media import HOP, RATE, checked_audio, frame_rms, loud_parts, ocr, read_output, to_rgb, trim
+from common.ranges import SIZE, check_ranges
 from common.text import compare, edits, plain, stated_in, verdict
 
 # ---- 1. pictures ----------------------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def stated(instruction, kind):
 
 PUBLISHED = {"i_format_background": "region_fill", "i_format_border": "border_fill", "i_structure": "order_ti",
              "a_structure": "order_ta", "a_music_intensity": "intensity", "a_speech_constraint": "transcript",
-             "a_music_attribute": "tempo"}  # fmt: skip
+             "a_speech_modify": "transcript", "a_music_attribute": "tempo"}  # fmt: skip
 PICTURES = "region_fill", "border_fill", "text_single", "text_double", "multiview"
 SOUNDS = "begin_end", "silence", "tempo", "intensity", "pitch", "speed", "transcript"
 
@@ -555,7 +556,7 @@ def show(found):
             f"{100 * row['score']:6.1f} +- {100 * row['half_width']:.1f}  n {row['n']}")  # fmt: skip
         print(f"{task:24} {value}")
     scored = [row["score"] for row in found.values() if row["score"] is not None]
-    print(f"mean of {len(scored)} of {len(found)} tasks: {100 * np.mean(scored) if scored else float('nan'):.1f}")
+    print(f"mean of {len(scored)} of {len(found)} tasks: {f'{100 * np.mean(scored):.1f}' if scored else '-'}")
 
 
 def run_generator(generate, tasks, n, seed, published=False):
@@ -572,14 +573,13 @@ def main(argv=None):
     """Runs one of the forms. Returns the exit status: 0; 2 after a mistake, said in one line."""
     try:
         config = Config(**parse(Config, prog="mmmg.py", about=Config.__doc__, argv=argv))
-        if bool(config.outputs) == bool(config.generate):
-            raise ValueError("one of --outputs and --generate is needed (see --help)")
+        if bool(config.outputs) == bool(config.generate) or bool(config.outputs) != bool(config.instructions):
+            raise ValueError("--outputs with --instructions is needed, or --generate alone (see --help)")
+        check_ranges(config, samples=SIZE, n=SIZE)
         if config.generate:
             tasks = config.tasks.split(",") if config.tasks else TASKS
             show(run_generator(function_judge(config.generate), tasks, config.n, config.seed, config.published))
             return 0
-        if not config.instructions:
-            raise ValueError("--outputs needs --instructions too: the folder of TASK.jsonl with what was asked")
         url = config.judge.startswith(("http://", "https://"))
         judge = picture_judge(config.judge, config.model) if url else config.judge and function_judge(config.judge)
         print("rules: " + ("published, with their loopholes" if config.published else "strict, loopholes closed"))

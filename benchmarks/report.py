@@ -760,9 +760,10 @@ def mmmg():
     """Returns the section on evaluators of pictures and sound: mmmg.json."""
     found = record("mmmg")
     world = found["world"]
-    heads = ["perfect", "nothing", "extra", "wrong", "noisy", "true", "text only, published"]
+    heads = ["perfect", "grainy", "nothing", "extra", "wrong", "noisy", "true", "text only, published"]
     rows = [[f"`{task}`", *(f"{row[head]:.3f}" for head in heads)] for task, row in world.items()]
     off = max(abs(row["noisy"] - row["true"]) for row in world.values())
+    hurt = ", ".join(f"`{task}`" for task, row in world.items() if row["grainy"] < row["perfect"] - 1e-3)
     least, missed = min(row["perfect"] for row in world.values()), max(row["off"] for row in world.values())
     holes = [[what, f"{published:.2f}", f"{here:.2f}"] for what, published, here in found["loopholes"]]
     people = [[name, *(f"{x:.3f}" for x in found["alignment"][name])] for name in ("agreement", "kappa", "Pearson")]
@@ -773,7 +774,8 @@ def mmmg():
 Evaluators in a closed world of {len(world)} tasks, {found["n"]} instructions each. The perfect renderer scores at
 least {least:.4f}; a corruption misses its stated value by {missed:.4f} at most. The noisy renderer is wrong in a fifth
 of {found["samples"]} answers a task: measured and true mean differ by {100 * off:.2f} points at most. A text-only
-generator ("nothing") is paid by the published rule of order alone.
+generator ("nothing") is paid by the published rule of order alone. "grainy": the perfect answer with noise of three
+levels of 255, and a thousandth of full scale. Miss: it costs something in {hurt}, by SSIM mostly, which no eye sees.
 
 {table(["task", *heads], rows)}
 

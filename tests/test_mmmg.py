@@ -362,6 +362,7 @@ def test_the_command_line(tmp_path, capsys):
     for flags in (
         [],
         [f"--outputs={out}"],
+        [f"--generate={generator}:make", "--n=0"],
         [f"--generate={generator}:make", "--tasks=dance"],
         ["--generate=none.py:f"],
     ):
