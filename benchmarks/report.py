@@ -775,7 +775,7 @@ Evaluators in a closed world of {len(world)} tasks, {found["n"]} instructions ea
 least {least:.4f}; a corruption misses its stated value by {missed:.4f} at most. The noisy renderer is wrong in a fifth
 of {found["samples"]} answers a task: measured and true mean differ by {100 * off:.2f} points at most. A text-only
 generator ("nothing") is paid by the published rule of order alone. "grainy": the perfect answer with noise of three
-levels of 255, and a thousandth of full scale. Miss: it costs something in {hurt}, by SSIM mostly, which no eye sees.
+levels of 255, and a thousandth of full scale. Miss: SSIM sees what no eye does, in {hurt}.
 
 {table(["task", *heads], rows)}
 

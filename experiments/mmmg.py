@@ -52,7 +52,7 @@ def grainy(output, rng):
 
 
 def world(n, samples, seed=0):
-    """Returns {task: dict(perfect, grainy, nothing, extra, wrong, off, noisy, true)}; off: largest miss of a stated value."""
+    """Returns {task: mean scores by kind of answer}; off: the largest miss of a corruption's stated value."""
     table = {}
     for task in TASKS:
         asked = instructions(task, n, seed)

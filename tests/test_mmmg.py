@@ -1,5 +1,7 @@
 """mmmg.py: evaluators against values known by hand, the closed world, loopholes, hostile files, folders."""
 
+import base64
+import io
 import struct
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 
 import mmmg
 from common.closed_world import clicks, tone
+from common.endpoint import picture_judge
 from common.media import RATE, frame_rms, loud_parts, read_audio, read_image, to_rgb, trim, write_output
 from common.text import compare
 from conftest import ROOT
@@ -237,6 +240,19 @@ def test_what_needs_a_judge_is_not_scored_and_a_judge_scores_it():
     assert score("i_object_cot", {"instruction": "a cat"}, output, lambda *_: "I do not know. Yes") == 1
     assert score("i_object_cot", {"instruction": "a cat"}, output, lambda *_: "None is known: no") == 0
     assert score("i_object_cot", {"instruction": "a cat"}, output, lambda *_: "I know nothing") is None
+
+
+def test_an_endpoint_sees_the_pictures_and_hears_nothing(monkeypatch):
+    said = []
+    monkeypatch.setattr("common.endpoint.Chat", lambda *_, **__: lambda messages: said.append(messages) or "Yes.")
+    judge = picture_judge("http://localhost/v1", "m")
+    assert score("i_object_cot", {"instruction": "a cat"}, dict(response="", image_list=[NOISE]), judge) == 1
+    text, picture = said[0][0]["content"]
+    assert "a cat" in text["text"]
+    data = base64.b64decode(picture["image_url"]["url"].split(",")[1])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), NOISE)
+    with pytest.raises(ValueError, match="hears nothing"):
+        score("a_sound_cot", {"instruction": "rain"}, dict(response="", audio_list=[tone(300, 1)]), judge)
 
 
 # ---- 5. folders and hostile files -----------------------------------------------------------------------------------
