@@ -10,9 +10,9 @@ Picture  instruction --generator--> {response, image_list, audio_list} --score--
 Symbols  code       meaning
          image      PIL image or uint8 [H, W, 3];  audio: float [n] at 22,050 Hz
          published  the authors' rules with their loopholes, for comparable numbers; else they are closed
-         judge      judge(kind, question, images, audios, options) -> text, kind yes_no or ocr
-Limits   The perfect renderer scores 1 on every task of the closed world, each corruption its stated value; a flat
-         picture is 1, a clip of constant loudness has no fade, one sample has no interval. See tests/test_mmmg.py.
+         judge      judge(kind, question, images, audios, options) -> text, kind yes_no, choice, ocr, similarity
+Limits   The perfect renderer scores 1 on every task of the closed world, each corruption its stated value; a region of
+         one level is flat, 1; constant loudness has no fade, one sample no interval. See tests/test_mmmg.py.
 Differs  Order counts the files, not only the tags. Colours are compared in RGB, not by hue alone. Keywords are whole
          words in any letter case, comparators are parsed, not executed. Tempo is by intervals between onsets, not by a
          beat tracker's weights. A task that lacks its judge is not scored, rather than 0.
@@ -23,6 +23,7 @@ Files    mmmg.py + common/cli.py + common/closed_world.py + common/endpoint.py +
 import re
 import sys
 from colorsys import rgb_to_hsv
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +35,13 @@ from skimage.metrics import structural_similarity
 
 from common import closed_world as world
 from common.cli import fail, parse
-from common.endpoint import picture_judge
 from common.jsonl import read_jsonl
 from common.judging import function_judge
 from common.media import HOP, RATE, checked_audio, frame_rms, loud_parts, ocr, read_output, to_rgb, trim
-from common.ranges import SIZE, check_ranges
-from common.text import compare, edits, plain, stated_in, verdict
+from common.media_judge import bootstrap, judged, named_judge, read_score
+from common.ranges import check_ranges
+from common.ratings import ranking
+from common.text import holds, text_score  # noqa: F401 - text_score: see section 2
 
 # ---- 1. pictures ----------------------------------------------------------------------------------------------------
 
@@ -69,9 +71,9 @@ def is_color(mean, color, strict):
     if color not in COLORS:
         raise ValueError(f"unknown color {color!r}; use {', '.join(COLORS)}")
     target = COLORS[color]
-    (hue, _, value), (hue_wanted, _, value_wanted) = (rgb_to_hsv(*(x / 255 for x in rgb)) for rgb in (mean, target))
+    hue, hue_wanted = (rgb_to_hsv(*(x / 255 for x in rgb))[0] for rgb in (mean, target))
     grey = color in ("black", "white")
-    right = abs(value - value_wanted) * 255 <= 38 if grey else not 0.15 < abs(hue - hue_wanted) < 0.85
+    right = abs(max(mean) - max(target)) <= 38 if grey else not 0.15 < abs(hue - hue_wanted) < 0.85
     return right and (not strict or bool((np.abs(np.asarray(mean) - target) <= 48).all()))
 
 
@@ -132,11 +134,13 @@ def edit_preservation(before, after, box, margin=20):
     H, W, _ = before.shape
     if after.shape != before.shape:
         after = np.asarray(Image.fromarray(after).resize((W, H), Image.Resampling.BICUBIC))
+    if len(box) != 4 or margin < 1:
+        raise ValueError(f"a box is left, top, right, bottom, not {box}; a margin is 1 or more, not {margin}")
     left, top, right, bottom = (int(x) for x in box)
     dx, dy = (right - left) // margin, (bottom - top) // margin
     before, after = before.copy(), after.copy()
     for pixels in (before, after):
-        pixels[max(0, top - dy) : min(H, bottom + dy), max(0, left - dx) : min(W, right + dx)] = 0
+        pixels[max(0, top - dy) : max(0, bottom + dy), max(0, left - dx) : max(0, right + dx)] = 0
     return ssim(before, after)
 
 
@@ -159,49 +163,16 @@ def order(response):
     return None if re.search(r"<(image|audio)_", TAG.sub("", response)) else found
 
 
-def holds(text, kind, *values, published=False):
-    """Returns whether a transcript meets one constraint. Words are matched whole; published: as parts of words."""
-    said = plain(text, apostrophes=published)
-    wanted = [str(value) if published else plain(value) for value in values]
-
-    def count(phrase):
-        return said.count(phrase) if published else len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", said))
-
-    if not values:
-        raise ValueError(f"the constraint {kind!r} says nothing more")
-    if kind == "exact_match":
-        return said == plain(values[0], apostrophes=published)
-    if kind in ("keyword_include", "keyword_exclude"):
-        return all((count(word) > 0) == (kind == "keyword_include") for word in wanted)
-    if kind == "keyword_count" and len(values) == 2:
-        return compare(count(wanted[0]), values[1])
-    if kind == "length_word":
-        return compare(len(said.split()), values[0])
-    if kind == "start":
-        return f"{said} ".startswith(wanted[0] if published else f"{wanted[0]} ")
-    if kind == "end":
-        return f" {said}".endswith(wanted[0] if published else f" {wanted[0]}")
-    raise ValueError(f"unknown constraint {kind!r} with {len(values)} values")
-
-
 def transcript(text, constraint, published=False):
     """Returns 1.0 if a transcript meets a constraint [kind, value, ...], or all of a list of them, else 0.0.
 
     kinds: exact_match, keyword_include, keyword_exclude, keyword_count, length_word, start, end. published: a keyword's
     capitals are never found. Raises ValueError for another constraint.
     """
-    if not constraint:
-        raise ValueError("an empty constraint")
+    if not constraint or not isinstance(constraint, (list, tuple)):
+        raise ValueError(f"a constraint is [kind, value, ...], not {constraint!r}")
     constraints = [constraint] if isinstance(constraint[0], str) else constraint
     return float(all([holds(text, *one, published=published) for one in constraints]))
-
-
-def text_score(recognised, target, unit="word"):
-    """Returns 1 - min(error rate, 1) of recognised text by words, or by characters without spaces; both `plain`."""
-    if unit not in ("word", "char"):
-        raise ValueError(f"unknown unit {unit!r}; use word or char")
-    a, b = ((plain(x).split() if unit == "word" else plain(x).replace(" ", "")) for x in (recognised, target))
-    return 1 - min(1.0, edits(a, b) / len(b)) if b else float(not a)
 
 
 # ---- 3. sound -------------------------------------------------------------------------------------------------------
@@ -317,9 +288,6 @@ def corrupt(instruction, kind):
     if kind not in CORRUPTIONS:
         raise ValueError(f"unknown corruption {kind!r}; use {', '.join(CORRUPTIONS)}")
     if kind == "wrong":
-        if instruction["task"] == "multiview":  # one side shown twice
-            output = perfect(instruction)
-            return output | dict(image_list=[output["image_list"][0]] * 4)
         return world.render(world.twist(instruction))
     output = perfect(instruction)
     change = (lambda items: items + items[-1:]) if kind == "extra" else (lambda items: [])
@@ -339,125 +307,82 @@ def stated(instruction, kind):
 
 # ---- 5. scores -------------------------------------------------------------------------------------------------------
 
-PUBLISHED = {"i_format_background": "region_fill", "i_format_border": "border_fill", "i_structure": "order_ti",
-             "a_structure": "order_ta", "a_music_intensity": "intensity", "a_speech_constraint": "transcript",
-             "a_speech_modify": "transcript", "a_music_attribute": "tempo"}  # fmt: skip
+AUTHORS = {"i_format_background": "region_fill", "i_format_border": "border_fill", "i_structure": "order_ti",
+           "a_structure": "order_ta", "a_music_intensity": "intensity", "a_speech_constraint": "transcript",
+           "a_speech_modify": "transcript", "a_music_attribute": "tempo"}  # fmt: skip
 PICTURES = "region_fill", "border_fill", "text_single", "text_double", "multiview"
 SOUNDS = "begin_end", "silence", "tempo", "intensity", "pitch", "speed", "transcript"
+READ = "i_ocr", "i_ocr_german", "i_ocr_chinese"
 
 
 def score(task, instruction, output, judge=None, published=False):
-    """Returns 0..1 of an output dict(response, image_list, audio_list), or None if the task needs a judge.
+    """Returns 0..1 of an output dict(response, image_list, audio_list[, transcripts]); None if it needs a judge.
 
-    task: of TASKS, or of the published ones that a program checks; image_list, audio_list hold pictures and sounds,
-    None for one that could not be read. published: the authors' rules, loopholes included.
+    task: of TASKS, or an authors' task. The lists hold pictures and sounds, None for one that could not be read;
+    transcripts: what is said in each sound. published: the authors' rules, loopholes included.
     """
-    kind = PUBLISHED.get(task, task)
+    kind = AUTHORS.get(task, task)
     if not isinstance(output, dict):
         raise ValueError(f"{task}: an output is dict(response, image_list, audio_list), not {type(output).__name__}")
     if kind == "tempo" and ("tempo" not in instruction or "instrument" in instruction):
-        return None  # an instrument is for a judge of sounds
-    images, audios = (list(output.get(name) or ()) for name in ("image_list", "audio_list"))
-    if kind == "i_ocr":
-        return read_score(instruction["text"], images, judge)
+        kind = "tempo and instrument"  # which is for a judge of sounds
+    images, audios = ([] if output.get(name) is None else list(output[name]) for name in ("image_list", "audio_list"))
+    response, readable = output.get("response") or "", all(x is not None and np.size(x) for x in images + audios)
+    if kind in READ:
+        return read_score(kind, instruction["text"], images, judge, published)
     if kind not in TASKS:
-        return ask_judge(judge, instruction, images, audios, published)
-    response = output.get("response") or ""
+        if judge is None:
+            return None
+        output = dict(response=response, image_list=images, audio_list=audios)
+        return judged(judge, task, instruction, output, published) if readable and (images or audios) else 0.0
     if kind in ("order_ti", "order_ta"):
-        found = order(response)
-        whole = found and [len(images), len(audios)] == [found.count("i"), found.count("a")]
-        whole = whole and all(item is not None for item in images + audios)
-        return float(found in instruction["order"] and bool(whole or published))
+        found, allowed = order(response), instruction["order"]
+        right = found in ([allowed] if isinstance(allowed, str) else allowed)
+        tags = [tag[0] for tag in TAG.finditer(response)]
+        there = right and readable and [len(images), len(audios)] == [found.count("i"), found.count("a")]
+        return float(right and (published or (there and len(set(tags)) == len(tags))))
+    if kind == "transcript" and not output.get("transcripts"):
+        return None
     media = audios if kind in SOUNDS else images
-    if len(media) != (4 if kind == "multiview" else 1) or any(item is None for item in media):
+    if len(media) != (4 if kind == "multiview" else 1) or not readable:
         return 0.0
     if kind == "transcript":
-        said = output.get("transcripts")
-        return transcript(said[0], instruction["constraint"], published) if said else None
-    check = check_sound if kind in SOUNDS else check_things if kind not in PICTURES else check_picture
-    return float(check(kind, instruction, media if kind == "multiview" else media[0], response, published))
+        said = output["transcripts"][0]
+        return transcript(said, instruction["constraint"], published) if said and str(said).strip() else 0.0
+    if kind in SOUNDS:
+        return float(check_sound(kind, instruction, media[0], published))
+    if kind in PICTURES:
+        return max(0.0, float(check_picture(kind, instruction, media, published)))
+    right = world.check_things(kind, instruction, media[0], str(response), published)
+    if kind.startswith("edit"):
+        right *= edit_preservation(world.before_edit(instruction | dict(task=kind)), media[0], instruction["box"])
+    if kind == "code_render":
+        right *= ssim(media[0], world.run_code(instruction["code"]))
+    return max(0.0, float(right))
 
 
-def read_score(text, images, judge):
-    """Returns the score of a picture's words by a judge or an OCR, which may lose spaces; None if there is neither."""
-    if len(images) != 1 or images[0] is None:
-        return 0.0
-    said = judge("ocr", "Write the text in the picture, nothing else.", images, [], ()) if judge else ocr(images[0])
-    return None if said is None else max(text_score(said, text), float(text_score(said, text, "char") == 1))
-
-
-def ask_judge(judge, instruction, images, audios, published):
-    """Returns 1 or 0 by a judge's yes or no, None without a judge."""
-    if judge is None:
-        return None
-    if not images + audios or any(item is None for item in images + audios):
-        return 0.0
-    question = f"Does the output meet this instruction? End with yes or no.\n{instruction.get('instruction', '')}"
-    said = verdict(judge("yes_no", question, images, audios, ("yes", "no")), "yes", published)
-    return None if said is None else float(said)
-
-
-def check_picture(kind, f, image, response, published):
+def check_picture(kind, f, images, published):
     """Returns the score of pictures that are compared pixel by pixel, or read."""
     if kind == "multiview":
-        return np.mean([ssim(mine, side) for mine, side in zip(image, world.views(f["seed"]))])
+        return np.mean([ssim(mine, side) for mine, side in zip(images, world.views(f["seed"]))])
     if kind.startswith("text"):
-        lines = world.read_text(image)
-        wanted = [f["text"], f.get("second")][: 1 + (kind == "text_double")]
-        return np.mean([text_score(said, w) for said, w in zip(lines, wanted)]) if len(lines) == len(wanted) else 0
+        return world.check_text([f["text"], f["second"]] if kind == "text_double" else [f["text"]], images[0])
     if kind == "region_fill":
-        return region_fill(image, f["region"], f["color"], strict=not published)
-    return border_fill(image, f["color"], strict=not published)
+        return region_fill(images[0], f["region"], f["color"], strict=not published)
+    return border_fill(images[0], f["color"], strict=not published)
 
 
-def check_things(kind, f, image, response, published):
-    """Returns the score of pictures of things."""
-    things = world.look(image)
-    seen = [thing[:2] for thing in things]
-    a, b = (tuple(f.get(name, ("", ""))) for name in "ab")
-    of = lambda colour, shape: [t for t in things if t[:2] == (colour, shape)]  # noqa: E731
-    if kind == "count":
-        return seen == [(f["colour"], f["shape"])] * f["n"]
-    if kind == "include":
-        return np.mean([a in seen, b in seen])
-    if kind == "exclude":
-        return a in seen and b not in seen
-    if kind == "attribute":
-        return seen == [(f["colour"], f["shape"])]
-    if kind == "universal":
-        return len(seen) == f["n"] and all(colour == f["colour"] for colour, _ in seen)
-    if kind == "comparison":
-        one, two = of(a[0], "circle"), of(b[0], "circle")
-        return len(one) == len(two) == 1 and one[0].size > two[0].size
-    if kind == "self_count":
-        return stated_in(response, "count", published) == str(len(of(f["colour"], "circle")))
-    if kind == "self_colour":
-        return seen == [(stated_in(response, "color"), f["shape"])]
-    if kind == "self_size":
-        sizes = sorted(things, key=lambda thing: -thing.size)
-        return len(sizes) == 2 and sizes[0].size > sizes[1].size and sizes[0].colour == stated_in(response, "larger")
-    if kind == "spatial_abs":
-        one = of(f["colour"], "circle")
-        return len(one) == 1 and world.place_of(one[0]) == f["place"]
-    if kind == "spatial_rel":
-        one, two = of(a[0], "circle"), of(b[0], "square")
-        return len(one) == len(two) == 1 and world.is_related(one[0], two[0], f["relation"])
-    left, top, right, bottom = f["box"]
-    inside = [t[:2] for t in things if left <= t.x < right and top <= t.y < bottom]
-    wanted = {"edit_add": [a], "edit_remove": [], "edit_colour": [(b[0], a[1])]}[kind]
-    return edit_preservation(world.before_edit(f), image, f["box"]) * (inside == wanted)
-
-
-def check_sound(kind, f, audio, response, published):
-    """Returns the score of a sound."""
+def check_sound(kind, f, audio, published):
+    """Returns the score of a sound at 22,050 Hz; one without a pitch or a tempo has no high or low one: 0."""
     if kind == "intensity":
         return intensity(audio, f["intensity"][0]) == f["intensity"][1]
     if kind == "tempo":
         return abs(tempo(audio) - f["tempo"]) < 5
     if kind == "pitch":
-        return pitch_score(2595 * np.log10(1 + world.pitch(audio) / 700), f["gender"], f["want"], published)
+        found = world.pitch(checked_audio(audio, RATE))
+        return found and pitch_score(2595 * np.log10(1 + found / 700), f["gender"], f["want"], published)
     if kind == "speed":
-        return speed_score(tempo(audio), f["language"], f["want"], published)
+        return (found := tempo(audio)) and speed_score(found, f["language"], f["want"], published)
     if kind == "begin_end":
         n = int(min(4, len(audio) / RATE / 2)) * RATE
         return n > 0 and [world.tone_of(audio[:n]), world.tone_of(audio[-n:])] == [f["first"], f["last"]]
@@ -479,51 +404,118 @@ def aggregate(scores):
     return float(scores.mean()), float(1.96 * means.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
 
 
-# ---- 6. folders ------------------------------------------------------------------------------------------------------
+MODALITIES = {"sound": ("a_sound", "a_music", "begin_end", "silence", "tempo", "intensity"),
+              "speech and audio-text": ("a_", "pitch", "speed", "transcript", "order_ta"),
+              "interleaved": ("it_", "i_edit", "i_structure", "edit", "self", "order_ti", "multiview", "code_render"),
+              "image": ("",)}  # fmt: skip
+
+
+def modalities(found, groups=MODALITIES):
+    """Returns {modality: dict(score, half_width, tasks, scored)} of {task: row}: unweighted means of its tasks.
+
+    The half width is of the samples' means over the tasks. What is not scored is left out; scored says of how many.
+    """
+    members, result = {}, {}
+    for task, row in found.items():
+        members.setdefault(next(m for m, starts in groups.items() if task.startswith(starts)), []).append(row)
+    for name, rows in members.items():
+        means = [row["sample_means"] for row in rows if row["score"] is not None]
+        mean, half_width = aggregate(means) if means else (None, float("nan"))
+        result[name] = dict(score=mean, half_width=half_width, tasks=len(rows), scored=len(means))
+    return result
+
+
+# ---- 6. folders and generators ---------------------------------------------------------------------------------------
+
+
+def summary(table, warnings=(), missing=0, why=""):
+    """Returns the row of a task: score, half_width, interval (bootstrap over instructions), n, sample_means, ...
+
+    table [instructions, samples], nan where a judge's words were unclear: that instruction is left out.
+    """
+    row = dict(score=None, half_width=float("nan"), interval=(float("nan"),) * 2, n=0, sample_means=[],
+               missing=missing, warnings=list(warnings), why=why)  # fmt: skip
+    whole = table[~np.isnan(table).any(1)]
+    if why or not len(whole):
+        return row | dict(why=why or "a judge's words were unclear")
+    if len(whole) < len(table):
+        row["warnings"].append(f"{len(table) - len(whole)} of {len(table)} instructions were not judged")
+    score, half_width = aggregate(whole)
+    means = whole.mean(1)
+    interval = tuple(map(float, bootstrap(lambda rows: means[rows].mean(), len(means))))
+    return row | dict(score=score, half_width=half_width, interval=interval, n=len(whole),
+                      sample_means=whole.mean(0).tolist())  # fmt: skip
 
 
 def evaluate_folder(outputs, instructions, samples=4, judge=None, published=False):
-    """Returns {task: dict(score or None, half_width, n, missing, warnings)} of a folder in the published layout.
+    """Returns {task: dict(score or None, half_width, interval, n, missing, warnings, why, ...)}, see `summary`.
 
-    outputs: TASK.jsonl with a line for each (instruction, sample), samples of one adjacent, image/ and audio/.
-    instructions: a folder of TASK.jsonl. A file that cannot be read makes that output 0 and a warning; so do lines that
-    are not there. Raises ValueError if there is nothing to score.
+    outputs: a folder in the published layout: TASK.jsonl with a line for each (instruction, sample), samples of one
+    adjacent, image/ and audio/. instructions: a folder of TASK.jsonl. A file that cannot be read makes that output 0
+    and a warning; so do lines that are not there. Raises ValueError if there is nothing to score.
     """
     if samples < 1:
         raise ValueError(f"samples={samples} must be 1 or more")
-    files, found = sorted(Path(instructions).glob("*.jsonl")), {}
+    files = sorted(Path(instructions).glob("*.jsonl"))
     if not files:
         raise ValueError(f"{instructions}: no TASK.jsonl with instructions in this folder")
     if not any((Path(outputs) / file.name).is_file() for file in files):
         raise ValueError(f"{outputs}: no TASK.jsonl in this folder that {instructions} has instructions for")
-    for file in files:
-        task, asked, warnings = file.stem, read_jsonl(file), []
-        path = Path(outputs) / file.name
-        if not asked or not path.is_file():
-            why = "no instructions" if not asked else "no such file"
-            found[task] = dict(score=None, half_width=float("nan"), n=0, missing=0, warnings=[f"{path}: {why}"])
-            continue
+    return {file.stem: evaluate_task(outputs, file, samples, judge, published) for file in files}
+
+
+def evaluate_task(outputs, file, samples, judge, published):
+    """Returns the row of one task, whose instructions are in `file`; see `evaluate_folder`."""
+    task, asked, warnings, path = file.stem, read_jsonl(file), [], Path(outputs) / file.name
+    if not asked or not path.is_file():
+        return summary(np.zeros((0, samples)), why=f"{path if asked else file}: {'no such file' if asked else 'empty'}")
+    if judge is None and task not in (*TASKS, *AUTHORS) and not (task in READ and ocr.there()):
+        return summary(np.zeros((0, samples)), why="needs a judge")
+    try:
+        rows = read_jsonl(path, cut_off=True)
+    except ValueError as error:
+        rows, warnings = [], [str(error)]
+    table, judgments = np.zeros((len(asked), samples)), 0
+    missing = max(0, table.size - len(rows))
+    if len(rows) != table.size:
+        warnings.append(f"{task}: {len(rows)} lines, and {len(asked)} instructions x {samples} samples")
+    for k, row in enumerate(rows[: table.size]):
+        output = read_output(outputs, task, row, warnings.append)
         try:
-            rows = read_jsonl(path, cut_off=True)
-        except ValueError as error:
-            rows, warnings = [], [str(error)]
-        missing = max(0, len(asked) * samples - len(rows))
-        if len(rows) != len(asked) * samples:
-            warnings.append(f"{task}: {len(rows)} lines, and {len(asked)} instructions x {samples} samples")
-        table = np.zeros((len(asked), samples))
-        for i, instruction in enumerate(asked):
-            for s, row in enumerate(rows[i * samples : (i + 1) * samples]):
-                output = read_output(outputs, task, row, warnings.append)
-                try:
-                    value = score(task, instruction, output, judge, published)
-                except KeyError as error:
-                    raise ValueError(f"{file}, line {i + 1}: an instruction without {error}") from None
-                table[i, s] = np.nan if value is None else value
-        whole = table[~np.isnan(table).any(1)]
-        if (lacking := len(asked) - len(whole)) and len(whole):
-            warnings.append(f"{task}: {lacking} of {len(asked)} instructions lack a judge or a transcript")
-        mean, half = aggregate(whole) if len(whole) else (None, float("nan"))
-        found[task] = dict(score=mean, half_width=half, n=len(whole), missing=missing, warnings=warnings)
+            value = score(task, asked[k // samples], output, judge, published)
+        except (KeyError, TypeError) as error:
+            what = f"without {error}" if isinstance(error, KeyError) else f"that is none ({error})"
+            raise ValueError(f"{file}, line {k // samples + 1}: an instruction {what}") from None
+        table.flat[k] = np.nan if value is None else value
+        judgments += value is not None and any(x is not None for x in output["image_list"] + output["audio_list"])
+    unclear = int(np.isnan(table).sum())
+    spoken = AUTHORS.get(task, task) == "transcript"
+    if unclear and not judgments:
+        why = "no transcripts, audio/TASK_k.txt" if spoken else "needs a judge"
+        return summary(table, warnings, missing, why)
+    if unclear and spoken:
+        warnings.append(f"{task}: {unclear} outputs without a transcript count 0, as others have one")
+        table = np.nan_to_num(table)
+    return summary(table, warnings, missing)
+
+
+def run_generator(generate, tasks, n, seed, published=False):
+    """Returns {task: row} of generate(instruction) on n instructions of each closed-world task, one sample.
+
+    The instruction of an edit holds the picture, as image_list. What raises, or is no output, is 0 and a warning.
+    """
+    found = {}
+    for task in tasks:
+        table, warnings, unclear = np.zeros((n, 1)), [], 0
+        for i, asked in enumerate(instructions(task, n, seed)):
+            given = dict(image_list=[world.before_edit(asked)]) if task.startswith("edit") else {}
+            try:
+                value = score(task, asked, generate(deepcopy(asked) | given), None, published)
+                unclear += value is None
+                table[i] = value or 0.0
+            except (Exception, SystemExit) as error:  # a stranger's code
+                warnings.append(f"{task}, instruction {i + 1}: {type(error).__name__}: {' '.join(str(error).split())}")
+        found[task] = summary(table, warnings, why="no transcripts" if unclear == n else "")
     return found
 
 
@@ -534,12 +526,14 @@ def evaluate_folder(outputs, instructions, samples=4, judge=None, published=Fals
 class Config:
     """Score a folder of outputs, or a generator in the closed world. Without any flag: what this file claims."""
 
-    outputs: str = ""  # form 1: a model's folder in the published layout
+    outputs: str = ""  # form 1: a model's folder in the published layout; several, with commas between, are ranked
     instructions: str = ""  # folder of TASK.jsonl
     samples: int = 4  # of each instruction
     published: bool = False  # the authors' rules with their loopholes
     judge: str = ""  # URL of an endpoint, or FILE.py:FUNCTION
     model: str = ""  # the judge's name at the endpoint
+    cache: str = "out/mmmg_judge.jsonl"  # the endpoint's replies; what is there is not asked again
+    votes: int = 1  # replies to each question, of which most count
     generate: str = ""  # form 2: FILE.py:FUNCTION, instruction -> dict(response, image_list, audio_list)
     tasks: str = ""  # of the closed world, with commas between; by default all
     n: int = 20  # instructions of each
@@ -547,26 +541,21 @@ class Config:
 
 
 def show(found):
-    """Prints a table of {task: result}, warnings first, and the unweighted mean of what was scored."""
+    """Prints a table of {task: row}, warnings first, and the unweighted means of what was scored."""
     for row in found.values():
-        for warning in row.get("warnings", ()):
+        for warning in row["warnings"]:
             print(f"warning: {warning}")
+    print(f"{'task':24}{'score':>6}  +- sampling  (instructions drawn)      n")
     for task, row in found.items():
-        value = "not scored (needs a judge or a transcript)" if row["score"] is None else (
-            f"{100 * row['score']:6.1f} +- {100 * row['half_width']:.1f}  n {row['n']}")  # fmt: skip
-        print(f"{task:24} {value}")
-    scored = [row["score"] for row in found.values() if row["score"] is not None]
-    print(f"mean of {len(scored)} of {len(found)} tasks: {f'{100 * np.mean(scored):.1f}' if scored else '-'}")
-
-
-def run_generator(generate, tasks, n, seed, published=False):
-    """Returns {task: result} of generate(instruction) on n instructions of each closed-world task, one sample."""
-    found = {}
-    for task in tasks:
-        asked = instructions(task, n, seed)
-        values = np.array([[score(task, one, generate(one), None, published)] for one in asked], dtype=float)
-        found[task] = dict(score=aggregate(values)[0], half_width=float("nan"), n=n)
-    return found
+        if row["score"] is None:
+            print(f"{task:24}not scored: {row['why']}")
+            continue
+        half_width = "one sample" if np.isnan(row["half_width"]) else f"+- {100 * row['half_width']:.1f}"
+        low, high = (100 * x for x in row["interval"])
+        print(f"{task:24}{100 * row['score']:6.1f}  {half_width:11}  ({low:.1f} to {high:.1f}){row['n']:15}")
+    for name, row in (modalities(found) | modalities(found, {"all": ("",)})).items():
+        mean = "-" if row["score"] is None else f"{100 * row['score']:.1f}"
+        print(f"{name}: mean of {row['scored']} of {row['tasks']} tasks: {mean}")
 
 
 def main(argv=None):
@@ -575,15 +564,27 @@ def main(argv=None):
         config = Config(**parse(Config, prog="mmmg.py", about=Config.__doc__, argv=argv))
         if bool(config.outputs) == bool(config.generate) or bool(config.outputs) != bool(config.instructions):
             raise ValueError("--outputs with --instructions is needed, or --generate alone (see --help)")
-        check_ranges(config, samples=SIZE, n=SIZE)
+        check_ranges(config, samples=(1, 1000), n=(1, 100_000), votes=(1, 99))
+        if config.generate and config.judge or config.outputs and config.tasks:
+            raise ValueError("--judge goes with --outputs, --tasks with --generate")
+        rules = "rules: " + ("published, with their loopholes" if config.published else "strict, loopholes closed")
         if config.generate:
-            tasks = config.tasks.split(",") if config.tasks else TASKS
-            show(run_generator(function_judge(config.generate), tasks, config.n, config.seed, config.published))
+            tasks = [task.strip() for task in config.tasks.split(",")] if config.tasks else TASKS
+            generate = function_judge(config.generate)
+            print(rules)
+            show(run_generator(generate, tasks, config.n, config.seed, config.published))
             return 0
-        url = config.judge.startswith(("http://", "https://"))
-        judge = picture_judge(config.judge, config.model) if url else config.judge and function_judge(config.judge)
-        print("rules: " + ("published, with their loopholes" if config.published else "strict, loopholes closed"))
-        show(evaluate_folder(config.outputs, config.instructions, config.samples, judge or None, config.published))
+        judge = named_judge(config.judge, config.model, config.cache, config.votes)
+        folders, rows = config.outputs.split(","), {}
+        print(rules)
+        for folder in folders:
+            print(*[f"\n{folder}"] * (len(folders) > 1), sep="")
+            rows[folder] = evaluate_folder(folder, config.instructions, config.samples, judge, config.published)
+            show(rows[folder])
+        if len(folders) > 1:
+            print("\nranking over the tasks that all have\nmean   min-max   mean rank")
+            for name, row in ranking({m: {t: r["score"] for t, r in x.items()} for m, x in rows.items()}).items():
+                print(f"{100 * row['mean']:5.1f}  {row['min_max']:7.3f}  {row['rank']:8.2f}   {name}")
     except (ValueError, OSError) as error:
         return fail(error)
     return 0

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import find_objects, label
 
 from common.media import RATE, frame_rms, to_rgb
+from common.text import stated_in, text_score
 
 SIDE = 240  # pixels
 PALETTE = {
@@ -47,19 +48,36 @@ def draw(things, background=(255, 255, 255), side=SIDE):
     return np.asarray(picture)
 
 
-def look(picture, least=40):
-    """Returns the [Thing] of a picture: components of a palette colour, at most 24 off, of `least` pixels."""
-    pixels, found = to_rgb(picture).astype(np.int16), []
-    for colour, rgb in PALETTE.items():
-        labels, _ = label((np.abs(pixels - np.array(rgb, np.int16)) <= 24).all(2))
+def framed(picture):
+    """Returns a picture of any size as uint8 [240, 240, 3], without new colours."""
+    pixels = to_rgb(picture)
+    if pixels.shape[:2] == (SIDE, SIDE):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+
+
+def look(picture, least=40, off=40):
+    """Returns the [Thing] of a picture, in its 240 x 240 pixels: components of `least` pixels of a palette colour.
+
+    Channels may be `off` from the palette's. What is no palette colour and not the background, which is the median of
+    the rim, is of the colour "other": nothing is hidden by a shade.
+    """
+    pixels, found = framed(picture).astype(np.int16), []
+    near = lambda rgb: (np.abs(pixels - np.array(rgb, np.int16)) <= off).all(2)  # noqa: E731
+    rim = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
+    masks, known = {colour: near(rgb) for colour, rgb in PALETTE.items()}, np.zeros((SIDE, SIDE), bool)
+    for colour, mask in (*masks.items(), ("other", ~near(rim))):
+        labels, _ = label(mask)
         for k, where in enumerate(find_objects(labels), 1):
             part = labels[where] == k
-            if part.sum() >= least:
-                fills = np.array(list(SHAPES.values()))
-                shape = list(SHAPES)[int(np.abs(fills - part.mean()).argmin())]
-                ys, xs = where
-                middle = (xs.start + xs.stop - 1) / 2, (ys.start + ys.stop - 1) / 2
-                found.append(Thing(colour, shape, *middle, xs.stop - xs.start))
+            if part.sum() < least or (colour == "other" and known[where][part].any()):
+                continue  # the edge of a thing, in a shade between, is part of it
+            known[where] |= part
+            fills = np.array(list(SHAPES.values()))
+            shape = list(SHAPES)[int(np.abs(fills - part.mean()).argmin())]
+            ys, xs = where
+            middle = (xs.start + xs.stop - 1) / 2, (ys.start + ys.stop - 1) / 2
+            found.append(Thing(colour, shape, *middle, xs.stop - xs.start))
     return found
 
 
@@ -69,8 +87,13 @@ def place_of(thing, side=SIDE):
 
 
 def is_related(a, b, relation, margin=SIDE / 20):
-    """Returns whether thing a is "left of", "right of", "above" or "below" thing b, by more than a margin."""
+    """Returns whether thing a is "left of", "right of", "above" or "below" thing b, by more than a margin.
+
+    "level with" is neither above nor below, "in line with" neither left nor right: within the margin.
+    """
     dx, dy = a.x - b.x, a.y - b.y
+    if relation in ("level with", "in line with"):
+        return abs(dy if relation == "level with" else dx) <= margin
     return {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation] > margin
 
 
@@ -100,13 +123,19 @@ def write_text(lines, side=SIDE):
 
 def read_text(picture):
     """Returns the list of lines of a picture that `write_text` made; each cell is the letter nearest to it."""
-    dark, lines = to_rgb(picture).mean(2) < 128, []
+    dark, lines = framed(picture).mean(2) < 128, []
     w, h = CELL[0] * SCALE, CELL[1] * SCALE
     for top in range(20, dark.shape[0] - h + 1, 60):
         cells = [dark[top : top + h, x : x + w][::SCALE, ::SCALE] for x in range(8, dark.shape[1] - w - 7, w)]
         line = "".join(min(LETTERS, key=lambda letter, cell=cell: (glyph(letter) != cell).sum()) for cell in cells)
         lines.append(line.strip())
     return [line for line in lines if line]
+
+
+def check_text(wanted, picture):
+    """Returns 0..1: the mean text_score of the lines of a picture; 0 for another number of lines."""
+    lines = read_text(picture)
+    return np.mean([*map(text_score, lines, wanted)]) if len(lines) == len(wanted) else 0
 
 
 # ---- views, tones ---------------------------------------------------------------------------------------------------
@@ -160,6 +189,7 @@ def pitch(audio):
 # ---- tasks: what is asked, what answers it, and what is wrong ----------------------------------------
 
 WORDS = "HAPPY BRIGHT MORNING RIVER STONE GARDEN FUTURE SILVER".split()
+RELATIONS = "left of", "right of", "above", "below", "level with", "in line with"
 TONES = {"low tone": 200, "middle tone": 500, "high tone": 1200}
 ASKED = {  # task -> its instruction, a format string of the facts
     "count": "A picture of exactly {n} {colour} {shape}s.",
@@ -177,6 +207,7 @@ ASKED = {  # task -> its instruction, a format string of the facts
     "edit_add": "Add a {a[0]} {a[1]} within {box}.",
     "edit_remove": "Remove the {a[0]} {a[1]} within {box}.",
     "edit_colour": "Make the {a[1]} within {box} {b[0]}.",
+    "code_render": "Draw this program, a shape a line, with its centre and width: {code}",
     "multiview": "Object {seed}, from its four sides.",
     "self_count": "Some {colour} circles, and <count>how many</count>.",
     "self_colour": "A {shape}, and <color>its colour</color>.",
@@ -207,13 +238,14 @@ def make(task, rng):
     words = [str(w) for w in rng.permutation(WORDS)]
     facts = dict(
         a=(colours[0], shapes[0]), b=(colours[1], shapes[1]), colour=colours[0], other=colours[1], shape=shapes[0],
-        color=colours[0], n=int(rng.integers(2, 7)), relation=pick(["left of", "right of", "above", "below"]),
+        color=colours[0], n=int(rng.integers(2, 7)), relation=pick(RELATIONS),
         place=pick(["upper left", "upper right", "lower left", "lower right"]), seed=int(rng.integers(10**6)),
         region=f"{pick(['left', 'right', 'upper', 'lower'])} {pick(['half', 'third', 'quarter'])}",
         text=f"{words[0]} {words[1]}", second=words[2], box=(80, 80, 160, 160), first=tones[0], last=tones[1],
         tempo=int(rng.integers(60, 161)), intensity=[pick(["start", "end"]), pick(["fade in", "fade out"])],
         gender=pick(["male", "female"]), language=pick(["English", "Chinese"]), want=pick(["low", "high"]),
         order=[pick(["ti", "it", "tit", "iti"])],
+        code=f"{colours[0]} {shapes[0]} 70 120 60; {colours[1]} {shapes[1]} 170 {rng.integers(60, 180)} 50",
         constraint=pick([["keyword_include", words[0]], ["keyword_exclude", words[5]], ["length_word", "== 4"],
                          ["start", words[0]], ["keyword_count", words[1], "== 2"]]), words=words[:5],
     )  # fmt: skip
@@ -236,11 +268,14 @@ def scene(facts):
                      for i, (c, s) in enumerate(zip(colours, shapes))])  # fmt: skip
     if task in ("attribute", "self_colour"):
         return draw([Thing(f["colour"], f["shape"], 120, 120, 60)])
+    if task == "code_render":
+        return run_code(f["code"])
     if task == "spatial_abs":
         x, y = 60 + 120 * ("right" in f["place"]), 60 + 120 * ("lower" in f["place"])
         return draw([Thing(f["colour"], "circle", x, y, 50)])
     if task == "spatial_rel":
-        dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[f["relation"]]
+        dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1), "level with": (1, 0),
+                  "in line with": (0, 1)}[f["relation"]]  # fmt: skip
         at = [(120 + k * 60 * dx, 120 + k * 60 * dy) for k in (1, -1)]
         return draw([Thing(f["a"][0], "circle", *at[0], 50), Thing(f["b"][0], "square", *at[1], 50)])
     if task in ("comparison", "self_size"):
@@ -254,6 +289,12 @@ def scene(facts):
     return draw(things if (task == "include") != bool(f.get("odd")) else things[:1])
 
 
+def run_code(code):
+    """Returns the picture that a program draws: "red circle 70 120 60; ...", colour, shape, centre and width."""
+    lines = [line.split() for line in code.split(";")]
+    return draw([Thing(colour, shape, *map(int, numbers)) for colour, shape, *numbers in lines])
+
+
 ROUND = [
     Thing("red", "square", 30, 30, 30),
     Thing("blue", "circle", 205, 35, 30),
@@ -265,6 +306,52 @@ def before_edit(facts):
     """Returns the picture that is to be edited."""
     thing = Thing(*facts["a"], 120, 120, 50)
     return draw([*ROUND, *([] if facts["task"] == "edit_add" else [thing])])
+
+
+def check_things(task, f, picture, response, published=False):
+    """Returns 0..1: how far a picture of things, and what is said of it, is what the facts f ask for.
+
+    Of an edit: whether it is done, and the things around it are as they were. published: see `stated_in`.
+    """
+    things = look(picture)
+    seen = [thing[:2] for thing in things]
+    a, b = (tuple(f.get(name, ("", ""))) for name in "ab")
+    of = lambda colour, shape: [t for t in things if t[:2] == (colour, shape)]  # noqa: E731
+    if task == "code_render":
+        return sorted(seen) == sorted(thing[:2] for thing in look(run_code(f["code"])))
+    if task == "count":
+        return seen == [(f["colour"], f["shape"])] * f["n"]
+    if task == "include":
+        return (int(a in seen) + int(b in seen)) / 2
+    if task == "exclude":
+        return a in seen and b not in seen and "other" not in [colour for colour, _ in seen]
+    if task == "attribute":
+        return seen == [(f["colour"], f["shape"])]
+    if task == "universal":
+        return len(seen) == f["n"] and all(colour == f["colour"] for colour, _ in seen)
+    if task == "comparison":
+        one, two = of(a[0], "circle"), of(b[0], "circle")
+        return len(one) == len(two) == 1 and one[0].size > two[0].size
+    if task == "self_count":
+        circles = [(f["colour"], "circle")] * len(seen)
+        return bool(seen) and seen == circles and stated_in(response, "count", published) == str(len(seen))
+    if task == "self_colour":
+        return seen == [(stated_in(response, "color").lower(), f["shape"])]
+    if task == "self_size":
+        large = sorted(things, key=lambda thing: -thing.size)
+        return [t.shape for t in things] == ["circle"] * 2 and large[0].size > large[1].size and (
+            large[0].colour == stated_in(response, "larger").lower())  # fmt: skip
+    if task == "spatial_abs":
+        one = of(f["colour"], "circle")
+        return len(one) == 1 and place_of(one[0]) == f["place"]
+    if task == "spatial_rel":
+        one, two = of(a[0], "circle"), of(b[0], "square")
+        return len(one) == len(two) == 1 and is_related(one[0], two[0], f["relation"])
+    left, top, right, bottom = f["box"]
+    inside = [t for t in things if left <= t.x < right and top <= t.y < bottom]
+    around = sorted(t[:2] for t in things if t not in inside)
+    wanted = {"edit_add": [a], "edit_remove": [], "edit_colour": [(b[0], a[1])]}[task]
+    return [t[:2] for t in inside] == wanted and around == sorted(t[:2] for t in ROUND)
 
 
 def filled(facts):
@@ -316,7 +403,7 @@ def render(facts):
     elif task in ("begin_end", "silence", "tempo", "intensity", "pitch", "speed", "transcript"):
         out["audio_list"] = [sound(f)]
     elif task == "multiview":
-        out["image_list"] = views(f["seed"])
+        out["image_list"] = [views(f["seed"])[side] for side in f.get("sides", range(4))]
     elif task in ("region_fill", "border_fill"):
         out["image_list"] = [filled(f)]
     elif task.startswith("text"):
@@ -345,7 +432,8 @@ def twist(facts):
     """Returns facts in whose rendering what the instruction asks for is wrong."""
     f, task = dict(facts), facts["task"]
     turn = {"low": "high", "high": "low", "fade in": "fade out", "fade out": "fade in", "left of": "right of",
-            "right of": "left of", "above": "below", "below": "above"}  # fmt: skip
+            "right of": "left of", "above": "below", "below": "above", "level with": "above",
+            "in line with": "left of"}  # fmt: skip
     far = {"red": "blue", "green": "red", "blue": "yellow", "yellow": "blue", "cyan": "red", "pink": "green",
            "orange": "blue", "purple": "green"}  # fmt: skip
     changes = {
@@ -355,8 +443,9 @@ def twist(facts):
         "spatial_abs": lambda: dict(place=f["place"].replace(
             *(("upper", "lower") if "upper" in f["place"] else ("lower", "upper")))),
         "region_fill": lambda: dict(color=far[f["color"]]), "border_fill": lambda: dict(color=far[f["color"]]),
+        "code_render": lambda: dict(code=" ".join([f["other"], *f["code"].split()[1:]])),
         "text_single": lambda: dict(text=f["text"].split()[0] + " WRONG"),
-        "text_double": lambda: dict(second="WRONG"), "multiview": lambda: {},
+        "text_double": lambda: dict(second="WRONG"), "multiview": lambda: dict(sides=[0] * 4),
         "edit_add": lambda: dict(inside=None), "edit_remove": lambda: dict(inside=Thing(*f["a"], 120, 120, 50)),
         "edit_colour": lambda: dict(inside=Thing(*f["a"], 120, 120, 50)), "self_count": lambda: dict(said=10 + f["n"]),
         "self_colour": lambda: dict(said=f["other"]), "self_size": lambda: dict(said=f["b"][0]),

@@ -1,7 +1,5 @@
 """A chat model behind an OpenAI-compatible endpoint: OpenAI, vLLM, SGLang, llama.cpp's server, ..."""
 
-import base64
-import io
 import os
 import threading
 from collections import Counter
@@ -53,27 +51,3 @@ class Chat:
         n_in, n_out = self.usage["prompt_tokens"], self.usage["completion_tokens"]
         dollars = f", ${(n_in * price_in + n_out * price_out) / 1e6:.2f}" if price_in or price_out else ""
         return f"{self.usage['requests']:,} replies, {n_in:,} tokens of prompts, {n_out:,} of replies{dollars}"
-
-
-def picture_judge(url, model):
-    """Returns a judge(kind, question, images, audios, options) -> text of an OpenAI-compatible endpoint.
-
-    images: list of uint8 [H, W, 3]; sounds it cannot hear: ValueError. Ask for a function of your own.
-    """
-    from PIL import Image
-
-    chat = Chat(url, model, max_tokens=512)
-
-    def judge(kind, question, images, audios, options):
-        if audios:
-            raise ValueError(
-                "a judge behind an endpoint sees pictures and hears nothing; give --judge=FILE.py:FUNCTION"
-            )
-        content = [dict(type="text", text=question)]
-        for image in images:
-            Image.fromarray(image).save(file := io.BytesIO(), "PNG")
-            data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-            content.append(dict(type="image_url", image_url=dict(url=data)))
-        return chat([dict(role="user", content=content)])
-
-    return judge

@@ -3,6 +3,7 @@
 The loudness functions agree with librosa 0.11 (`feature.rms`, `effects.trim`, `effects.split`), without numba.
 """
 
+import importlib.util
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from common.jsonl import write_jsonl
 
 RATE = 22050  # samples a second
 FRAME, HOP = 2048, 512  # samples
-MOST_PIXELS, MOST_SECONDS, MOST_SAMPLES = 50_000_000, 900, 200_000_000
+MOST_PIXELS, MOST_SECONDS, MOST_SAMPLES, MOST_FILES, MOST_LETTERS = 50_000_000, 900, 200_000_000, 64, 1_000_000
+FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"  # Pillow runs Ghostscript on others
 
 # ---- 1. files -------------------------------------------------------------------------------------------------------
 
@@ -23,14 +25,13 @@ MOST_PIXELS, MOST_SECONDS, MOST_SAMPLES = 50_000_000, 900, 200_000_000
 def to_rgb(picture):
     """Returns uint8 [H, W, 3] of a PIL image of any mode, or of an array [H, W], [H, W, 3] or [H, W, 4].
 
-    What is transparent is shown on black, as converting to RGB does; 16 bits a channel are scaled to 8. Raises
-    ValueError for another shape or dtype.
+    Transparency is dropped, as converting to RGB does; 16 bits a channel are scaled to 8. Raises ValueError for another
+    shape or dtype.
     """
     if isinstance(picture, Image.Image):
         if picture.mode.startswith("I"):  # 16 bits: PIL's own conversion clips
-            return np.repeat((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257)[:, :, None], 3, 2).astype(
-                "u1"
-            )
+            grey = np.asarray(picture).astype(np.int64).clip(0, 65535) // 257
+            return np.repeat(grey[:, :, None], 3, 2).astype(np.uint8)
         return np.asarray(picture.convert("RGB"))
     picture = np.asarray(picture)
     if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.ndim == 3 and picture.shape[2] not in (3, 4):
@@ -43,7 +44,7 @@ def read_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
                 if width * height > MOST_PIXELS:
                     raise ValueError(f"{width:,} x {height:,} pixels, more than {MOST_PIXELS:,} in all")
@@ -57,15 +58,25 @@ def read_image(path):
         raise ValueError(f"{path}: {error}") from None
 
 
+def check_riff(path):
+    """Raises ValueError if a chunk of a WAV file is longer than the file. 0xFFFFFFFF: a stream's, not known."""
+    with open(path, "rb") as file:
+        size, place = file.seek(0, 2), 0
+        file.seek(0)
+        while len(head := file.read(8)) == 8 and (place or head[:4] == b"RIFF"):
+            n = int.from_bytes(head[4:], "little")
+            if n != 0xFFFFFFFF and place + 8 + n > size:
+                raise ValueError(f"its header says {place + 8 + n:,} bytes, and the file has {size:,}")
+            if place and head[:4] == b"data" or place > 100_000:
+                return
+            place += 8 + n + n % 2 if place else 12  # the whole file's own head is "RIFF", its size, "WAVE"
+            file.seek(place)
+
+
 def read_audio(path):
     """Returns float32 [n] at 22,050 Hz, channels averaged. Raises ValueError for no sound, or too long."""
     try:
-        with open(path, "rb") as file:
-            head, size = file.read(4096), file.seek(0, 2)
-        for place in (4, head.find(b"data") + 4) if head[:4] == b"RIFF" else ():
-            said = place + 4 + int.from_bytes(head[place : place + 4], "little")
-            if place > 3 and said > size:
-                raise ValueError(f"its header says {said:,} bytes, and the file has {size:,}")
+        check_riff(path)
         with soundfile.SoundFile(path) as sound:
             if sound.frames * sound.channels > MOST_SAMPLES:
                 raise ValueError(f"{sound.frames:,} samples in {sound.channels} channels")
@@ -87,11 +98,9 @@ def read_audio(path):
 
 
 def ocr(picture):
-    """Returns the words in a picture, or None without rapidocr: pip install rapidocr-onnxruntime (no download)."""
-    try:
-        from rapidocr_onnxruntime import RapidOCR
-    except ImportError:
-        return None
+    """Returns the words in a picture. It needs rapidocr: pip install rapidocr-onnxruntime (no download)."""
+    from rapidocr_onnxruntime import RapidOCR
+
     if ocr.engine is None:
         ocr.engine = RapidOCR()
     found, _ = ocr.engine(to_rgb(picture)[:, :, ::-1])
@@ -99,6 +108,7 @@ def ocr(picture):
 
 
 ocr.engine = None
+ocr.there = lambda: importlib.util.find_spec("rapidocr_onnxruntime") is not None
 
 
 def write_output(folder, task, outputs):
@@ -127,26 +137,31 @@ def write_output(folder, task, outputs):
 
 
 def read_output(folder, task, row, warn):
-    """Returns a row's output with its files read; what cannot be read is None, and `warn` gets a line."""
-    output = dict(response=str(row.get("response") or ""), image_list=[], audio_list=[])
-    said = []
+    """Returns a row's output with its files read; what cannot be read is None, and `warn` gets a line.
+
+    A sound's transcript, audio/TASK_k.txt, is None where there is none; without any there is no list of them.
+    """
+    output, said = dict(response=str(row.get("response") or ""), image_list=[], audio_list=[]), []
     for kind, suffix, read in (("image", "png", read_image), ("audio", "wav", read_audio)):
         listed = row.get(f"{kind}_list") or []
-        if not isinstance(listed, list):
-            warn(f"{task}: {kind}_list is a list of numbers, not {str(listed)[:40]!r}")
+        if not isinstance(listed, list) or len(listed) > MOST_FILES:
+            warn(f"{task}: {kind}_list is a list of at most {MOST_FILES} numbers, not {str(listed)[:40]!r}")
             listed = [None]
         for k in listed:
-            path = Path(folder) / kind / f"{task}_{k}.{suffix}"
+            item, text = None, None
             try:
-                if not isinstance(k, int):
+                if not isinstance(k, int) or not 0 <= k < 10**12:
                     raise ValueError(f"{task}: {kind}_list names files by number, not {str(k)[:40]!r}")
-                output[f"{kind}_list"].append(read(path))
-            except ValueError as error:
-                warn(str(error))
-                output[f"{kind}_list"].append(None)
-            if kind == "audio" and path.with_suffix(".txt").is_file():
-                said.append(path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace"))
-    return output | (dict(transcripts=said) if said else {})
+                path = Path(folder) / kind / f"{task}_{k}.{suffix}"
+                if kind == "audio" and path.with_suffix(".txt").is_file():
+                    with open(path.with_suffix(".txt"), encoding="utf-8", errors="replace") as file:
+                        text = file.read(MOST_LETTERS)
+                item = read(path)
+            except (ValueError, OSError) as error:
+                warn(" ".join(str(error).split()))
+            output[f"{kind}_list"].append(item)
+            said += [text] if kind == "audio" else []
+    return output | (dict(transcripts=said) if any(text is not None for text in said) else {})
 
 
 # ---- 2. loudness ----------------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ import numpy as np
 
 from benchmarks.harness import ROOT, provenance
 from common.closed_world import PALETTE
+from common.media_judge import alignment, best_threshold, judged, read_score
 from common.runlog import save_plot
-from common.text import edits, stated_in, verdict
+from common.text import edits, stated_in
 from mmmg import (
     CORRUPTIONS,
     TASKS,
-    aggregate,
     corrupt,
     instructions,
     perfect,
@@ -35,13 +35,18 @@ ERROR_RATE = 0.2
 
 
 def noisy(task, samples, seed=0):
-    """Returns (measured, true) means of a renderer that is wrong in exactly a fifth of its answers, by turns."""
-    asked, rng = instructions(task, samples, seed), np.random.default_rng([seed, 7])
-    wrong = rng.permutation(samples) < ERROR_RATE * samples
+    """Returns (measured, drawn, expected) means of a renderer that is wrong with a probability of a fifth each time.
+
+    drawn: what its answers are worth, by what was drawn; expected: by the rate alone, so that measured differs from it
+    by chance, with a standard error of at most sqrt(0.2 * 0.8 / samples), 2.8 points for 200.
+    """
+    asked, rng = instructions(task, samples, seed), np.random.default_rng([seed, TASKS.index(task)])
     kinds = [CORRUPTIONS[k] for k in rng.integers(len(CORRUPTIONS), size=samples)]
+    wrong = rng.random(samples) < ERROR_RATE
     measured = [score(task, f, corrupt(f, k) if w else perfect(f)) for f, k, w in zip(asked, kinds, wrong)]
-    true = [stated(f, k) if w else 1.0 for f, k, w in zip(asked, kinds, wrong)]
-    return float(np.mean(measured)), float(np.mean(true))
+    drawn = [stated(f, k) if w else 1.0 for f, k, w in zip(asked, kinds, wrong)]
+    worth = np.mean([stated(f, k) for f in asked[:20] for k in CORRUPTIONS])
+    return float(np.mean(measured)), float(np.mean(drawn)), float(1 - ERROR_RATE * (1 - worth))
 
 
 def grainy(output, rng):
@@ -65,7 +70,7 @@ def world(n, samples, seed=0):
                 float(pairs[:, 0].mean()),
                 max(row["off"], float(np.abs(pairs.T[0] - pairs.T[1]).max())),
             )
-        row["noisy"], row["true"] = noisy(task, samples, seed)
+        row["noisy"], row["drawn"], row["expected"] = noisy(task, samples, seed)
         row["text only, published"] = float(np.mean([score(task, f, corrupt(f, "nothing"), None, True) for f in asked]))
         table[task] = row
     return table
@@ -95,12 +100,13 @@ def loopholes():
         float(stated_in("<count>13</count>", "count", p) == "3") for p in (True, False))))  # fmt: skip
     rows.append(("a high voice asked to be low", *(pitch_score(182, "male", "low", p) for p in (True, False))))
     rows.append(("fast speech asked to be slow", *(speed_score(180, "English", "low", p) for p in (True, False))))
-    rows.append(
-        ('"I do not know" as a judge\'s no', *(float(bool(verdict("I do not know", "no", p))) for p in (True, False)))
-    )
-    rows.append(
-        ("Chinese read in another order", 1 - len(set("上天") ^ set("天上")) / 2, text_score("上天", "天上", "char"))
-    )
+    asks = dict(checks=[dict(kind="yes_no", question="Is there a dog?", answer="no")])
+    output, doubt = dict(image_list=[half((0, 0, 0))], audio_list=[]), "Yes, a dog, as you know. Yes."
+    rows.append(('"as you know. Yes." as a judge\'s no', *(
+        judged(lambda *_: doubt, "i_object_exclude", asks, output, p) for p in (True, False))))  # fmt: skip
+    rows.append(("Chinese read in another order", *(
+        read_score("i_ocr_chinese", "上天", output["image_list"], lambda *_: "天上", p)
+        for p in (True, False))))  # fmt: skip
     nonsense = "la la la la la"
     rows.append(
         ("five words of nonsense for one", 1.0 - edits(nonsense.split(), ["hello"]), text_score(nonsense, "hello"))
@@ -108,31 +114,25 @@ def loopholes():
     return rows
 
 
-def alignment(seed=0, items=2000, rounds=1000):
-    """Returns what simulated annotators of known error say of an evaluator: agreement, kappa, Pearson, a threshold.
+JUDGES = {"yes/no on objects": 0.03, "quadrant of an object": 0.06, "statement and picture": 0.12}  # errors
 
-    A true answer for each item; two annotators who err in a tenth of theirs, and a verdict that errs in 6 %. Intervals
-    by a bootstrap over items. A similarity passes where it is above 0.68; a grid of 100 finds the threshold again.
+
+def annotated(error, seed=0, asked=500):
+    """Returns (verdicts, human) [asked, 2]: a judge of known error, and two people who err in a tenth.
+
+    Where they differ, a third pass finds the truth, so both together err in a hundredth.
     """
     rng = np.random.default_rng(seed)
-    truth = rng.random(items) < 0.6
-    people = truth ^ (rng.random((2, items)) < 0.1)
-    human = np.where(people[0] == people[1], people[0], truth)  # a third pass settles
-    verdict = truth ^ (rng.random(items) < 0.06)
+    truth = rng.random((asked, 2)) < 0.6
+    people = truth ^ (rng.random((2, asked, 2)) < 0.1)
+    return truth ^ (rng.random(truth.shape) < error), np.where(people[0] == people[1], people[0], truth)
 
-    def numbers(rows):
-        a, b = human[rows].astype(float), verdict[rows].astype(float)
-        same, chance = np.mean(a == b), a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
-        return same, (same - chance) / (1 - chance), np.corrcoef(a, b)[0, 1]
 
-    samples = [numbers(rng.integers(items, size=items)) for _ in range(rounds)]
-    bounds = np.quantile(samples, (0.025, 0.975), axis=0).T
-    names = "agreement", "kappa", "Pearson"
-    found = {n: [float(x), *map(float, b)] for n, x, b in zip(names, numbers(np.arange(items)), bounds)}
-    likeness, grid = rng.random(5000), np.arange(100) / 100
-    passes = likeness > 0.68
-    found["threshold"] = float(grid[np.argmax([np.mean((likeness > t) == passes) for t in grid])])
-    return found
+def simulated_alignment():
+    """Returns {task: agreement, kappa, Pearson with intervals}, and a threshold found again on a grid of 100."""
+    found = {task: alignment(*annotated(error, seed)) for seed, (task, error) in enumerate(JUDGES.items())}
+    likeness = np.random.default_rng(0).random(5000)
+    return dict(tasks=found, threshold=best_threshold(likeness, likeness > 0.68))
 
 
 def page(path):
@@ -153,20 +153,25 @@ def page(path):
 def demo(n=5, samples=10):
     """Prints the tables of the closed world and draws a page. Returns the record."""
     began = time.perf_counter()
-    record = dict(n=n, samples=samples, world=world(n, samples), loopholes=loopholes(), alignment=alignment())
-    print(f"1. The closed world: mean scores of {n} instructions a task; noisy: {samples} samples, a fifth wrong\n")
-    heads = "perfect", "grainy", *CORRUPTIONS, "noisy", "true", "text only, published"
+    record = dict(n=n, samples=samples, world=world(n, samples), loopholes=loopholes(), alignment=simulated_alignment())
+    print(f"1. The closed world: mean scores of {n} instructions a task")
+    print(f"noisy: {samples} answers, each wrong with probability {ERROR_RATE}\n")
+    heads = "perfect", "grainy", *CORRUPTIONS, "noisy", "drawn", "expected", "text only, published"
     print(f"{'task':14}" + "".join(f"{head:>9}" for head in heads))
     for task, row in record["world"].items():
         print(f"{task:14}" + "".join(f"{row[head]:9.3f}" for head in heads))
-    means = np.array([[row["noisy"]] for row in record["world"].values()])
-    print(f"{len(TASKS)} tasks; mean of the noisy renderer {aggregate(means)[0]:.3f}")
+    noisy_mean, drawn, expected = (
+        float(np.mean([row[head] for row in record["world"].values()])) for head in ("noisy", "drawn", "expected")
+    )
+    print(f"{len(TASKS)} tasks; the noisy renderer: {noisy_mean:.3f}, drawn {drawn:.3f}, expected {expected:.3f}")
     print("\n2. Loopholes: what the published rules pay, and these\n")
     for what, published, here in record["loopholes"]:
         print(f"{what:40}{published:8.2f}{here:8.2f}")
-    print("\n3. Simulated annotators (errors 10 %, a verdict's 6 %), with 95 % intervals\n")
-    for name, value in record["alignment"].items():
-        print(f"{name:12}" + (f"{value:.2f}" if name == "threshold" else "{:.3f} ({:.3f} to {:.3f})".format(*value)))
+    print("\n3. Simulated annotators: a judge of known error, with 95 % intervals over instructions\n")
+    for task, row in record["alignment"]["tasks"].items():
+        numbers = ", ".join("{} {:.3f} ({:.3f} to {:.3f})".format(name, *value) for name, value in row.items())
+        print(f"{task}, errs in {JUDGES[task]:.0%}: {numbers}")
+    print(f"threshold of a similarity, 0.68, found again: {record['alignment']['threshold']:.2f}")
     page(ROOT / "out" / "mmmg.png")
     print(f"{time.perf_counter() - began:.0f} s. At length: python -m experiments.mmmg")
     return record

@@ -1,8 +1,11 @@
 """mmmg.py: evaluators against values known by hand, the closed world, loopholes, hostile files, folders."""
 
 import base64
+import http.server
 import io
+import json
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -11,11 +14,13 @@ from PIL import Image
 
 import mmmg
 from common.closed_world import clicks, tone
-from common.endpoint import picture_judge
+from common.jsonl import write_jsonl
 from common.media import RATE, frame_rms, loud_parts, read_audio, read_image, to_rgb, trim, write_output
+from common.media_judge import alignment, answer_of, best_threshold, endpoint_judge, judged, read_score
+from common.ratings import ranking
 from common.text import compare
 from conftest import ROOT
-from experiments.mmmg import alignment, half, loopholes, noisy
+from experiments.mmmg import JUDGES, annotated, half, loopholes, noisy, simulated_alignment
 from mmmg import (
     CORRUPTIONS,
     REGIONS,
@@ -28,6 +33,7 @@ from mmmg import (
     instructions,
     intensity,
     main,
+    modalities,
     order,
     perfect,
     pitch_score,
@@ -210,8 +216,9 @@ def test_instructions_follow_from_their_seed():
 
 @pytest.mark.parametrize("task", ["region_fill", "order_ti", "tempo", "text_single"])
 def test_a_noisy_renderer_is_measured_without_bias(task):
-    measured, true = noisy(task, 40)
-    assert measured == pytest.approx(true, abs=0.03)
+    measured, drawn, expected = noisy(task, 40)
+    assert measured == pytest.approx(drawn, abs=0.03)
+    assert abs(measured - expected) < 3 * np.sqrt(0.2 * 0.8 / 40)
 
 
 def test_every_loophole_is_there_as_published_and_closed_here():
@@ -220,10 +227,26 @@ def test_every_loophole_is_there_as_published_and_closed_here():
 
 
 def test_simulated_annotators_are_found_again():
-    found = alignment()
-    assert found["agreement"][1] <= 0.94 * 0.99 + 0.06 * 0.01 <= found["agreement"][2]  # both err in 1 %
-    assert found["kappa"][1] < found["kappa"][0] < found["kappa"][2]
+    found = simulated_alignment()
+    for task, error in JUDGES.items():
+        low, high = found["tasks"][task]["agreement"][1:]
+        assert low <= (1 - error) * 0.99 + error * 0.01 <= high  # people err in 1 %
     assert found["threshold"] == pytest.approx(0.68, abs=0.01)
+    assert best_threshold(np.array([0.1, 0.2, 0.9]), np.array([0, 0, 1])) == pytest.approx(0.2)
+
+
+def test_alignment_by_hand_and_by_whole_instructions():
+    verdicts, human = np.array([[1, 1], [1, 0], [0, 0], [0, 0]]), np.array([[1, 1], [0, 0], [0, 0], [1, 0]])
+    found = alignment(verdicts, human)
+    assert found["agreement"][0] == 0.75 and found["kappa"][0] == pytest.approx((0.75 - 17 / 32) / (1 - 17 / 32))
+    assert found["pearson"][0] == pytest.approx(np.corrcoef(verdicts.ravel(), human.ravel())[0, 1])
+    verdicts, human = annotated(0.1)
+    twice = [np.repeat(x[:, :1], 2, 1) for x in (verdicts, human)]  # the second output says nothing new
+    width = lambda pair: np.ptp(alignment(*pair)["agreement"][1:])  # noqa: E731
+    assert width(twice) == pytest.approx(width([x[:, :1] for x in (verdicts, human)]), abs=1e-9)
+    assert np.isnan(alignment([[1], [1]], [[1], [1]])["kappa"][0])
+    with pytest.raises(ValueError, match="instructions, outputs"):
+        alignment([1, 0], [1, 0])
 
 
 def test_aggregate():
@@ -242,17 +265,112 @@ def test_what_needs_a_judge_is_not_scored_and_a_judge_scores_it():
     assert score("i_object_cot", {"instruction": "a cat"}, output, lambda *_: "I know nothing") is None
 
 
-def test_an_endpoint_sees_the_pictures_and_hears_nothing(monkeypatch):
-    said = []
-    monkeypatch.setattr("common.endpoint.Chat", lambda *_, **__: lambda messages: said.append(messages) or "Yes.")
-    judge = picture_judge("http://localhost/v1", "m")
-    assert score("i_object_cot", {"instruction": "a cat"}, dict(response="", image_list=[NOISE]), judge) == 1
-    text, picture = said[0][0]["content"]
-    assert "a cat" in text["text"]
-    data = base64.b64decode(picture["image_url"]["url"].split(",")[1])
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), NOISE)
-    with pytest.raises(ValueError, match="hears nothing"):
-        score("a_sound_cot", {"instruction": "rain"}, dict(response="", audio_list=[tone(300, 1)]), judge)
+def test_a_judge_reads_the_response_and_gets_the_task_s_question():
+    heard = []
+    judge = lambda *game: heard.append(game) or "Yes."  # noqa: E731
+    output = dict(response="THE STATEMENT", image_list=[NOISE])
+    assert score("it_coherence_count", {"instruction": "some dogs"}, output, judge) == 1
+    kind, question, images, audios, options = heard[0]
+    assert kind == "yes_no" and "THE STATEMENT" in question and "some dogs" in question and "statement true" in question
+    score("i_object_count", {"instruction": "six dogs"}, output, judge)
+    assert (
+        "exactly as many objects" in heard[1][1] and images == [NOISE] and not audios and options == ("yes", "no")[:0]
+    )
+
+
+@pytest.mark.parametrize("kind, text, options, found", [
+    ("yes_no", "No: yes", (), "yes"), ("yes_no", "I know nothing", (), None), ("ocr", "Élan!", (), "elan"),
+    ("choice", "I think B", ("one", "two"), "two"), ("choice", "Two.", ("one", "two"), "two"),
+    ("choice", "Z", ("one", "two"), None), ("similarity", "about 0.75", (), 0.75), ("similarity", "95", (), None),
+])  # fmt: skip
+def test_what_a_judge_says_is_parsed(kind, text, options, found):
+    assert answer_of(kind, text, options) == found
+
+
+def test_checks_of_an_instruction_gate_and_are_averaged():
+    dog = dict(kind="choice", question="How many dogs?", options=["one", "two"], answer="two")
+    checks = [dict(kind="yes_no", question="Is it a park?", gate=True), dog, dict(dog, question="How many cats?")]
+    checks.append(dict(kind="similarity", question="How alike?", threshold=0.6))
+    judge = lambda park: lambda kind, question, *_: {  # noqa: E731
+        "yes_no": park, "choice": "B" if "dogs" in question else "A", "similarity": "0.61"}[kind]  # fmt: skip
+    output = dict(response="", image_list=[NOISE], audio_list=[])
+    found = [judged(judge(park), "i_object_count", dict(checks=checks), output) for park in ("yes", "no", "maybe")]
+    assert found == [pytest.approx(2 / 3), 0, None]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint on loopback: reply(call) -> text; `bodies` are the requests."""
+
+    def __init__(self, reply):
+        server, self.bodies = self, []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                message = dict(role="assistant", content=reply(len(server.bodies)))
+                choice = dict(index=0, finish_reason="stop", message=message)
+                body = json.dumps(dict(id="1", object="chat.completion", created=0, model="m", choices=[choice]))
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            def log_message(self, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+@pytest.fixture
+def openai(monkeypatch):
+    """Skips where the package is not installed; a proxy of the environment must not see loopback."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return pytest.importorskip("openai", reason="the package openai is not installed")
+
+
+def test_an_endpoint_sees_pictures_is_asked_once_and_hears_nothing(openai, tmp_path):
+    ask, output = {"instruction": "a cat"}, dict(response="", image_list=[NOISE])
+    with Server(lambda call: "Yes.") as server:
+        judge = endpoint_judge(server.url, "m", tmp_path / "cache" / "replies.jsonl")
+        assert score("i_object_cot", ask, output, judge) == 1 and len(server.bodies) == 1
+        text, picture = server.bodies[0]["messages"][0]["content"]
+        assert "a cat" in text["text"] and server.bodies[0]["temperature"] == 0
+        data = base64.b64decode(picture["image_url"]["url"].split(",")[1])
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), NOISE)
+        with open(tmp_path / "cache" / "replies.jsonl", "a") as file:
+            file.write('{"key": "cut o')  # by a kill
+        again = endpoint_judge(server.url, "m", tmp_path / "cache" / "replies.jsonl")
+        assert score("i_object_cot", ask, output, again) == 1 and len(server.bodies) == 1
+        assert score("i_object_cot", {"instruction": "a dog"}, output, again) == 1 and len(server.bodies) == 2
+        assert score("a_sound_cot", {"instruction": "rain"}, dict(audio_list=[tone(300, 1)]), again) is None
+    assert len((tmp_path / "cache" / "replies.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_majority_of_an_endpoint_s_replies_counts(openai):
+    with Server(lambda call: ["No.", "Well, yes", "I doubt", "no", "No"][call - 1]) as server:
+        judge = endpoint_judge(server.url, "m", votes=5)
+        assert judge("yes_no", "A cat?", [NOISE], [], ()) == "No." and len(server.bodies) == 5
+        assert server.bodies[0]["temperature"] == 0.7
+
+
+def test_a_judge_that_raises_is_named_and_words_that_say_nothing_are_not_scored(tmp_path):
+    def angry(*_):
+        raise RuntimeError("overloaded")
+
+    output = dict(response="", image_list=[NOISE])
+    with pytest.raises(ValueError, match="i_object_cot: the judge failed, RuntimeError: overloaded"):
+        score("i_object_cot", {"instruction": "a cat"}, output, angry)
+    assert score("i_object_cot", {"instruction": "a cat"}, output, lambda *_: None) is None
 
 
 # ---- 5. folders and hostile files -----------------------------------------------------------------------------------
@@ -260,8 +378,6 @@ def test_an_endpoint_sees_the_pictures_and_hears_nothing(monkeypatch):
 
 def write_world(folder, task, n, samples=1, change=perfect):
     """Writes instructions and outputs of a task; returns (outputs, instructions) as folders."""
-    from common.jsonl import write_jsonl
-
     asked = instructions(task, n)
     (folder / "asked").mkdir(exist_ok=True)
     write_jsonl(folder / "asked" / f"{task}.jsonl", asked)
@@ -329,7 +445,51 @@ def test_what_was_not_scored_is_said(tmp_path):
     out, asked = write_world(tmp_path, "transcript", 2)
     (out / "audio" / "transcript_1.txt").unlink()
     found = evaluate_folder(out, asked, samples=1)["transcript"]
-    assert found["score"] == 1 and found["n"] == 1 and "1 of 2 instructions lack" in found["warnings"][0]
+    assert (
+        found["score"] == 0.5 and found["n"] == 2 and "1 outputs without a transcript count 0" in found["warnings"][0]
+    )
+    (out / "audio" / "transcript_0.txt").unlink()
+    found = evaluate_folder(out, asked, samples=1)["transcript"]
+    assert found["score"] is None and found["n"] == 0 and "no transcripts" in found["why"]
+
+
+def test_a_task_without_its_judge_is_not_scored_whatever_failed(tmp_path):
+    (tmp_path / "asked").mkdir()
+    write_jsonl(tmp_path / "asked" / "i_object_cot.jsonl", [{"instruction": "?"}] * 3)
+    write_output(tmp_path / "out", "i_object_cot", [dict(image_list=[NOISE]), dict(image_list=[])])
+    folders = tmp_path / "out", tmp_path / "asked"
+    row = evaluate_folder(*folders, samples=1)["i_object_cot"]
+    assert row["score"] is None and row["why"] == "needs a judge"
+    row = evaluate_folder(*folders, samples=1, judge=lambda *_: "yes")["i_object_cot"]
+    assert row["score"] == pytest.approx(1 / 3) and row["missing"] == 1
+    row = evaluate_folder(*folders, samples=1, judge=lambda *_: "hm")["i_object_cot"]
+    assert row["score"] is None
+    (tmp_path / "out" / "i_object_cot.jsonl").write_text("{broken\n{}\n")
+    assert evaluate_folder(*folders, samples=1)["i_object_cot"]["score"] is None
+
+
+def test_the_interval_is_a_bootstrap_over_instructions_and_modalities_are_means_of_tasks(tmp_path):
+    right = lambda k: lambda one: perfect(one) if one["n"] % 2 == k else corrupt(one, "nothing")  # noqa: E731
+    folders = write_world(tmp_path, "count", 12, samples=2, change=right(0))
+    write_world(tmp_path, "tempo", 2, samples=2)
+    found = evaluate_folder(*folders, samples=2)
+    row = found["count"]
+    assert row["half_width"] == 0 < row["interval"][0] < row["score"] < row["interval"][1] < 1
+    p = row["score"]
+    assert np.ptp(row["interval"]) == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 12), abs=0.1)
+    means = modalities(found | {"i_object_cot": dict(score=None)})
+    assert means["image"] == dict(score=p, half_width=0.0, tasks=2, scored=1)
+    assert means["sound"]["score"] == 1 and list(means) == ["image", "sound"]
+
+
+def test_ranking_by_hand():
+    found = ranking({"a": dict(x=0.5, y=0.2), "b": dict(x=0.5, y=0.6), "c": dict(x=0.1, y=0.4, z=1.0)})
+    assert [*found] == ["b", "a", "c"]
+    assert found["b"] == dict(mean=pytest.approx(0.55), min_max=1, rank=1)
+    assert found["a"] == dict(mean=pytest.approx(0.35), min_max=0.5, rank=2)  # ties share the best rank
+    assert found["c"] == dict(mean=pytest.approx(0.25), min_max=pytest.approx(0.25), rank=2.5)
+    with pytest.raises(ValueError, match="no task that all models"):
+        ranking({"a": dict(x=1), "b": dict(x=None)})
 
 
 def test_a_file_that_is_no_json_costs_its_own_task_only(tmp_path):
@@ -349,7 +509,8 @@ def test_words_in_a_picture_are_read_by_a_judge():
     output = dict(response="", image_list=[NOISE], audio_list=[])
     read = lambda said: score("i_ocr", {"text": "No Parking"}, output, lambda *_: said)  # noqa: E731
     assert [read(said) for said in ("no parking!", "NOPARKING", "no dogs", "")] == [1, 1, 0.5, 0]
-    assert score("i_ocr", {"text": "No"}, dict(output, image_list=[])) == 0
+    assert score("i_ocr", {"text": "No"}, dict(output, image_list=[]), lambda *_: "No") == 0
+    assert read_score("i_ocr_chinese", "天气很好", [NOISE], lambda *_: "好天气很") == 0.5
 
 
 def test_missing_lines_and_empty_folders(tmp_path):
