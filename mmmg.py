@@ -483,9 +483,9 @@ def evaluate_task(outputs, file, samples, judge, published):
         output = read_output(outputs, task, row, warnings.append)
         try:
             value = score(task, asked[k // samples], output, judge, published)
-        except (KeyError, TypeError) as error:
-            what = f"without {error}" if isinstance(error, KeyError) else f"that is none ({error})"
-            raise ValueError(f"{file}, line {k // samples + 1}: an instruction {what}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"an instruction without {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{file}, line {k // samples + 1}: {what}") from None
         table.flat[k] = np.nan if value is None else value
         judgments += value is not None and any(x is not None for x in output["image_list"] + output["audio_list"])
     unclear = int(np.isnan(table).sum())

@@ -65,8 +65,11 @@ def look(picture, least=40, off=40):
     pixels, found = framed(picture).astype(np.int16), []
     near = lambda rgb: (np.abs(pixels - np.array(rgb, np.int16)) <= off).all(2)  # noqa: E731
     rim = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
-    masks, known = {colour: near(rgb) for colour, rgb in PALETTE.items()}, np.zeros((SIDE, SIDE), bool)
-    for colour, mask in (*masks.items(), ("other", ~near(rim))):
+    there = pixels[~near(rim)]
+    colours = [c for c, rgb in PALETTE.items() if (np.abs(there - np.array(rgb, np.int16)) <= off).all(1).any()]
+    masks = [(colour, near(PALETTE[colour])) for colour in colours if (np.abs(rim - PALETTE[colour]) > off).any()]
+    known = np.zeros((SIDE, SIDE), bool)
+    for colour, mask in (*masks, ("other", ~near(rim))):
         labels, _ = label(mask)
         for k, where in enumerate(find_objects(labels), 1):
             part = labels[where] == k

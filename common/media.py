@@ -146,7 +146,7 @@ def read_output(folder, task, row, warn):
         listed = row.get(f"{kind}_list") or []
         if not isinstance(listed, list) or len(listed) > MOST_FILES:
             warn(f"{task}: {kind}_list is a list of at most {MOST_FILES} numbers, not {str(listed)[:40]!r}")
-            listed = [None]
+            output[f"{kind}_list"], listed = [None], []
         for k in listed:
             item, text = None, None
             try:

@@ -13,8 +13,9 @@ import soundfile
 from PIL import Image
 
 import mmmg
-from common.closed_world import clicks, tone
+from common.closed_world import Thing, clicks, draw, tone
 from common.jsonl import write_jsonl
+from common.judging import function_judge
 from common.media import RATE, frame_rms, loud_parts, read_audio, read_image, to_rgb, trim, write_output
 from common.media_judge import alignment, answer_of, best_threshold, endpoint_judge, judged, read_score
 from common.ratings import ranking
@@ -38,6 +39,7 @@ from mmmg import (
     perfect,
     pitch_score,
     region_fill,
+    run_generator,
     score,
     segments,
     speed_score,
@@ -409,36 +411,187 @@ def huge_png(path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")))
 
 
-def test_hostile_pictures_get_a_line_and_0_and_the_rest_is_scored(tmp_path):
-    folders = write_world(tmp_path, "region_fill", 6)
-    file = lambda k: tmp_path / "out" / "image" / f"region_fill_{k}.png"  # noqa: E731
-    file(0).write_bytes(file(0).read_bytes()[:500])
-    huge_png(file(1))
+def animation(path):
+    """Writes a GIF of two frames."""
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
-    frames[0].save(file(2), format="GIF", save_all=True, append_images=frames[1:])
-    file(3).unlink()
-    Image.open(file(4)).convert("P").save(file(4))
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:])
+
+
+BAD_PICTURES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:500]),
+    "decompression bomb": huge_png,
+    "animation of 2 frames": animation,
+    "no such file": lambda path: path.unlink(),
+    "cannot identify": lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    "cannot identify image": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("word", BAD_PICTURES)
+def test_a_hostile_picture_gets_a_line_and_0_and_the_rest_is_scored(tmp_path, word):
+    folders = write_world(tmp_path, "region_fill", 3)
+    BAD_PICTURES[word](tmp_path / "out" / "image" / "region_fill_1.png")
     found = evaluate_folder(*folders, samples=1)["region_fill"]
-    assert len(found["warnings"]) == 4 and all("\n" not in line for line in found["warnings"])
-    for line, word in zip(
-        found["warnings"], ("truncated", "decompression bomb", "animation of 2 frames", "no such file")
-    ):
-        assert word in line
-    assert found["n"] == 6 and 1.5 / 6 < found["score"] <= 2 / 6
+    assert len(found["warnings"]) == 1 and word in found["warnings"][0] and "\n" not in found["warnings"][0]
+    assert found["n"] == 3 and found["score"] == pytest.approx(2 / 3)
 
 
-def test_hostile_sounds(tmp_path):
-    folders = write_world(tmp_path, "tempo", 3)
-    path = tmp_path / "out" / "audio" / "tempo_0.wav"
+def test_palettes_alpha_and_16_bits_are_pictures_like_others(tmp_path):
+    folders = write_world(tmp_path, "region_fill", 3)
+    for k, mode in enumerate(("P", "RGBA")):
+        path = tmp_path / "out" / "image" / f"region_fill_{k}.png"
+        picture = Image.open(path)
+        picture = picture.quantize(256) if mode == "P" else picture.convert(mode)
+        picture.save(path)
+    found = evaluate_folder(*folders, samples=1)["region_fill"]
+    assert found["score"] > 0.95 and not found["warnings"]
+    deep = np.full((60, 60), 40000, np.uint16)
+    deep[:, :30] = 0
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png")[0, [0, 59]].tolist() == [[0] * 3, [155] * 3]
+    assert region_fill(read_image(tmp_path / "deep.png"), "left half", "black", strict=True) == pytest.approx(1)
+
+
+def lie(path, place=4, size=2**31):
+    """Writes another size into a WAV's header."""
     data = bytearray(path.read_bytes())
-    data[4:8] = struct.pack("<I", 2**31)
+    data[place : place + 4] = struct.pack("<I", size)
     path.write_bytes(data)
-    soundfile.write(tmp_path / "out" / "audio" / "tempo_1.wav", np.zeros(1000 * 901, np.float32), 1000)
+
+
+BAD_SOUNDS = {
+    "its header says": lie,
+    "bytes, and the file has": lambda path: lie(path, path.read_bytes().index(b"data") + 4),
+    "at most 900 s": lambda path: soundfile.write(path, np.zeros(1000 * 3601, np.float32), 1000),
+    "not finite": lambda path: soundfile.write(path, np.array([np.nan] * 9), RATE, subtype="FLOAT"),
+    "Format not recognised": lambda path: path.write_bytes(b"no sound"),
+}
+
+
+@pytest.mark.parametrize("word", BAD_SOUNDS)
+def test_a_hostile_sound_gets_a_line_and_0_and_the_rest_is_scored(tmp_path, word):
+    folders = write_world(tmp_path, "tempo", 3)
+    BAD_SOUNDS[word](tmp_path / "out" / "audio" / "tempo_0.wav")
     found = evaluate_folder(*folders, samples=1)["tempo"]
-    assert "its header says" in found["warnings"][0] and "at most 900 s" in found["warnings"][1]
-    assert found["score"] == pytest.approx(1 / 3)
+    assert len(found["warnings"]) == 1 and word in found["warnings"][0] and "\n" not in found["warnings"][0]
+    assert found["score"] == pytest.approx(2 / 3)
+
+
+def test_right_sounds_are_read_whatever_their_header_holds(tmp_path):
     soundfile.write(tmp_path / "ü.wav", np.ones((4410, 2)) * 0.5, 44100)
     assert len(read_audio(tmp_path / "ü.wav")) == 2205
+    body = (tmp_path / "ü.wav").read_bytes()
+    note = b"LIST" + struct.pack("<I", 24) + b"INFOICMTmy training data"
+    (tmp_path / "noted.wav").write_bytes(body[:4] + struct.pack("<I", len(body) + 24) + body[8:12] + note + body[12:])
+    lie(tmp_path / "noted.wav", 4, len(body) + len(note) - 8)
+    assert len(read_audio(tmp_path / "noted.wav")) == 2205
+
+
+def test_unicode_names_and_lists_that_are_none(tmp_path):
+    out, asked = write_world(tmp_path, "tempo", 3)
+    for folder, name in ((asked, "音_ö"), (out, "音_ö")):
+        (folder / f"{name}.jsonl").write_bytes((folder / "tempo.jsonl").read_bytes())
+    assert evaluate_folder(out, asked, samples=1)["音_ö"]["why"] == "needs a judge"
+    (tmp_path / "日本").mkdir()
+    moved = out.rename(tmp_path / "日本" / "é")
+    (tmp_path / "secret.txt").write_text("stolen")
+    rows = [dict(audio_list=["../../secret"]), dict(audio_list=[0] * 10_000), dict(audio_list=[2])]
+    write_jsonl(moved / "tempo.jsonl", rows)
+    found = evaluate_folder(moved, asked, samples=1)["tempo"]
+    assert found["score"] == pytest.approx(1 / 3) and len(found["warnings"]) == 2
+    assert "by number, not '../../secret'" in found["warnings"][0] and "at most 64 numbers" in found["warnings"][1]
+
+
+@pytest.mark.parametrize("answer, score_of", [
+    ("raise RuntimeError('out of memory')", 0), ("raise SystemExit(0)", 0), ("return None", 0), ("return {}", 0),
+    ("return dict(response=5, image_list=5)", 0), ("return dict(image_list=[[0.5]])", 0),
+    ("instruction.clear(); return {}", 0), ("return perfect(instruction)", 1),
+])  # fmt: skip
+def test_a_generator_that_raises_costs_its_output_and_the_rest_goes_on(tmp_path, answer, score_of):
+    path = tmp_path / f"g{abs(hash(answer))}.py"
+    path.write_text(f"""from mmmg import perfect
+
+def make(instruction):
+    if instruction["n"] == 3:
+        {answer.replace("; ", chr(10) + 8 * " ")}
+    return perfect(instruction)
+""")
+    found = run_generator(function_judge(f"{path}:make"), ["count"], 10, 0)["count"]
+    threes = sum(one["n"] == 3 for one in instructions("count", 10, 0))
+    assert threes and found["score"] == pytest.approx(1 - threes / 10 * (1 - score_of)) and found["n"] == 10
+    assert all(line.startswith("count, instruction ") and "\n" not in line for line in found["warnings"])
+    assert len(found["warnings"]) in (0, threes)
+    if answer.startswith("raise Run"):
+        assert "RuntimeError: out of memory" in found["warnings"][0]
+
+
+def test_a_generator_without_transcripts_is_not_scored_there():
+    mute = lambda one: {k: v for k, v in perfect(one).items() if k != "transcripts"}  # noqa: E731
+    assert run_generator(mute, ["transcript"], 2, 0)["transcript"]["score"] is None
+
+
+# ---- 6. answers of nothing ------------------------------------------------------------------------------------------
+
+
+def blank(task):
+    """Returns white pictures, as many as are asked for, and 8 s of silence."""
+    return dict(response="<count>0</count>", image_list=[np.full((240, 240, 3), 255, np.uint8)] * (
+        4 if task == "multiview" else 1), audio_list=[], transcripts=[""])  # fmt: skip
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in ("multiview", "order_ti", "order_ta")])
+def test_a_blank_picture_or_silence_is_worth_nothing(task):
+    for one in instructions(task, 5):
+        assert score(task, one, blank(task)) == 0
+        quiet = dict(response="", image_list=[], audio_list=[np.zeros(8 * RATE)], transcripts=[""])
+        assert score(task, one, quiet) == 0
+
+
+@pytest.mark.parametrize("side", [480, 120, 333])
+def test_pictures_of_another_size_are_scored_alike(side):
+    for task in ("count", "spatial_abs", "spatial_rel", "edit_add", "edit_colour", "comparison"):
+        for one in instructions(task, 3):
+            resize = lambda x: np.asarray(Image.fromarray(x).resize((side, side), 0))  # noqa: E731
+            right = [resize(x) for x in perfect(one)["image_list"]]
+            wrong = [resize(x) for x in corrupt(one, "wrong")["image_list"]]
+            assert score(task, one, dict(image_list=right)) > 0.8 and score(task, one, dict(image_list=wrong)) == 0
+
+
+def test_nothing_hides_in_a_shade():
+    def scene(rgb):
+        picture = draw([Thing("red", "circle", 60, 60, 50)]).copy()
+        picture[140:200, 140:200] = rgb
+        return dict(image_list=[picture])
+
+    facts = dict(a=("red", "circle"), b=("blue", "square"), colour="red", shape="circle", n=1)
+    assert score("exclude", facts, dict(image_list=[draw([Thing("red", "circle", 60, 60, 50)])])) == 1
+    for rgb in ((0, 0, 255), (25, 25, 230), (60, 60, 200), (120, 90, 40)):
+        assert score("exclude", facts, scene(rgb)) == score("count", facts, scene(rgb)) == 0
+
+
+@pytest.mark.parametrize("text, constraint, holds", [
+    ("NASA's moon landing", ["keyword_exclude", "NASA"], 0), ("the river's edge", ["keyword_include", "river"], 1),
+    ("mars and nasa", ["keyword_include", ["NASA", "Mars"]], 1), ("mars", ["keyword_exclude", ["NASA", "Mars"]], 0),
+    ("今天很好", ["keyword_include", "天"], 1), ("今天很好", ["keyword_exclude", "天"], 0),
+    ("rain", ["keyword_exclude", "AI"], 1), ("don't go", ["keyword_include", "Don't"], 1),
+    ("STRASSE", ["exact_match", "Straße"], 1),
+])  # fmt: skip
+def test_keywords_are_whole_words_in_any_case_and_language(text, constraint, holds):
+    assert transcript(text, constraint) == float(holds)
+
+
+def test_kana_keep_their_marks():
+    assert text_score("か", "が", "char") == 0 and text_score("e\u0301", "é", "char") == 1
+
+
+def test_an_order_s_tags_are_different_ones():
+    asked, output = dict(order=["ii"]), dict(response=TAG.format(0) * 2, image_list=[NOISE] * 2)
+    assert score("order_ti", asked, output) == 0 and score("order_ti", asked, output, published=True) == 1
+    assert score("order_ti", asked, dict(output, response=TAG.format(0) + TAG.format(1))) == 1
+    assert score("order_ti", dict(order="tit"), dict(response="words")) == 0
+
+
+# ---- 7. folders, the command line -----------------------------------------------------------------------------------
 
 
 def test_what_was_not_scored_is_said(tmp_path):
@@ -505,6 +658,20 @@ def test_a_file_that_is_no_json_costs_its_own_task_only(tmp_path):
         evaluate_folder(out, asked, samples=1)
 
 
+def test_an_instruction_that_is_none_is_named_with_its_file_and_line(tmp_path):
+    out, asked = write_world(tmp_path, "tempo", 2)
+    lines = (asked / "tempo.jsonl").read_text().splitlines()
+    for wrong, word in (("90", "unsupported operand"), (None, "unsupported operand")):
+        (asked / "tempo.jsonl").write_text(lines[0] + "\n" + json.dumps(dict(tempo=wrong)) + "\n")
+        with pytest.raises(ValueError, match=f"tempo.jsonl, line 2: {word}"):
+            evaluate_folder(out, asked, samples=1)
+    out, asked = write_world(tmp_path, "region_fill", 1)
+    (asked / "tempo.jsonl").unlink()
+    (asked / "region_fill.jsonl").write_text('{"region": "middle", "color": "red"}\n')
+    with pytest.raises(ValueError, match="region_fill.jsonl, line 1: unknown region 'middle'"):
+        evaluate_folder(out, asked, samples=1)
+
+
 def test_words_in_a_picture_are_read_by_a_judge():
     output = dict(response="", image_list=[NOISE], audio_list=[])
     read = lambda said: score("i_ocr", {"text": "No Parking"}, output, lambda *_: said)  # noqa: E731
@@ -536,8 +703,12 @@ def test_the_command_line(tmp_path, capsys):
     generator.write_text("from mmmg import perfect\n\ndef make(instruction):\n    return perfect(instruction)\n")
     assert main([f"--generate={generator}:make", "--tasks=region_fill,order_ti", "--n=2"]) == 0
     assert "mean of 2 of 2 tasks: 100.0" in capsys.readouterr().out
+    assert main([f"--outputs={out},{out}", f"--instructions={asked}", "--samples=1"]) == 0
+    assert "100.0    0.000      1.00" in capsys.readouterr().out
     for flags in (
         [],
+        [f"--outputs={out}", f"--instructions={asked}", "--tasks=count"],
+        [f"--outputs={out}", f"--instructions={asked}", "--samples=100000000"],
         [f"--outputs={out}"],
         [f"--generate={generator}:make", "--n=0"],
         [f"--generate={generator}:make", "--tasks=dance"],
