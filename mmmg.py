@@ -16,8 +16,9 @@ Limits   The perfect renderer scores 1 on every task of the closed world, each c
 Differs  Order counts the files, not only the tags. Colours are compared in RGB, not by hue alone. Keywords are whole
          words in any letter case, comparators are parsed, not executed. Tempo is by intervals between onsets, not by a
          beat tracker's weights. A task that lacks its judge is not scored, rather than 0.
-Files    mmmg.py + common/cli.py + common/closed_world.py + common/endpoint.py + common/jsonl.py + common/judging.py
-         + common/media.py + common/ranges.py + common/text.py: 2,226 lines in all
+Files    mmmg.py + common/cli.py + common/closed_world.py + common/jsonl.py + common/judging.py + common/media.py +
+         common/media_judge.py + common/ranges.py + common/ratings.py + common/text.py + common/endpoint.py: 2,757
+         lines in all
 """
 
 import re
@@ -399,8 +400,7 @@ def aggregate(scores):
     scores = np.asarray(scores, dtype=float)
     if scores.ndim != 2 or not scores.size:
         raise ValueError(f"scores are [instructions, samples], not {list(scores.shape)}")
-    means = scores.mean(0)  # [samples]
-    n = len(means)
+    means, n = scores.mean(0), scores.shape[1]  # means [samples]
     return float(scores.mean()), float(1.96 * means.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
 
 
