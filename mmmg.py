@@ -545,14 +545,14 @@ def show(found):
     for row in found.values():
         for warning in row["warnings"]:
             print(f"warning: {warning}")
-    print(f"{'task':24}{'score':>6}  +- sampling  (instructions drawn)      n")
+    print(f"{'task':24}{'score':>6}  {'sampling':11}{'instructions drawn':20}n")
     for task, row in found.items():
         if row["score"] is None:
             print(f"{task:24}not scored: {row['why']}")
             continue
         half_width = "one sample" if np.isnan(row["half_width"]) else f"+- {100 * row['half_width']:.1f}"
         low, high = (100 * x for x in row["interval"])
-        print(f"{task:24}{100 * row['score']:6.1f}  {half_width:11}  ({low:.1f} to {high:.1f}){row['n']:15}")
+        print(f"{task:24}{100 * row['score']:6.1f}  {half_width:11}{f'{low:.1f} to {high:.1f}':20}{row['n']}")
     for name, row in (modalities(found) | modalities(found, {"all": ("",)})).items():
         mean = "-" if row["score"] is None else f"{100 * row['score']:.1f}"
         print(f"{name}: mean of {row['scored']} of {row['tasks']} tasks: {mean}")
