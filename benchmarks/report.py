@@ -764,6 +764,7 @@ def mmmg():
     rows = [[f"`{task}`", *(f"{row[head]:.3f}" for head in heads)] for task, row in world.items()]
     off, chance = (max(abs(row["noisy"] - row[head]) for row in world.values()) for head in ("drawn", "expected"))
     mean = sum(row["noisy"] - row["expected"] for row in world.values()) / len(world)
+    error = (1 / 5 * 4 / 5 / found["samples"]) ** 0.5  # of a share of a fifth
     near = sum(abs(row["noisy"] - row["expected"]) <= 0.03 for row in world.values())
     hurt = ", ".join(f"`{task}`" for task, row in world.items() if row["grainy"] < row["perfect"] - 1e-3)
     least, missed = min(row["perfect"] for row in world.values()), max(row["off"] for row in world.values())
@@ -776,9 +777,9 @@ def mmmg():
 
 Evaluators in a closed world of {len(world)} tasks, {found["n"]} instructions each. The perfect renderer scores at
 least {least:.4f}; a corruption misses its stated value by {missed:.4f} at most. The noisy renderer is wrong with
-probability 0.2, {found["samples"]} answers a task. Its measured mean differs from the worth of what was drawn by
-{100 * off:.2f} points at most. It differs from what the rate says by chance alone, with a standard error of up to 2.8
-points: {100 * mean:+.2f} over all tasks, {100 * chance:.1f} at most, within 3 in {near} of {len(world)}. A text-only
+a probability of a fifth, {found["samples"]} answers a task. Its measured mean differs from the worth of what was
+drawn by {100 * off:.2f} points at most. From what the rate says it differs by chance alone, with a standard error of
+up to {100 * error:.1f} points: {100 * mean:+.2f} over all tasks, {100 * chance:.1f} at most, within 3 in {near} of {len(world)}. A text-only
 generator ("nothing") is paid by the published rule of order alone. "grainy": the perfect answer with noise of three
 levels of 255, and a thousandth of full scale. Miss: SSIM sees what no eye does, in {hurt}.
 
@@ -789,7 +790,7 @@ Loopholes of the published evaluators: the score that they pay, and the score he
 {table(["what", "published", "here"], holes)}
 
 Simulated annotators, and their agreement with judges of known error; 95 % by a bootstrap over instructions. The
-threshold of a similarity, 0.68, is found at {found["alignment"]["threshold"]:.2f}, on a grid of 100.
+threshold of a similarity is found at {found["alignment"]["threshold"]:.2f}, on a grid of 100.
 
 {table(["", "agreement", "kappa", "Pearson"], people)}"""
 
