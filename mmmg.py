@@ -348,8 +348,8 @@ def score(task, instruction, output, judge=None, published=False):
     if len(media) != (4 if kind == "multiview" else 1) or not readable:
         return 0.0
     if kind == "transcript":
-        said = output["transcripts"][0]
-        return transcript(said, instruction["constraint"], published) if said and str(said).strip() else 0.0
+        said, spoken = output["transcripts"][0], instruction["constraint"]
+        return transcript(said, spoken, published) if isinstance(said, str) and said.strip() else 0.0
     if kind in SOUNDS:
         return float(check_sound(kind, instruction, media[0], published))
     if kind in PICTURES:

@@ -580,6 +580,12 @@ def test_keywords_are_whole_words_in_any_case_and_language(text, constraint, hol
     assert transcript(text, constraint) == float(holds)
 
 
+@pytest.mark.parametrize("said", [None, 5, "", " "])
+def test_an_empty_transcript_excludes_nothing(said):
+    output = dict(audio_list=[tone(300, 1)], transcripts=[said])
+    assert score("transcript", dict(constraint=["keyword_exclude", "NASA"]), output) == 0
+
+
 def test_kana_keep_their_marks():
     assert text_score("か", "が", "char") == 0 and text_score("e\u0301", "é", "char") == 1
 
