@@ -781,7 +781,8 @@ a probability of a fifth, {found["samples"]} answers a task. Its measured mean d
 drawn by {100 * off:.2f} points at most. From what the rate says it differs by chance alone, with a standard error of
 up to {100 * error:.1f} points: {100 * mean:+.2f} over all tasks, {100 * chance:.1f} at most, within 3 in {near} of
 {len(world)}. A text-only generator ("nothing") is paid by the published rule of order alone.
-"grainy": the perfect answer with noise of three levels of 255, and a thousandth of full scale. Miss: SSIM sees what no eye does, in {hurt}.
+"grainy": the perfect answer with noise of three levels of 255, and a thousandth of full scale.
+Miss: SSIM sees what no eye does, in {hurt}.
 
 {table(["task", *heads], rows)}
 
