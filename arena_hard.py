@@ -23,7 +23,7 @@ Differs  Ratings are the exact maximum: a model that always won is at +inf, wher
          solved to convergence. Nulls and failed requests are asked again, answered games never. Topics: TF-IDF and
          HDBSCAN in the place of a remote embedding and BERTopic; pass `embed` for a model of your own.
 Files    arena_hard.py + common/cli.py + common/endpoint.py + common/jsonl.py + common/judging.py + common/ranges.py
-         + common/ratings.py + common/topics.py: 1,895 lines in all
+         + common/ratings.py + common/topics.py: 1,912 lines in all
 """
 
 import sys

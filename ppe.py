@@ -22,7 +22,7 @@ Differs  f is exact, where the authors' scorer draws subsets. The paper leaves o
          prompts here, `auc` has the others) and whether loss is of the mean curves (so here) or a mean of losses. A tie
          of rewards is wrong, with the half-credit figure beside it. Intervals are ours: rows are resampled.
 Files    ppe.py + arena_hard.py + common/cli.py + common/ranges.py + common/ratings.py + common/reward_models.py +
-         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,765 lines in all
+         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,782 lines in all
 """
 
 import sys

@@ -875,10 +875,50 @@ permuted ratings.
 The seven metrics of 16,038 votes on 20 models, with 100 resamples, take {found["human_seconds"]} s."""
 
 
+def mmmg():
+    """Returns the section on evaluators of pictures and sound: mmmg.json."""
+    found = record("mmmg")
+    world = found["world"]
+    heads = ["perfect", "grainy", "nothing", "extra", "wrong", "noisy", "drawn", "expected", "text only, published"]
+    rows = [[f"`{task}`", *(f"{row[head]:.3f}" for head in heads)] for task, row in world.items()]
+    off, chance = (max(abs(row["noisy"] - row[head]) for row in world.values()) for head in ("drawn", "expected"))
+    mean = sum(row["noisy"] - row["expected"] for row in world.values()) / len(world)
+    error = (1 / 5 * 4 / 5 / found["samples"]) ** 0.5  # of a share of a fifth
+    near = sum(abs(row["noisy"] - row["expected"]) <= 0.03 for row in world.values())
+    hurt = ", ".join(f"`{task}`" for task, row in world.items() if row["grainy"] < row["perfect"] - 1e-3)
+    least, missed = min(row["perfect"] for row in world.values()), max(row["off"] for row in world.values())
+    holes = [[what, f"{published:.2f}", f"{here:.2f}"] for what, published, here in found["loopholes"]]
+    people = [[task, *("{:.3f} ({:.3f} to {:.3f})".format(*row[name]) for name in ("agreement", "kappa", "pearson"))]
+              for task, row in found["alignment"]["tasks"].items()]  # fmt: skip
+    return f"""## MMMG
+
+[`mmmg.json`](assets/bench/mmmg.json). {sources(found)}
+
+Evaluators in a closed world of {len(world)} tasks, {found["n"]} instructions each. The perfect renderer scores at
+least {least:.4f}; a corruption misses its stated value by {missed:.4f} at most. The noisy renderer is wrong with
+a probability of a fifth, {found["samples"]} answers a task. Its measured mean differs from the worth of what was
+drawn by {100 * off:.2f} points at most. From what the rate says it differs by chance alone, with a standard error of
+up to {100 * error:.1f} points: {100 * mean:+.2f} over all tasks, {100 * chance:.1f} at most, within 3 in {near} of
+{len(world)}. A text-only generator ("nothing") is paid by the published rule of order alone.
+"grainy": the perfect answer with noise of three levels of 255, and a thousandth of full scale.
+Miss: SSIM sees what no eye does, in {hurt}.
+
+{table(["task", *heads], rows)}
+
+Loopholes of the published evaluators: the score that they pay, and the score here.
+
+{table(["what", "published", "here"], holes)}
+
+Simulated annotators, and their agreement with judges of known error; 95 % by a bootstrap over instructions. The
+threshold of a similarity is found at {found["alignment"]["threshold"]:.2f}, on a grid of 100.
+
+{table(["", "agreement", "kappa", "Pearson"], people)}"""
+
+
 # ---- 10. the page ----------------------------------------------------------------------------------------
 
 SECTIONS = (training, models, kernels, ssd_claims, nvfp4_kernels, decoding, passkey, lla, latent_moe,
-            nvfp4_training, rewards, studies, diffusion, arena_hard, ppe)  # fmt: skip
+            nvfp4_training, rewards, studies, diffusion, arena_hard, ppe, mmmg)  # fmt: skip
 
 
 def render():

@@ -182,3 +182,20 @@ def interval(samples, level=0.95):
         with np.errstate(invalid="ignore"):  # inf - inf
             bounds.append(np.where((low == high) | (low == -np.inf), low, low + (high - low) * (at - np.floor(at))))
     return np.stack(bounds, axis=1)
+
+
+def ranking(scores):
+    """Returns {model: dict(mean, min_max, rank)} of {model: {task: score}}, over the tasks that all have; best first.
+
+    min_max: the mean of scores that are scaled to 0..1 in each task; rank: the mean rank, ties share the best one.
+    """
+    tasks = [t for t in next(iter(scores.values())) if all(row.get(t) is not None for row in scores.values())]
+    if not tasks:
+        raise ValueError("there is no task that all models have a score of")
+    table = np.array([[row[task] for task in tasks] for row in scores.values()])  # [models, tasks]
+    span = np.ptp(table, axis=0)
+    scaled = (table - table.min(0)) / np.where(span, span, 1)
+    rank = 1 + (table[None] > table[:, None]).sum(1)  # how many are better
+    rows = {m: dict(mean=float(table[i].mean()), min_max=float(scaled[i].mean()), rank=float(rank[i].mean()))
+            for i, m in enumerate(scores)}  # fmt: skip
+    return dict(sorted(rows.items(), key=lambda item: -item[1]["mean"]))

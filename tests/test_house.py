@@ -236,6 +236,11 @@ EXAMPLES = {  # ten lines with each, run in a folder with the files that its doc
         assert abs(human_metrics(*votes, 2)["spearman"] - 1) < 1e-9
         assert abs(downstream([[0.5], [0.6], [0.9]], [1000, 1010, 1040])["r"] - 1) < 1e-9
     """,
+    "mmmg.py": """
+        from mmmg import TASKS, aggregate, instructions, perfect, score
+        scores = [[score(task, one, perfect(one))] for task in TASKS for one in instructions(task, 1, 0)]
+        assert aggregate(scores)[0] > 0.999 and len(TASKS) >= 18
+    """,
     "rollouts.py": """
         from rollouts import dpo_loss
         chosen, rejected = torch.randn(2, 5, requires_grad=True)
