@@ -23,10 +23,9 @@ Differs  Ratings are the exact maximum: a model that always won is at +inf, wher
          solved to convergence. Nulls and failed requests are asked again, answered games never. Topics: TF-IDF and
          HDBSCAN in the place of a remote embedding and BERTopic; pass `embed` for a model of your own.
 Files    arena_hard.py + common/cli.py + common/endpoint.py + common/jsonl.py + common/judging.py + common/ranges.py
-         + common/ratings.py + common/topics.py: 1,912 lines in all
+         + common/ratings.py + common/topics.py: 1,929 lines in all
 """
 
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from scipy.special import ndtr
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from common.cli import Parser, add_fields, fail, print_anything
+from common.cli import Parser, add_fields, print_anything, reporting, start
 from common.endpoint import Chat
 from common.jsonl import ask_once, files_of, read_jsonl, write_jsonl
 from common.judging import (
@@ -560,8 +559,9 @@ def annotate(texts, config):
     return [parse_criteria(reply) for reply in replies]
 
 
+@reporting
 def main(argv=None):
-    """Runs one of the forms. Returns the exit status: 0; 2 after a mistake, said in one line; 130 after Ctrl-C."""
+    """Runs one of the forms. Returns the exit status, see `reporting`."""
     print_anything()
     parser = Parser(prog="arena_hard.py", description=Config.__doc__, allow_abbrev=False)
     add_fields(parser, Config, set())
@@ -569,32 +569,19 @@ def main(argv=None):
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     categories = given.pop("category", [])
     forms = [form for form in FORMS if given.get(form)]
-    try:
-        if len(forms) != 1:
-            raise ValueError("one of --judgments, --questions, --build is needed, and no two (see --help)")
-        strange = [name for name in [*given, *(["category"] if categories else [])]
-                   if name not in [forms[0], *FORMS[forms[0]].split()]]  # fmt: skip
-        if strange:
-            raise ValueError(f"--{strange[0]} means nothing with --{forms[0]}")
-        config = Config(**given)
-        check_version(config.version)
-        at_least_1 = dict.fromkeys(("workers", "clusters", "per_cluster"), SIZE)
-        most = dict(weight=(1, MOST_COPIES), rounds=(1, 10**6))
-        check_ranges(config, **at_least_1, **most, min_size=(2, SIZE[1]), max_tokens=(0, SIZE[1]))
-        dict(judgments=replay, questions=judge_answers, build=build)[forms[0]](config, categories)
-    except (ValueError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    if len(forms) != 1:
+        raise ValueError("one of --judgments, --questions, --build is needed, and no two (see --help)")
+    strange = [name for name in [*given, *(["category"] if categories else [])]
+               if name not in [forms[0], *FORMS[forms[0]].split()]]  # fmt: skip
+    if strange:
+        raise ValueError(f"--{strange[0]} means nothing with --{forms[0]}")
+    config = Config(**given)
+    check_version(config.version)
+    at_least_1 = dict.fromkeys(("workers", "clusters", "per_cluster"), SIZE)
+    most = dict(weight=(1, MOST_COPIES), rounds=(1, 10**6))
+    check_ranges(config, **at_least_1, **most, min_size=(2, SIZE[1]), max_tokens=(0, SIZE[1]))
+    dict(judgments=replay, questions=judge_answers, build=build)[forms[0]](config, categories)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.exit(main())
-    try:
-        from experiments.arena_hard import demo
-    except ImportError as error:  # the file was copied alone
-        sys.exit(fail(f"the demo is in experiments/arena_hard.py ({error}); --help shows what else there is"))
-    demo()
+    start(main, "arena_hard")

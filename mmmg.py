@@ -17,12 +17,11 @@ Differs  Order counts the files, not only the tags. Colours are compared in RGB,
          words in any letter case, comparators are parsed, not executed. Tempo is by intervals between onsets, not by a
          beat tracker's weights. A task that lacks its judge is not scored, rather than 0.
 Files    mmmg.py + common/cli.py + common/closed_world.py + common/jsonl.py + common/judging.py + common/media.py +
-         common/media_judge.py + common/ranges.py + common/ratings.py + common/text.py + common/endpoint.py: 2,763
+         common/media_judge.py + common/ranges.py + common/ratings.py + common/text.py + common/endpoint.py: 2,783
          lines in all
 """
 
 import re
-import sys
 from colorsys import rgb_to_hsv
 from copy import deepcopy
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from scipy.stats import linregress
 from skimage.metrics import structural_similarity
 
 from common import closed_world as world
-from common.cli import fail, parse
+from common.cli import parse, reporting, start
 from common.jsonl import read_jsonl
 from common.judging import function_judge
 from common.media import HOP, RATE, checked_audio, frame_rms, loud_parts, ocr, read_output, to_rgb, trim
@@ -558,43 +557,34 @@ def show(found):
         print(f"{name}: mean of {row['scored']} of {row['tasks']} tasks: {mean}")
 
 
+@reporting
 def main(argv=None):
-    """Runs one of the forms. Returns the exit status: 0; 2 after a mistake, said in one line."""
-    try:
-        config = Config(**parse(Config, prog="mmmg.py", about=Config.__doc__, argv=argv))
-        if bool(config.outputs) == bool(config.generate) or bool(config.outputs) != bool(config.instructions):
-            raise ValueError("--outputs with --instructions is needed, or --generate alone (see --help)")
-        check_ranges(config, samples=(1, 1000), n=(1, 100_000), votes=(1, 99))
-        if config.generate and config.judge or config.outputs and config.tasks:
-            raise ValueError("--judge goes with --outputs, --tasks with --generate")
-        rules = "rules: " + ("published, with their loopholes" if config.published else "strict, loopholes closed")
-        if config.generate:
-            tasks = [task.strip() for task in config.tasks.split(",")] if config.tasks else TASKS
-            generate = function_judge(config.generate)
-            print(rules)
-            show(run_generator(generate, tasks, config.n, config.seed, config.published))
-            return 0
-        judge = named_judge(config.judge, config.model, config.cache, config.votes)
-        folders, rows = config.outputs.split(","), {}
+    """Runs one of the forms. Returns the exit status, see `reporting`."""
+    config = Config(**parse(Config, prog="mmmg.py", about=Config.__doc__, argv=argv))
+    if bool(config.outputs) == bool(config.generate) or bool(config.outputs) != bool(config.instructions):
+        raise ValueError("--outputs with --instructions is needed, or --generate alone (see --help)")
+    check_ranges(config, samples=(1, 1000), n=(1, 100_000), votes=(1, 99))
+    if config.generate and config.judge or config.outputs and config.tasks:
+        raise ValueError("--judge goes with --outputs, --tasks with --generate")
+    rules = "rules: " + ("published, with their loopholes" if config.published else "strict, loopholes closed")
+    if config.generate:
+        tasks = [task.strip() for task in config.tasks.split(",")] if config.tasks else TASKS
+        generate = function_judge(config.generate)
         print(rules)
-        for folder in folders:
-            print(*[f"\n{folder}"] * (len(folders) > 1), sep="")
-            rows[folder] = evaluate_folder(folder, config.instructions, config.samples, judge, config.published)
-            show(rows[folder])
-        if len(folders) > 1:
-            print("\nranking over the tasks that all have\nmean   min-max   mean rank")
-            for name, row in ranking({m: {t: r["score"] for t, r in x.items()} for m, x in rows.items()}).items():
-                print(f"{100 * row['mean']:5.1f}  {row['min_max']:7.3f}  {row['rank']:8.2f}   {name}")
-    except (ValueError, OSError) as error:
-        return fail(error)
-    return 0
+        show(run_generator(generate, tasks, config.n, config.seed, config.published))
+        return
+    judge = named_judge(config.judge, config.model, config.cache, config.votes)
+    folders, rows = config.outputs.split(","), {}
+    print(rules)
+    for folder in folders:
+        print(*[f"\n{folder}"] * (len(folders) > 1), sep="")
+        rows[folder] = evaluate_folder(folder, config.instructions, config.samples, judge, config.published)
+        show(rows[folder])
+    if len(folders) > 1:
+        print("\nranking over the tasks that all have\nmean   min-max   mean rank")
+        for name, row in ranking({m: {t: r["score"] for t, r in x.items()} for m, x in rows.items()}).items():
+            print(f"{100 * row['mean']:5.1f}  {row['min_max']:7.3f}  {row['rank']:8.2f}   {name}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.exit(main())
-    try:
-        from experiments.mmmg import demo
-    except ImportError as error:  # the file was copied alone
-        sys.exit(fail(f"the demo is in experiments/mmmg.py ({error}); --help shows what else there is"))
-    demo()
+    start(main, "mmmg")

@@ -22,10 +22,9 @@ Differs  f is exact, where the authors' scorer draws subsets. The paper leaves o
          prompts here, `auc` has the others) and whether loss is of the mean curves (so here) or a mean of losses. A tie
          of rewards is wrong, with the half-credit figure beside it. Intervals are ours: rows are resampled.
 Files    ppe.py + arena_hard.py + common/cli.py + common/ranges.py + common/ratings.py + common/reward_models.py +
-         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,782 lines in all
+         common/endpoint.py + common/jsonl.py + common/judging.py + common/topics.py: 2,786 lines in all
 """
 
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +32,7 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 from tqdm import tqdm
 
 from arena_hard import agreement, brier, separability
-from common.cli import fail, parse
+from common.cli import parse, reporting, start
 from common.ranges import check_ranges
 from common.ratings import bootstrap, bt_ratings, checked, interval
 from common.reward_models import (
@@ -467,34 +466,22 @@ def score_data(config):
     return {name: found}
 
 
+@reporting
 def main(argv=None):
-    """Runs one of the forms. Returns the exit status: 0; 2 after a mistake, said in one line; 130 after Ctrl-C."""
+    """Runs one of the forms. Returns the exit status, see `reporting`."""
     given = parse(Config, prog="ppe.py", about=Config.__doc__, argv=argv)
     forms = [form for form in FORMS if given.get(form)]
-    try:
-        if len(forms) != 1:
-            raise ValueError("one of --scores and --reward is needed, and not both (see --help)")
-        if strange := [name for name in given if name not in [forms[0], *FORMS[forms[0]].split()]]:
-            raise ValueError(f"--{strange[0]} means nothing with --{forms[0]}")
-        config = Config(**given)
-        count = (0, 10**9)
-        check_ranges(config, limit=count, max_length=count, rounds=(1, 10**5), batch_size=(1, 10**6))
-        models = read_scores(config.scores, config.model) if config.scores else score_data(config)
-        found = {name: report(name, data, config.rounds, config.seed) for name, data in models.items()}
-        print_quantiles(found)
-    except (ValueError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    if len(forms) != 1:
+        raise ValueError("one of --scores and --reward is needed, and not both (see --help)")
+    if strange := [name for name in given if name not in [forms[0], *FORMS[forms[0]].split()]]:
+        raise ValueError(f"--{strange[0]} means nothing with --{forms[0]}")
+    config = Config(**given)
+    count = (0, 10**9)
+    check_ranges(config, limit=count, max_length=count, rounds=(1, 10**5), batch_size=(1, 10**6))
+    models = read_scores(config.scores, config.model) if config.scores else score_data(config)
+    found = {name: report(name, data, config.rounds, config.seed) for name, data in models.items()}
+    print_quantiles(found)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.exit(main())
-    try:
-        from experiments.ppe import demo
-    except ImportError as error:  # the file was copied alone
-        sys.exit(fail(f"the demo is in experiments/ppe.py ({error}); --help shows what else there is"))
-    demo()
+    start(main, "ppe")

@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from functools import wraps
+from importlib import import_module
 from typing import get_type_hints
 
 import torch
@@ -40,6 +42,34 @@ def fail(message):
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)  # no terminal's codes
     print(f"error: {line}", file=sys.stderr)
     return 2
+
+
+def reporting(main):
+    """Returns main(argv=None) with an exit status: 0; 2 after a mistake, said in one line; 130 after Ctrl-C."""
+
+    @wraps(main)
+    def run(argv=None):
+        try:
+            main(argv)
+        except (ValueError, OSError) as error:
+            return fail(error)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+        return 0
+
+    return run
+
+
+def start(main, name):
+    """Runs a paper file, and exits: main() if there are flags, else the demo in experiments/NAME.py."""
+    if not sys.argv[1:]:
+        try:
+            main = import_module(f"experiments.{name}").demo
+        except ImportError as error:  # the file was copied alone
+            line = f"the demo is in experiments/{name}.py ({error}); --help shows what else there is"
+            sys.exit(fail(line))
+    sys.exit(main())
 
 
 def print_anything():

@@ -10,7 +10,7 @@ import torch
 
 import sample
 import train
-from common.cli import fail, parse, peek, pick_device, pick_dtype
+from common.cli import fail, parse, peek, pick_device, pick_dtype, reporting
 from common.ranges import RANGES, check_ranges, type_of
 from nano_hybrid import HybridConfig
 
@@ -159,3 +159,30 @@ def test_a_setting_of_a_users_own_is_finite_and_of_its_type():
             check_ranges(Own(**wrong))
     with pytest.raises(ValueError, match="--share=2 must be a number from 0 to 1"):
         check_ranges(Own(share=2), share=(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (None, 0, ""),
+        (ValueError("no\nsuch thing"), 2, "error: no such thing\n"),
+        (OSError("disk full"), 2, "error: disk full\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted; the same command goes on from here\n"),
+    ],
+)
+def test_a_paper_file_ends_with_a_status_and_a_line(error, status, line, capsys):
+    @reporting
+    def main(argv=None):
+        if error is not None:
+            raise error
+
+    assert main([]) == status and capsys.readouterr().err == line
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    @reporting
+    def main(argv=None):
+        return {}["missing"]
+
+    with pytest.raises(KeyError):
+        main()
